@@ -1,0 +1,170 @@
+"""A split of images and a data set of three splits.
+
+Notation: a grey level g in {0, ..., L - 1} is stored as x = 2 g / (L - 1) - 1 in [-1, 1]. Neighbouring levels are
+2 / (L - 1) apart, so the likelihood bin of a level is x +- 1 / (L - 1), open-ended at -1 and 1. L = `Data.levels` is a
+property of the data (17 for the digits, 256 for 8-bit files), not a constant of the likelihood.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Data", "Images", "TensorImages"]
+
+
+class Images(ABC):
+    """A map-style set of images: `len(images)`, `images[i]`, `images.images(indices)`.
+
+    A subclass supplies `__len__`, `shape` and `images`; it overrides nothing else. Any `torch.utils.data.DataLoader`
+    takes it, because `images[i]` is one image (C, H, W).
+    """
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Class numbers, LongTensor (n,), or None where the set has no classes."""
+        return None
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of images."""
+
+    @abstractmethod
+    def images(self, indices: Tensor | Sequence[int]) -> Tensor:
+        """The images numbered `indices` (n,), each in [0, len): float32 (n, C, H, W) in [-1, 1]."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Image number `index`, float32 (C, H, W); raises IndexError outside [0, len), which ends iteration."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        return self.images([index])[0]
+
+    def all(self) -> Tensor:
+        """Every image at once, float32 (len, C, H, W): for sets that fit memory."""
+        return torch.cat(list(self.batches(1024)))
+
+    def batches(self, batch_size: int, order: Tensor | None = None) -> Iterator[Tensor]:
+        """One pass over the set in batches (at most `batch_size`, C, H, W), in `order` if given, the last one shorter.
+
+        Raises:
+            ValueError: if `batch_size` is below 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; give a whole number of at least 1")
+        order = torch.arange(len(self)) if order is None else order
+        for part in order.split(batch_size):
+            yield self.images(part)
+
+
+class TensorImages(Images):
+    """Images held in memory.
+
+    Args:
+        values: (n, C, H, W) in [-1, 1], n >= 1; kept as float32.
+        labels: class numbers (n,) or None.
+
+    Raises:
+        ValueError: for another number of dimensions, an empty tensor, values outside [-1, 1], or labels of another
+            length.
+
+    Example:
+        >>> set_ = TensorImages(torch.linspace(-1, 1, 16).reshape(4, 1, 2, 2))
+        >>> len(set_), set_.shape, [tuple(b.shape) for b in set_.batches(3)]
+        (4, (1, 2, 2), [(3, 1, 2, 2), (1, 1, 2, 2)])
+    """
+
+    def __init__(self, values: Tensor, labels: Tensor | None = None) -> None:
+        """Checks shape and range."""
+        if values.ndim != 4 or values.numel() == 0:
+            raise ValueError(f"values have shape {tuple(values.shape)}; images are (n, C, H, W) with n at least 1")
+        if not bool((values.abs() <= 1).all()):
+            raise ValueError("values leave [-1, 1] or are not finite; scale the images to [-1, 1] first")
+        if labels is not None and labels.shape != (len(values),):
+            raise ValueError(f"labels have shape {tuple(labels.shape)} for {len(values)} images; give one an image")
+        self._values = values.to(torch.float32)
+        self._labels = None if labels is None else labels.to(torch.int64)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        _, c, h, w = self._values.shape
+        return c, h, w
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Class numbers (n,) or None."""
+        return self._labels
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self._values)
+
+    def images(self, indices: Tensor | Sequence[int]) -> Tensor:
+        """A copy of the images numbered `indices`, float32 (n, C, H, W)."""
+        return self._values[torch.as_tensor(indices, dtype=torch.int64)]
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with any value, label or the shape."""
+        digest = hashlib.sha256(repr(tuple(self._values.shape)).encode())
+        digest.update(self._values.contiguous().numpy().tobytes())
+        if self._labels is not None:
+            digest.update(self._labels.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Three disjoint splits of one data set, all of the same shape.
+
+    Attributes:
+        name: what `load` was given.
+        train: what the network learns from.
+        calibration: what tables, the twin and validation losses are fitted and computed on.
+        test: held out; every score is computed against all of it.
+        levels: number of grey levels L of the source; the likelihood bin's half-width is 1 / (L - 1).
+        fingerprint: 16 hexadecimal digits of content and split; goes into checkpoints and reports.
+
+    Raises:
+        ValueError: if the splits' shapes differ or `levels` is below 2.
+
+    Example:
+        >>> from lowvar.data import load
+        >>> digits = load("digits")
+        >>> digits.shape, digits.levels, len(digits.train), len(digits.calibration), len(digits.test)
+        ((1, 8, 8), 17, 1197, 300, 300)
+    """
+
+    name: str
+    train: Images
+    calibration: Images
+    test: Images
+    levels: int
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        """Checks that the splits agree."""
+        shapes = {self.train.shape, self.calibration.shape, self.test.shape}
+        if len(shapes) != 1:
+            raise ValueError(f"the splits have different shapes {sorted(shapes)}; give all of them one shape")
+        if self.levels < 2:
+            raise ValueError(f"levels is {self.levels}; images have at least 2 grey levels")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return self.train.shape
+
+    @property
+    def half_width(self) -> float:
+        """Half-width 1 / (levels - 1) of a likelihood bin in [-1, 1]."""
+        return 1.0 / (self.levels - 1)

@@ -1,0 +1,71 @@
+"""What a reverse process is: schedules, posteriors, covariances, kernels, solvers, grids, noise. Torch only, no I/O."""
+
+from lowvar.process.basis import Basis, DCTBasis, MatrixBasis, PixelBasis
+from lowvar.process.covariance import (
+    BasisDiagonal,
+    Covariance,
+    Dense,
+    Diagonal,
+    Implicit,
+    Isotropic,
+    LowRankPlusDiagonal,
+)
+from lowvar.process.denoiser import Denoiser, Guided, JacobianCovariance, NetworkDenoiser, WithCovariance
+from lowvar.process.kernel import Gaussian, ReverseKernel
+from lowvar.process.multistep import MultistepSolver
+from lowvar.process.noise import Antithetic, Common, Independent, NoiseSource, TorchGenerators
+from lowvar.process.posterior import Posterior
+from lowvar.process.schedule import (
+    VE,
+    CosineVP,
+    DiscreteVP,
+    Flow,
+    Level,
+    LinearVP,
+    Schedule,
+    schedule_from_config,
+    schedule_from_diffusers,
+)
+from lowvar.process.solver import Solver, State, StepInfo
+from lowvar.process.twin import GaussianTwin
+
+__all__ = [
+    "VE",
+    "Antithetic",
+    "Basis",
+    "BasisDiagonal",
+    "Common",
+    "CosineVP",
+    "Covariance",
+    "DCTBasis",
+    "Denoiser",
+    "Dense",
+    "Diagonal",
+    "DiscreteVP",
+    "Flow",
+    "Gaussian",
+    "GaussianTwin",
+    "Guided",
+    "Implicit",
+    "Independent",
+    "Isotropic",
+    "JacobianCovariance",
+    "Level",
+    "LinearVP",
+    "LowRankPlusDiagonal",
+    "MatrixBasis",
+    "MultistepSolver",
+    "NetworkDenoiser",
+    "NoiseSource",
+    "PixelBasis",
+    "Posterior",
+    "ReverseKernel",
+    "Schedule",
+    "Solver",
+    "State",
+    "StepInfo",
+    "TorchGenerators",
+    "WithCovariance",
+    "schedule_from_config",
+    "schedule_from_diffusers",
+]

@@ -1,0 +1,222 @@
+r"""Step grids: decreasing times t_0 > t_1 > ... > t_K = 0 of a schedule, float64, computed once and usable anywhere.
+
+K steps evaluate the network at t_0 .. t_{K-1}. `t_start` (default 1) is where the chain begins.
+
+    uniform           t equally spaced from t_start to the schedule's t_min, then 0        (diffusers "linspace")
+    trailing          t equally spaced from t_start to 0                                   (diffusers "trailing")
+    leading           t_min + j / K, j = K-1..0, then 0                                    (diffusers "leading", offset 0)
+    quadratic         sqrt(t) equally spaced                                               (Song et al. 2020, DDIM)
+    uniform_logsnr    logsnr equally spaced, then 0                                        (DPM-Solver)
+    karras            (sigma/alpha)^(1/rho) equally spaced, then 0                         (Karras et al. 2022, Eq. 5)
+    variance_matched  density of knots in snr proportional to sqrt(R)
+
+Variance-matched grids. A step's excess cost is locally (1/4) dsnr^2 R in nats, so that K steps cost least when knots have
+density sqrt(R) in snr. For the isotropic kernel R = ||C||_F^2 - (tr C)^2 / d, and since d mmse / d snr = -E ||C||_F^2,
+R is read off the curve M(snr) = d mmse alone:  R = -M' - M^2 / d.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lowvar.process.schedule import Schedule
+
+__all__ = [
+    "GRIDS",
+    "custom",
+    "from_timesteps",
+    "karras",
+    "leading",
+    "make_grid",
+    "quadratic",
+    "to_timesteps",
+    "trailing",
+    "uniform",
+    "uniform_logsnr",
+    "variance_matched",
+]
+
+
+def _check(steps: int, t_start: float, t_low: float = 0.0) -> None:
+    if int(steps) != steps or steps < 1:
+        raise ValueError(f"steps is {steps}; it must be a whole number of at least 1")
+    if not t_low < t_start <= 1:
+        raise ValueError(f"t_start is {t_start}; it must lie in ({t_low:.3g}, 1]")
+
+
+def _ending(times: Tensor) -> Tensor:
+    return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
+
+
+def uniform(schedule: Schedule, steps: int, t_start: float = 1.0) -> Tensor:
+    """Times equally spaced from t_start to the schedule's t_min, then 0; (steps + 1,).
+
+    Example:
+        >>> from lowvar.process.schedule import Flow
+        >>> uniform(Flow(), 2).tolist()
+        [1.0, 0.001, 0.0]
+    """
+    _check(steps, t_start, schedule.t_min)
+    return _ending(torch.linspace(t_start, schedule.t_min if steps > 1 else t_start, steps, dtype=torch.float64))
+
+
+def trailing(schedule: Schedule, steps: int, t_start: float = 1.0) -> Tensor:
+    """Times equally spaced from t_start down to 0; (steps + 1,)."""
+    _check(steps, t_start)
+    return torch.linspace(t_start, 0.0, steps + 1, dtype=torch.float64)
+
+
+def leading(schedule: Schedule, steps: int, t_start: float = 1.0) -> Tensor:
+    """Times t_min + j t_start / steps, j = steps - 1 .. 0, then 0: never starts from pure noise; (steps + 1,)."""
+    _check(steps, t_start, schedule.t_min)
+    j = torch.arange(steps - 1, -1, -1, dtype=torch.float64)
+    return _ending((schedule.t_min + j * (t_start / steps)).clamp_max(t_start))
+
+
+def quadratic(schedule: Schedule, steps: int, t_start: float = 1.0) -> Tensor:
+    """sqrt(t) equally spaced from sqrt(t_start) to sqrt(t_min), then 0; (steps + 1,)."""
+    _check(steps, t_start, schedule.t_min)
+    end = schedule.t_min if steps > 1 else t_start
+    return _ending(torch.linspace(math.sqrt(t_start), math.sqrt(end), steps, dtype=torch.float64) ** 2)
+
+
+def _finite_logsnr(schedule: Schedule, t: float, bound: float = 12.0) -> float:
+    """logsnr at t, limited to [-bound, ...) where the schedule starts from pure noise."""
+    return max(float(schedule.logsnr(t)), -bound)
+
+
+def uniform_logsnr(schedule: Schedule, steps: int, t_start: float = 1.0, t_end: float | None = None) -> Tensor:
+    """logsnr equally spaced between t_start and t_end (default the schedule's t_min), then 0; (steps + 1,)."""
+    end = schedule.t_min if t_end is None else t_end
+    _check(steps, t_start, end)
+    low, high = _finite_logsnr(schedule, t_start), float(schedule.logsnr(end))
+    times = schedule.time(torch.linspace(low, high if steps > 1 else low, steps, dtype=torch.float64))
+    times[0] = t_start
+    return _ending(times)
+
+
+def karras(
+    schedule: Schedule, steps: int, t_start: float = 1.0, t_end: float | None = None, rho: float = 7.0
+) -> Tensor:
+    """(sigma / alpha)^(1/rho) equally spaced between t_start and t_end (default t_min), then 0; (steps + 1,)."""
+    end = schedule.t_min if t_end is None else t_end
+    _check(steps, t_start, end)
+    low, high = _finite_logsnr(schedule, t_start), float(schedule.logsnr(end))
+    root = torch.linspace(math.exp(-low / 2 / rho), math.exp(-high / 2 / rho), steps, dtype=torch.float64)
+    times = schedule.time(-2 * rho * torch.log(root))
+    times[0] = t_start
+    return _ending(times)
+
+
+def custom(schedule: Schedule, times: Sequence[float] | Tensor) -> Tensor:
+    """Given times; a final 0 is appended where it is missing.
+
+    Raises:
+        ValueError: if the times do not decrease within [0, 1].
+    """
+    grid = torch.as_tensor(times, dtype=torch.float64).reshape(-1)
+    if len(grid) and float(grid[-1]) > 0:
+        grid = _ending(grid)
+    if len(grid) < 2 or float(grid[0]) > 1 or bool((grid.diff() >= 0).any()):
+        raise ValueError("times must decrease, from at most 1 to 0, and hold at least one step")
+    return grid
+
+
+def variance_matched(
+    schedule: Schedule,
+    steps: int,
+    logsnr: Tensor,
+    mmse: Tensor,
+    d: int,
+    t_start: float = 1.0,
+    t_end: float | None = None,
+) -> Tensor:
+    """Knots in snr with density sqrt(R) for the isotropic reverse kernel; (steps + 1,) times.
+
+    Args:
+        schedule: the schedule the times refer to.
+        steps: K.
+        logsnr: increasing logsnr values of the calibrated curve, (n,), at least 3.
+        mmse: mmse a dimension at these, (n,); made non-increasing before use.
+        d: number of dimensions.
+        t_start: first time.
+        t_end: time of the last evaluation (default: where the curve or the schedule's t_min ends).
+
+    Raises:
+        ValueError: if the curve has fewer than three increasing points.
+
+    Example:
+        >>> from lowvar.process.schedule import CosineVP
+        >>> l = torch.linspace(-8, 8, 33, dtype=torch.float64)
+        >>> grid = variance_matched(CosineVP(), 5, l, 0.5 * torch.sigmoid(-l), d=2)
+        >>> len(grid), bool((grid.diff() < 0).all())
+        (6, True)
+    """
+    _check(steps, t_start)
+    logsnr, mmse = logsnr.double(), mmse.double()
+    if len(logsnr) < 3 or bool((logsnr.diff() <= 0).any()):
+        raise ValueError("the mmse curve needs at least three points with increasing logsnr")
+    mmse = torch.cummin(mmse, 0).values
+    fine = torch.linspace(float(logsnr[0]), float(logsnr[-1]), 2001, dtype=torch.float64)
+    curve = _interpolate(fine, logsnr, mmse)
+    slope = torch.gradient(curve, spacing=(fine,))[0]  # d mmse / d logsnr = snr d mmse / d snr
+    snr = torch.exp(fine)
+    rate2 = d * (-slope * snr - (snr * curve) ** 2)  # snr^2 R, with ||C||^2 = d * (-mmse') and (tr C)^2 / d = d * mmse^2
+    scale = float((d * (snr * curve) ** 2).max().clamp_min(1e-12))
+    rate = torch.sqrt(rate2.clamp_min(1e-6 * scale))  # sqrt(R) d snr = rate d logsnr
+    low = max(_finite_logsnr(schedule, t_start), float(fine[0]))
+    end = schedule.t_min if t_end is None else t_end
+    high = min(float(schedule.logsnr(end)), float(fine[-1]))
+    mass = torch.cat([torch.zeros(1, dtype=torch.float64), torch.cumsum((rate[1:] + rate[:-1]) / 2 * fine.diff(), 0)])
+    start, stop = _interpolate(torch.tensor([low, high], dtype=torch.float64), fine, mass)
+    targets = start + (stop - start) * torch.linspace(0, 1, steps + 1, dtype=torch.float64)[:-1]
+    times = schedule.time(_interpolate(targets, mass, fine))
+    times[0] = t_start
+    return _ending(times)
+
+
+def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
+    """Piecewise linear interpolation of increasing knots, constant beyond the ends."""
+    i = torch.searchsorted(xs.contiguous(), x.contiguous()).clamp(1, len(xs) - 1)
+    gap = (xs[i] - xs[i - 1]).clamp_min(1e-300)
+    w = ((x - xs[i - 1]) / gap).clamp(0, 1)
+    return torch.lerp(ys[i - 1], ys[i], w)
+
+
+def to_timesteps(schedule: Schedule, grid: Tensor) -> Tensor:
+    """What networks are conditioned on at the grid's evaluations: `schedule.timestep(grid[:-1])`, (K,) float64.
+
+    For discrete tables these are the (possibly fractional) indices that diffusers calls timesteps.
+    """
+    return schedule.timestep(grid[:-1])
+
+
+def from_timesteps(schedule: Schedule, timesteps: Sequence[float] | Tensor, train_timesteps: int = 1000) -> Tensor:
+    """The grid of discrete timesteps n in [0, T - 1]: times (n + 1) / T, then 0."""
+    n = torch.as_tensor(timesteps, dtype=torch.float64)
+    return custom(schedule, (n + 1) / train_timesteps)
+
+
+GRIDS = {
+    "uniform": uniform,
+    "trailing": trailing,
+    "leading": leading,
+    "quadratic": quadratic,
+    "uniform-logsnr": uniform_logsnr,
+    "karras": karras,
+}
+
+
+def make_grid(name: str, schedule: Schedule, steps: int) -> Tensor:
+    """A grid by name.
+
+    Raises:
+        ValueError: if the name is unknown (variance-matched grids need a calibrated curve: `variance_matched`).
+    """
+    if name not in GRIDS:
+        raise ValueError(f"grid is {name!r}; allowed: {', '.join(GRIDS)}")
+    return GRIDS[name](schedule, steps)

@@ -1,0 +1,74 @@
+r"""The common form of everything that runs a reverse process.
+
+A solver turns a posterior at level t_k into a state at level t_{k+1}. It is a value without hidden state: what a step
+needs from earlier steps travels in `State`, what depends on the grid only is computed once by `prepare`. `order` is the
+declared order of convergence of its means; the tests measure it.
+
+    plan = solver.prepare(levels)                        # levels of a grid, decreasing times
+    state = solver.start(x)
+    for k in range(len(levels) - 1):
+        state, info = solver.step(plan, k, state, denoiser(state.x, levels[k]), z_k)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lowvar.process.posterior import Posterior
+from lowvar.process.schedule import Level
+
+__all__ = ["Solver", "State", "StepInfo"]
+
+
+@dataclass(frozen=True)
+class State:
+    """The chain's state: x (B, *event_shape), and what a multistep solver remembers."""
+
+    x: Tensor
+    memory: Any = None
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a step knows about itself.
+
+    Attributes:
+        k: number of the step, 0 the noisiest.
+        posterior: the denoiser's answer the step used.
+        law: the Gaussian the new state was drawn from (`lowvar.process.kernel.Gaussian`), or None where the solver has
+            no density (a deterministic multistep method).
+    """
+
+    k: int
+    posterior: Posterior
+    law: Any = None
+
+
+class Solver(ABC):
+    """A rule for reverse steps; subclasses are frozen dataclasses."""
+
+    @property
+    @abstractmethod
+    def order(self) -> int:
+        """Declared order of convergence of the mean."""
+
+    @property
+    @abstractmethod
+    def stochastic(self) -> bool:
+        """Whether steps need noise."""
+
+    @abstractmethod
+    def prepare(self, levels: Level) -> Any:
+        """Everything that depends on the grid only; levels (K + 1,) with decreasing times."""
+
+    @abstractmethod
+    def start(self, x: Tensor) -> State:
+        """The state at the first level."""
+
+    @abstractmethod
+    def step(self, plan: Any, k: int, state: State, posterior: Posterior, z: Tensor | None) -> tuple[State, StepInfo]:
+        """Step k: from level k to level k + 1, with standard normal z of the state's shape (None: no noise)."""

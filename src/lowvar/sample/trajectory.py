@@ -1,0 +1,131 @@
+r"""Running the reverse process.
+
+    x_{t_0} -> x_{t_1} -> ... -> x_{t_K},     x_{t_{k+1}} = solver step(x_{t_k}, posterior(x_{t_k}), z_k).
+
+`trajectory` is a generator of (state, info), so a caller logs, stops or inspects without callbacks; `generate` runs it in
+batches to the end. Noise is an argument: sample i at draw 0 gives the start, at draw k + 1 the noise of step k, so sample
+i has the same noise whatever the batch size or the order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lowvar.process.denoiser import Denoiser
+from lowvar.process.noise import Independent, NoiseSource
+from lowvar.process.schedule import Level
+from lowvar.process.solver import Solver, State, StepInfo
+
+__all__ = ["generate", "initial_state", "trajectory"]
+
+
+def initial_state(
+    noise: NoiseSource, index: Sequence[int] | Tensor, shape: Sequence[int], level: Level, like: Tensor
+) -> Tensor:
+    """The start sqrt(alpha^2 + sigma^2) z of the chain at its first level, (n, *shape).
+
+    That is the standard deviation of x_t for data of mean 0 and variance 1: 1 for VP, sqrt(1 + sigma_max^2) for VE.
+
+    Args:
+        noise: source of the start (draw 0).
+        index: sample numbers.
+        shape: event shape.
+        level: the grid's first level.
+        like: a tensor whose dtype and device the start takes.
+    """
+    std = float(torch.sqrt(level.alpha**2 + level.sigma**2)) if float(level.alpha) > 0 else float(level.sigma)
+    return std * noise.normal(index, shape, draw=0, dtype=like.dtype, device=like.device)
+
+
+def trajectory(
+    denoiser: Denoiser,
+    solver: Solver,
+    grid: Tensor,
+    x: Tensor,
+    noise: NoiseSource | None = None,
+    index: Sequence[int] | Tensor | None = None,
+) -> Iterator[tuple[State, StepInfo]]:
+    """The states after each reverse step.
+
+    Args:
+        denoiser: network and schedule; its covariance is used by kernels that ask for one.
+        solver: a `ReverseKernel` or `MultistepSolver`.
+        grid: decreasing times (K + 1,), see `lowvar.process.grid`.
+        x: states at the first time, (B, *event_shape).
+        noise: source of the steps' noise (default `Independent(0)`).
+        index: sample numbers of the batch (default 0 .. B - 1).
+
+    Yields:
+        (state, info) for steps 0 .. K - 1.
+
+    Example:
+        >>> from lowvar.process import CosineVP, GaussianTwin, PixelBasis, ReverseKernel
+        >>> from lowvar.process.grid import trailing
+        >>> schedule = CosineVP()
+        >>> twin = GaussianTwin(torch.zeros(2), PixelBasis((2,)), torch.ones(2))
+        >>> steps = trajectory(twin.denoiser(schedule), ReverseKernel(), trailing(schedule, 4), torch.zeros(3, 2))
+        >>> len(list(steps))
+        4
+    """
+    noise = Independent(0) if noise is None else noise
+    index = torch.arange(x.shape[0]) if index is None else torch.as_tensor(index)
+    levels = denoiser.schedule.at(grid)
+    plan = solver.prepare(levels)
+    state = solver.start(x)
+    for k in range(len(levels) - 1):
+        posterior = denoiser(state.x, levels[k])
+        z = None
+        if solver.stochastic and float(levels.sigma[k + 1]) > 0:
+            z = noise.normal(index, x.shape[1:], draw=k + 1, dtype=x.dtype, device=x.device)
+        state, info = solver.step(plan, k, state, posterior, z)
+        yield state, info
+
+
+@torch.no_grad()
+def generate(
+    denoiser: Denoiser,
+    solver: Solver,
+    grid: Tensor,
+    shape: Sequence[int],
+    n: int,
+    noise: NoiseSource | None = None,
+    *,
+    first: int = 0,
+    batch_size: int = 256,
+    clip: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], object] | None = None,
+) -> Tensor:
+    """n samples, (n, *shape), numbers first .. first + n - 1.
+
+    Args:
+        denoiser, solver, grid: as in `trajectory`.
+        shape: event shape.
+        n: number of samples.
+        noise: source (default `Independent(0)`).
+        first: number of the first sample.
+        batch_size: samples a batch; it does not change their noise.
+        clip: final clip to [-clip, clip], or None.
+        dtype, device: of the states.
+        progress: called with the number of network evaluations of samples done, after each step.
+
+    Returns:
+        Samples on the CPU.
+    """
+    noise = Independent(0) if noise is None else noise
+    like = torch.zeros((), dtype=dtype, device=device)
+    start = denoiser.schedule.at(grid[0])
+    parts = []
+    for low in range(first, first + n, batch_size):
+        index = torch.arange(low, min(low + batch_size, first + n))
+        x = initial_state(noise, index, shape, start, like)
+        for state, _ in trajectory(denoiser, solver, grid, x, noise, index):
+            x = state.x
+            if progress is not None:
+                progress(len(index))
+        parts.append((x if clip is None else x.clamp(-clip, clip)).cpu())
+    return torch.cat(parts)
