@@ -8,7 +8,9 @@ A parquet file is converted once into a temporary folder that lives as long as t
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,14 @@ class RowImages(Images):
         return torch.stack(parts) if parts else torch.empty(0, *self._shape)
 
 
+class _Temporary:
+    """A folder that goes when the last object that uses it goes, or with the process."""
+
+    def __init__(self) -> None:
+        self.path = tempfile.mkdtemp(prefix="lowvar-")
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
 def _source(value: dict[str, Any] | None, number: int) -> tuple[Path | bytes, str]:
     if value is None or (value.get("bytes") is None and value.get("path") is None):
         raise UserError(f"row {number} has no image; take the row out of the data")
@@ -105,8 +115,8 @@ def _open(path: Path) -> tuple[dict[str, Any], object]:
         if path.is_dir():
             found, keep = datasets.load_from_disk(str(path)), None
         else:
-            keep = tempfile.TemporaryDirectory(prefix="lowvar-")
-            found = datasets.load_dataset("parquet", data_files={"all": str(path)}, cache_dir=keep.name)
+            keep = _Temporary()
+            found = datasets.load_dataset("parquet", data_files={"all": str(path)}, cache_dir=keep.path)
     except broken as error:
         raise UserError(f"cannot open the data set {path} ({str(error).splitlines()[0]}); write it again") from None
     return ({str(name): rows for name, rows in found.items()} if isinstance(found, dict) else {"all": found}), keep

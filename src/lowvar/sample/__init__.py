@@ -1,5 +1,6 @@
 """Running the reverse process: trajectories, samples, likelihood."""
 
+from lowvar.sample.named import SAMPLERS, NamedSampler, named_sampler
 from lowvar.sample.trajectory import generate, initial_state, trajectory
 
-__all__ = ["generate", "initial_state", "trajectory"]
+__all__ = ["SAMPLERS", "NamedSampler", "generate", "initial_state", "named_sampler", "trajectory"]

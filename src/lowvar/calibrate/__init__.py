@@ -1,0 +1,18 @@
+"""Estimators of the mean and covariance of x_0 given x_t for a given denoiser and data; one paper a file."""
+
+from lowvar.calibrate.analytic import analytic_variance
+from lowvar.calibrate.calibration import Calibration, calibrate, default_logsnr
+from lowvar.calibrate.residual import residual_moments, standardised_residuals
+from lowvar.calibrate.table import CovarianceTable
+from lowvar.calibrate.twin import fit_twin
+
+__all__ = [
+    "Calibration",
+    "CovarianceTable",
+    "analytic_variance",
+    "calibrate",
+    "default_logsnr",
+    "fit_twin",
+    "residual_moments",
+    "standardised_residuals",
+]

@@ -1,0 +1,256 @@
+r"""A calibration: what one pass over data tells about a denoiser, as one value that can be saved and plugged in.
+
+It holds, at knots of logsnr, the mmse curve with standard errors, the analytic variance (Bao et al. 2022a), residual
+tables (isotropic, channel, pixel, basis), and the Gaussian twin whose basis the tables share; and the fingerprint of the
+schedule it was made for, because a table read against another schedule's logsnr would still be a table of this network
+but its levels would not be those the network was asked at.
+
+`to_json` gives numbers as lists (they go into a scheduler's config) and everything above 64k numbers, and every dense
+basis, as tensors (they go into a safetensors file beside it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lowvar.calibrate.analytic import analytic_variance
+from lowvar.calibrate.residual import ResidualMoments, residual_moments
+from lowvar.calibrate.table import CovarianceTable, Structure
+from lowvar.calibrate.twin import fit_twin
+from lowvar.errors import UserError
+from lowvar.process.basis import Basis, DCTBasis, MatrixBasis, PixelBasis
+from lowvar.process.denoiser import Denoiser, WithCovariance
+from lowvar.process.grid import variance_matched
+from lowvar.process.noise import Independent, NoiseSource
+from lowvar.process.schedule import Schedule
+from lowvar.process.twin import GaussianTwin
+
+__all__ = ["JSON_LIMIT", "Calibration", "calibrate", "default_logsnr"]
+
+JSON_LIMIT = 65536
+
+
+def default_logsnr(schedule: Schedule, knots: int = 25) -> Tensor:
+    """Equally spaced logsnr from the schedule's noisiest level (not below -12) to its t_min, (knots,).
+
+    Example:
+        >>> from lowvar.process.schedule import Flow
+        >>> default_logsnr(Flow(), 3).shape
+        torch.Size([3])
+    """
+    low = max(float(schedule.logsnr(1.0)), -12.0)
+    return torch.linspace(low, float(schedule.logsnr(schedule.t_min)), knots, dtype=torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What was measured (see the module).
+
+    Attributes:
+        fingerprint: of the schedule.
+        logsnr, mmse, mmse_se: the curve, (L,) float64; mmse is a dimension.
+        analytic: analytic variance, (L,).
+        tables: residual tables by structure.
+        twin: the Gaussian twin of the data.
+        n: images the residuals were measured on.
+    """
+
+    fingerprint: str
+    logsnr: Tensor
+    mmse: Tensor
+    mmse_se: Tensor
+    analytic: Tensor
+    tables: Mapping[Structure, CovarianceTable]
+    twin: GaussianTwin
+    n: int
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """Shape of an event."""
+        return self.twin.mean.shape
+
+    def require(self, schedule: Schedule) -> None:
+        """Refuses another schedule than the one calibrated.
+
+        Raises:
+            UserError: naming both fingerprints.
+        """
+        if schedule.fingerprint != self.fingerprint:
+            raise UserError(
+                f"this calibration was made for a schedule with fingerprint {self.fingerprint}, the model's schedule has "
+                f"{schedule.fingerprint}: calibrate again with `lowvar calibrate --model MODEL --data DATA --out RUN`"
+            )
+
+    def table(self, structure: str) -> CovarianceTable:
+        """The table of a structure; `analytic` is the isotropic table of the analytic estimate.
+
+        Raises:
+            UserError: if there is no such table.
+        """
+        if structure == "analytic":
+            return CovarianceTable("isotropic", self.logsnr, self.analytic, tuple(self.event_shape))
+        if structure not in self.tables:
+            raise UserError(f"covariance is {structure!r}; calibrated here: analytic, {', '.join(self.tables)}")
+        return self.tables[structure]  # type: ignore[index]
+
+    def attach(self, denoiser: Denoiser, structure: str = "basis", clip: float | None = None) -> WithCovariance:
+        """The denoiser with the calibrated covariance of a structure, limited to data in [-clip, clip] if given.
+
+        Raises:
+            UserError: if the schedule is another one or there is no such table.
+        """
+        self.require(denoiser.schedule)
+        return WithCovariance(denoiser, self.table(structure), clip)
+
+    def grid(self, schedule: Schedule, steps: int) -> Tensor:
+        """The variance-matched grid of the calibrated mmse curve (isotropic kernel)."""
+        self.require(schedule)
+        return variance_matched(schedule, steps, self.logsnr, self.mmse, self.event_shape.numel())
+
+    def to_json(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """JSON-ready fields, and the tensors that do not belong there (float32; curves stay float64 in the fields)."""
+        tensors: dict[str, Tensor] = {}
+
+        def put(name: str, value: Tensor) -> Any:
+            if value.numel() <= JSON_LIMIT:
+                return value.tolist()
+            tensors[name] = value.float().contiguous()
+            return {"tensor": name}
+
+        tables = {}
+        for structure, table in self.tables.items():
+            tables[structure] = {"variance": put(f"variance.{structure}", table.variance)}
+            if table.se is not None:
+                tables[structure]["se"] = put(f"se.{structure}", table.se)
+        basis = self.twin.basis
+        if isinstance(basis, MatrixBasis):
+            tensors["basis"] = basis.directions.float().contiguous()
+        fields = {
+            "fingerprint": self.fingerprint,
+            "event_shape": list(self.event_shape),
+            "n": self.n,
+            "logsnr": self.logsnr.tolist(),
+            "mmse": self.mmse.tolist(),
+            "mmse_se": self.mmse_se.tolist(),
+            "analytic": self.analytic.tolist(),
+            "tables": tables,
+            "twin": {
+                "basis": basis.name,
+                "mean": put("twin.mean", self.twin.mean),
+                "spectrum": put("twin.spectrum", self.twin.spectrum),
+            },
+        }
+        return fields, tensors
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibration:
+        """The calibration that `to_json` wrote.
+
+        Raises:
+            UserError: if a part is missing or does not fit.
+        """
+        try:
+            return cls._read(fields, tensors)
+        except (KeyError, TypeError, IndexError) as error:
+            raise UserError(f"the calibration is incomplete ({error}): make it again with `lowvar calibrate`") from error
+
+    @classmethod
+    def _read(cls, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibration:
+        def get(value: Any) -> Tensor:
+            value = tensors[value["tensor"]] if isinstance(value, Mapping) else value
+            return torch.as_tensor(value, dtype=torch.float64)
+
+        shape = tuple(fields["event_shape"])
+        name = fields["twin"]["basis"]
+        basis: Basis
+        if name == "dct":
+            basis = DCTBasis(shape)
+        elif name == "pixel":
+            basis = PixelBasis(shape)
+        else:
+            basis = MatrixBasis(tensors["basis"].double(), shape, name)
+        logsnr = get(fields["logsnr"])
+        tables: dict[Structure, CovarianceTable] = {}
+        for structure, table in fields["tables"].items():
+            se = get(table["se"]) if "se" in table else None
+            own = basis if structure == "basis" else None
+            tables[structure] = CovarianceTable(structure, logsnr, get(table["variance"]), shape, own, se)
+        twin = GaussianTwin(get(fields["twin"]["mean"]), basis, get(fields["twin"]["spectrum"]))
+        curves = [get(fields[k]) for k in ("mmse", "mmse_se", "analytic")]
+        return cls(fields["fingerprint"], logsnr, curves[0], curves[1], curves[2], tables, twin, int(fields["n"]))
+
+
+def _tables(moments: ResidualMoments, basis: Basis) -> dict[Structure, CovarianceTable]:
+    logsnr, shape = moments.level.logsnr, tuple(basis.event_shape)
+    axes = tuple(range(2, moments.pixel.ndim))
+    tables: dict[Structure, CovarianceTable] = {
+        "isotropic": CovarianceTable("isotropic", logsnr, moments.mmse, shape, None, moments.mmse_se)
+    }
+    if axes and shape[0] > 1:
+        channel = moments.pixel.mean(axes, keepdim=True)[..., :]
+        tables["channel"] = CovarianceTable("channel", logsnr, channel, shape)
+    tables["pixel"] = CovarianceTable("pixel", logsnr, moments.pixel, shape, None, moments.pixel_se)
+    if moments.basis is not None:
+        tables["basis"] = CovarianceTable("basis", logsnr, moments.basis, shape, basis, moments.basis_se)
+    return tables
+
+
+def calibrate(
+    denoiser: Denoiser,
+    batches: Callable[[], Iterable[Tensor]],
+    *,
+    twin_batches: Callable[[], Iterable[Tensor]] | None = None,
+    basis: Literal["auto", "pca", "dct"] = "auto",
+    logsnr: Tensor | None = None,
+    replicates: int = 4,
+    noise: NoiseSource | None = None,
+    bound: float | None = None,
+) -> Calibration:
+    """Calibrates a denoiser on data it was not trained on.
+
+    Args:
+        denoiser: the denoiser, with the clipping it will be used with.
+        batches: makes one pass over the calibration images, batches (b, *event_shape).
+        twin_batches: makes one pass over the images whose moments the twin takes (default the same); the training images
+            may be used here, a mean and a covariance are not over-fitted by the network.
+        basis: the twin's and the table's basis; `auto` is PCA up to d = 1024, the DCT above.
+        logsnr: knots (default `default_logsnr`).
+        replicates: noises an image and knot.
+        noise: source of the noise.
+        bound: b of data in [-b, b], for the analytic estimate.
+
+    Returns:
+        The calibration.
+
+    Raises:
+        ValueError: if there are no data.
+
+    Example:
+        >>> from lowvar.process import CosineVP, GaussianTwin, PixelBasis
+        >>> schedule = CosineVP()
+        >>> twin = GaussianTwin(torch.zeros(2), PixelBasis((2,)), torch.tensor([1.0, 0.25]))
+        >>> data = twin.sample(Independent(1).normal(range(64), (2,)))
+        >>> calibration = calibrate(twin.denoiser(schedule), lambda: [data])
+        >>> sorted(calibration.tables)
+        ['basis', 'isotropic', 'pixel']
+    """
+    schedule = denoiser.schedule
+    twin = fit_twin((batches if twin_batches is None else twin_batches)(), basis)
+    level = schedule.level(default_logsnr(schedule) if logsnr is None else logsnr)
+    source = Independent(0) if noise is None else noise
+    moments = residual_moments(denoiser, batches(), level, source, twin.basis, replicates)
+    return Calibration(
+        schedule.fingerprint,
+        level.logsnr,
+        moments.mmse,
+        moments.mmse_se,
+        analytic_variance(moments.noise_power, level, bound),
+        _tables(moments, twin.basis),
+        twin,
+        moments.n,
+    )

@@ -1,0 +1,85 @@
+r"""Samplers by name: a solver, the covariance it needs and the grid it is used with unless another is asked for.
+
+    ddpm-*     ancestral kernel (eta = 1) with a choice of variance
+    ddim-*     deterministic mean (eta = 0), optionally with calibrated noise kappa^2 C
+    adams-*    exponential Adams predictor-corrector without a control variate
+    twin-*     the same on what the Gaussian twin leaves over: ODE (tau = 0) or SDE (tau = 1)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from lowvar.process.kernel import ReverseKernel
+from lowvar.process.multistep import MultistepSolver
+from lowvar.process.solver import Solver
+from lowvar.process.twin import GaussianTwin
+
+__all__ = ["SAMPLERS", "NamedSampler", "named_sampler"]
+
+
+@dataclass(frozen=True)
+class NamedSampler:
+    """A sampler as users name it.
+
+    Attributes:
+        name: its name.
+        about: one line for help and reports.
+        solver: the solver; a `MultistepSolver` of a twin-* sampler gets its twin from `named_sampler`.
+        covariance: structure of the calibrated covariance it needs (`isotropic`, `pixel`, `basis`, `analytic`), `learned`
+            for the network's own variance head, or None.
+        grid: name of its default grid.
+        needs_twin: whether it needs the calibrated twin.
+    """
+
+    name: str
+    about: str
+    solver: Solver
+    covariance: str | None = None
+    grid: str = "trailing"
+    needs_twin: bool = False
+
+
+_ALL = [
+    NamedSampler("ddpm-small", "ancestral, variance beta_tilde", ReverseKernel(1.0, "small")),
+    NamedSampler("ddpm-large", "ancestral, variance beta", ReverseKernel(1.0, "large")),
+    NamedSampler("ddpm-learned", "ancestral, the network's own variance", ReverseKernel(1.0, "learned"), "learned"),
+    NamedSampler("ddpm-analytic", "ancestral, analytic variance", ReverseKernel(1.0), "analytic"),
+    NamedSampler("ddpm-isotropic", "ancestral, calibrated isotropic variance", ReverseKernel(1.0), "isotropic"),
+    NamedSampler("ddpm-pixel", "ancestral, calibrated variance a pixel", ReverseKernel(1.0), "pixel"),
+    NamedSampler("ddpm-basis", "ancestral, calibrated variance in the twin's basis", ReverseKernel(1.0), "basis"),
+    NamedSampler("ddim", "deterministic, first order", ReverseKernel(0.0, "small")),
+    NamedSampler("ddim-basis", "DDIM mean, calibrated noise in the twin's basis", ReverseKernel(0.0), "basis"),
+    NamedSampler("adams-ode", "predictor-corrector, no control variate", MultistepSolver(None, 2, 2)),
+    NamedSampler("adams-sde", "stochastic predictor-corrector, no control variate", MultistepSolver(None, 2, 2, 1.0)),
+    NamedSampler("twin-ode-1", "twin, ODE, order 1", MultistepSolver(None, 1, 0), needs_twin=True),
+    NamedSampler("twin-ode", "twin, ODE, predictor-corrector", MultistepSolver(None, 2, 2), needs_twin=True),
+    NamedSampler("twin-sde-1", "twin, SDE, order 1", MultistepSolver(None, 1, 0, 1.0), needs_twin=True),
+    NamedSampler("twin-sde", "twin, SDE, predictor-corrector", MultistepSolver(None, 2, 2, 1.0), needs_twin=True),
+]
+SAMPLERS = {s.name: s for s in _ALL}
+
+
+def named_sampler(name: str, twin: GaussianTwin | None = None) -> NamedSampler:
+    """The sampler of a name, with its twin in place.
+
+    Args:
+        name: a key of `SAMPLERS`.
+        twin: the calibrated twin; twin-* samplers need it.
+
+    Raises:
+        ValueError: if the name is unknown, or a twin is needed and not given.
+
+    Example:
+        >>> named_sampler("ddim").solver.order
+        1
+    """
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler is {name!r}; allowed: {', '.join(SAMPLERS)}")
+    sampler = SAMPLERS[name]
+    if not sampler.needs_twin:
+        return sampler
+    if twin is None:
+        raise ValueError(f"sampler {name!r} needs a Gaussian twin: calibrate the model first (`lowvar calibrate`)")
+    assert isinstance(sampler.solver, MultistepSolver)
+    return replace(sampler, solver=replace(sampler.solver, twin=twin))
