@@ -25,6 +25,8 @@ FLOORS = (
     ("calibrate", "sample", "gradients"),
     ("train", "expect", "reward"),
     ("profile", "report", "schedulers", "testing"),
+    ("pipelines",),  # opens model folders: needs the scheduler class
+    ("evaluation",),  # runs samplers and peers on an opened model and scores them
     ("cli",),
 )
 FLOOR = {name: level for level, names in enumerate((GROUND, *FLOORS)) for name in names}

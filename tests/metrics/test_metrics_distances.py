@@ -1,5 +1,6 @@
 """Each distance against exact truths, peers and its own brute force."""
 
+import itertools
 import math
 import warnings
 
@@ -51,12 +52,10 @@ def test_energy_of_one_dimensional_gaussians_is_the_closed_form(mu: float, sigma
 
 def test_energy_and_kernel_are_unbiased_by_enumeration():
     # every split of 6 points into 3 and 3: the mean of a U-statistic over exchangeable splits is 0
-    from itertools import combinations
-
     points = normal(6, 2, seed=4)
     for distance in (energy_distance, kernel_distance):
         values = []
-        for chosen in combinations(range(6), 3):
+        for chosen in itertools.combinations(range(6), 3):
             rest = [i for i in range(6) if i not in chosen]
             values.append(distance(points[list(chosen)], points[rest]))
         assert sum(values) / len(values) == pytest.approx(0, abs=1e-12)
@@ -190,16 +189,16 @@ def test_large_images_are_pooled_before_the_eigenvalue_problem():
 
 
 STATISTICS = {
-    "energy": (lambda y: energy_statistic(y), lambda x, y: energy_distance(x, y)),
-    "kernel": (lambda y: kernel_statistic(y), lambda x, y: kernel_distance(x, y)),
-    "frechet": (lambda y: FrechetStatistic.against(y), lambda x, y: frechet_distance(x, y)),
-    "sliced": (lambda y: SlicedStatistic.against(y), lambda x, y: sliced_wasserstein(x, y)),
+    "energy": (energy_statistic, energy_distance),
+    "kernel": (kernel_statistic, kernel_distance),
+    "frechet": (FrechetStatistic.against, frechet_distance),
+    "sliced": (SlicedStatistic.against, sliced_wasserstein),
 }
 
 
 def check_against_recomputation(found: Replicates, x: Tensor, brute, blocks: int) -> None:
     bounds = block_bounds(len(x), blocks).tolist()
-    truth = [brute(torch.cat([x[:a], x[b:]])) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    truth = [brute(torch.cat([x[:a], x[b:]])) for a, b in itertools.pairwise(bounds)]
     assert found.value == pytest.approx(brute(x), abs=1e-10)
     assert torch.allclose(found.leave_out, torch.tensor(truth, dtype=torch.float64), atol=1e-10, rtol=0)
     assert found.sizes.sum() == len(x)
@@ -234,5 +233,5 @@ def test_bad_samples_are_refused(distance):
 
 @pytest.mark.parametrize("distance", [energy_distance, kernel_distance, frechet_distance, sliced_wasserstein])
 def test_different_shapes_are_refused(distance):
-    with pytest.raises(ValueError, match="give equal shapes|use one extractor"):
+    with pytest.raises(ValueError, match=r"give equal shapes|use one extractor"):
         distance(normal(10, 3), normal(10, 4))

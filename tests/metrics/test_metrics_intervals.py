@@ -32,8 +32,12 @@ def test_unequal_blocks_weigh_by_their_size():
 def test_blocks_cover_everything_and_never_cut_an_antithetic_pair(n: int, blocks: int):
     bounds = block_bounds(n, blocks)
     sizes = bounds.diff()
-    assert bounds[0] == 0 and bounds[-1] == n and len(sizes) == blocks
-    assert (bounds[:-1] % 2 == 0).all() and sizes.min() >= 2 and sizes.max() - sizes.min() <= 3
+    assert bounds[0] == 0
+    assert bounds[-1] == n
+    assert len(sizes) == blocks
+    assert (bounds[:-1] % 2 == 0).all()
+    assert sizes.min() >= 2
+    assert sizes.max() - sizes.min() <= 3
     assert block_numbers(bounds).bincount().tolist() == sizes.tolist()
 
 
@@ -68,10 +72,11 @@ def test_bias_of_a_nonlinear_score_is_estimated():
 def test_pairing_keeps_the_covariance():
     common = Independent(1).normal(range(256), (), dtype=torch.float64)
     own = Independent(2).normal(range(256), (), dtype=torch.float64)
-    a, b = jackknife(common + 0.2, 16), jackknife(common + 0.01 * own, 16)
+    a, b = jackknife(common + 0.05, 16), jackknife(common + 0.01 * own, 16)
     paired = a.minus(b).interval()
     assert paired.se == pytest.approx(0.01 / 16, rel=0.5)
-    assert paired.excludes(0.0) and not a.interval().excludes(b.value)
+    assert paired.excludes(0.0)
+    assert not a.interval().excludes(b.value)
 
 
 def test_confidence_widens():
@@ -95,4 +100,7 @@ def test_too_few_blocks_or_samples_and_unlike_blocks_are_refused():
 
 def test_excludes_is_about_the_closed_interval():
     i = Interval(0.5, 0.0, 1.0, 0.25)
-    assert not i.excludes(0.0) and not i.excludes(1.0) and i.excludes(-1e-9) and i.excludes(1.1)
+    assert not i.excludes(0.0)
+    assert not i.excludes(1.0)
+    assert i.excludes(-1e-9)
+    assert i.excludes(1.1)

@@ -5,9 +5,9 @@ For the exact noise predictor, E ||eps_hat||^2 / d = 1 - (alpha^2 / sigma^2) tr 
     tr C / d = (sigma^2 / alpha^2) (1 - E ||eps_hat(x_t)||^2 / d),
 
 from forward passes alone: the clean data enter only through x_t. Bias: the identity holds for the exact predictor; an
-imperfect one makes it wrong by a first-order amount, where the residual E (x_0 - x0_hat)^2 stays the right variance *for
-that predictor* (see `residual`). At high noise the small difference 1 - E ||eps_hat||^2 / d is multiplied by 1 / snr; the
-bounds 0 <= tr C / d <= ((b - a) / 2)^2 of data in [a, b] (their Theorem 2) are applied.
+imperfect one makes it wrong by a first-order amount, where the residual E (x_0 - x0_hat)^2 stays the right variance
+*for that predictor* (see `residual`). At high noise the small difference 1 - E ||eps_hat||^2 / d is multiplied by 1 /
+snr; the bounds 0 <= tr C / d <= ((b - a) / 2)^2 of data in [a, b] (their Theorem 2) are applied.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 r"""A calibration: what one pass over data tells about a denoiser, as one value that can be saved and plugged in.
 
 It holds, at knots of logsnr, the mmse curve with standard errors, the analytic variance (Bao et al. 2022a), residual
-tables (isotropic, channel, pixel, basis), and the Gaussian twin whose basis the tables share; and the fingerprint of the
-schedule it was made for, because a table read against another schedule's logsnr would still be a table of this network
-but its levels would not be those the network was asked at.
+tables (isotropic, channel, pixel, basis), and the Gaussian twin whose basis the tables share; and the fingerprint of
+the schedule it was made for, because a table read against another schedule's logsnr would still be a table of this
+network but its levels would not be those the network was asked at.
 
 `to_json` gives numbers as lists (they go into a scheduler's config) and everything above 64k numbers, and every dense
 basis, as tensors (they go into a safetensors file beside it).
@@ -82,8 +82,8 @@ class Calibration:
         """
         if schedule.fingerprint != self.fingerprint:
             raise UserError(
-                f"this calibration was made for a schedule with fingerprint {self.fingerprint}, the model's schedule has "
-                f"{schedule.fingerprint}: calibrate again with `lowvar calibrate --model MODEL --data DATA --out RUN`"
+                f"this calibration was made for a schedule with fingerprint {self.fingerprint}, the model's schedule "
+                f"has {schedule.fingerprint}: calibrate again with `lowvar calibrate --model MODEL --data DATA --out RUN`"
             )
 
     def table(self, structure: str) -> CovarianceTable:
@@ -157,7 +157,9 @@ class Calibration:
         try:
             return cls._read(fields, tensors)
         except (KeyError, TypeError, IndexError) as error:
-            raise UserError(f"the calibration is incomplete ({error}): make it again with `lowvar calibrate`") from error
+            raise UserError(
+                f"the calibration is incomplete ({error}): make it again with `lowvar calibrate`"
+            ) from error
 
     @classmethod
     def _read(cls, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibration:
@@ -216,7 +218,8 @@ def calibrate(
     Args:
         denoiser: the denoiser, with the clipping it will be used with.
         batches: makes one pass over the calibration images, batches (b, *event_shape).
-        twin_batches: makes one pass over the images whose moments the twin takes (default the same); the training images
+        twin_batches: makes one pass over the images whose moments the twin takes (default the same); the training
+        images
             may be used here, a mean and a covariance are not over-fitted by the network.
         basis: the twin's and the table's basis; `auto` is PCA up to d = 1024, the DCT above.
         logsnr: knots (default `default_logsnr`).

@@ -2,9 +2,10 @@ r"""Residual tables: the second moment of x_0 - x0_hat by noise level, entry by 
 
     v(logsnr) = E (x_0 - x0_hat(x_t))^2
 
-over data and noise, in pixels or along basis directions. For the exact posterior mean this is E C_ii; for a network it is
-C plus its own squared error, which is the variance a kernel around that network's mean should have. Unbiased for a given
-network on data it was not trained on; standard errors are over images (replicates of noise are averaged within one).
+over data and noise, in pixels or along basis directions. For the exact posterior mean this is E C_ii; for a network
+it is C plus its own squared error, which is the variance a kernel around that network's mean should have. Unbiased
+for a given network on data it was not trained on; standard errors are over images (replicates of noise are averaged
+within one).
 
 The calibration of a covariance is checked by standardised residuals: mean of (x_0 - x0_hat)^2 / v, which should be 1.
 """
@@ -143,7 +144,8 @@ def residual_moments(
 
 @dataclass(frozen=True)
 class StandardisedResiduals:
-    """mean over entries of (x_0 - x0_hat)^2 / v by level: `value` and its standard error over images `se`, both (L,)."""
+    """mean over entries of (x_0 - x0_hat)^2 / v by level: `value` and its standard error over images `se`, both
+    (L,)."""
 
     logsnr: Tensor
     value: Tensor
@@ -181,6 +183,4 @@ def standardised_residuals(
                 quadratic = posterior.covariance.inverse_quadratic(x0 - posterior.mean)
                 ratio = ratio + quadratic.double() / x0[0].numel() / replicates
             parts[k].add(ratio)
-    return StandardisedResiduals(
-        level.logsnr, torch.stack([p.mean for p in parts]), torch.stack([p.se for p in parts])
-    )
+    return StandardisedResiduals(level.logsnr, torch.stack([p.mean for p in parts]), torch.stack([p.se for p in parts]))

@@ -1,8 +1,8 @@
 r"""Covariance tables: the variance of x_0 given x_t as a function of the noise level only.
 
-A table holds variances v at knots of logsnr: one number (isotropic), one a channel, one a pixel, or one a direction of an
-orthonormal basis (DCT, PCA). Between knots log v is linear in logsnr. Above the last knot v falls like 1 / snr, as any
-posterior variance does at low noise; below the first it stays.
+A table holds variances v at knots of logsnr: one number (isotropic), one a channel, one a pixel, or one a direction
+of an orthonormal basis (DCT, PCA). Between knots log v is linear in logsnr. Above the last knot v falls like 1 / snr,
+as any posterior variance does at low noise; below the first it stays.
 """
 
 from __future__ import annotations

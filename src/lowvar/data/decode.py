@@ -55,7 +55,8 @@ def header(source: Path | bytes, name: str) -> tuple[int, int, int]:
     """
     with _opened(source, name) as image:
         width, height = image.size
-        if image.getexif().get(_ORIENTATION, 1) >= 5:
+        # Pillow would decode a whole PNG to look for EXIF data behind the pixels
+        if ("exif" in image.info or image.format == "TIFF") and image.getexif().get(_ORIENTATION, 1) >= 5:
             width, height = height, width
         return (1 if image.mode in _GREY else 3), height, width
 

@@ -106,10 +106,8 @@ def _find(folder: Path) -> list[tuple[str, str | None]]:
     import datasets
 
     with tempfile.TemporaryDirectory(prefix="lowvar-") as cache:  # `datasets` leaves a lock file there
-        pattern = glob.escape(str(folder)) + "/**"
-        found = datasets.load_dataset("imagefolder", data_files={"all": pattern}, streaming=True, cache_dir=cache)[
-            "all"
-        ]
+        pattern = {"images": glob.escape(str(folder)) + "/**"}
+        found = datasets.load_dataset("imagefolder", data_files=pattern, streaming=True, cache_dir=cache)["images"]
         features = found.features or {}
         names = features["label"].names if "label" in features else None
         rows = found.cast_column("image", datasets.Image(decode=False)) if "image" in features else []

@@ -116,10 +116,10 @@ def _open(path: Path) -> tuple[dict[str, Any], object]:
             found, keep = datasets.load_from_disk(str(path)), None
         else:
             keep = _Temporary()
-            found = datasets.load_dataset("parquet", data_files={"all": str(path)}, cache_dir=keep.path)
+            found = datasets.load_dataset("parquet", data_files={"rows": str(path)}, cache_dir=keep.path)
     except broken as error:
         raise UserError(f"cannot open the data set {path} ({str(error).splitlines()[0]}); write it again") from None
-    return ({str(name): rows for name, rows in found.items()} if isinstance(found, dict) else {"all": found}), keep
+    return ({str(name): rows for name, rows in found.items()} if isinstance(found, dict) else {"rows": found}), keep
 
 
 def load_saved(path: Path, *, size: int | None = None, seed: int = 0, channels: int | None = None) -> Data:
@@ -138,6 +138,7 @@ def load_saved(path: Path, *, size: int | None = None, seed: int = 0, channels: 
     if column is None:
         raise UserError(f"{path} has no image column (it has {', '.join(first.features)}); give a data set of images")
     tables = {name: table.cast_column(column, datasets.Image(decode=False)) for name, table in tables.items()}
+    first = next(iter(tables.values()))
     label = next((name for name, kind in first.features.items() if isinstance(kind, datasets.ClassLabel)), None)
 
     picked: list[tuple[Any, Tensor]] = []

@@ -160,7 +160,9 @@ class MatrixBasis(Basis):
         self.name = name
         d = self.event_shape.numel()
         if directions.shape != (d, d):
-            raise ValueError(f"directions have shape {tuple(directions.shape)}, an event of {d} numbers needs ({d}, {d})")
+            raise ValueError(
+                f"directions have shape {tuple(directions.shape)}, an event of {d} numbers needs ({d}, {d})"
+            )
         error = float((directions.T.double() @ directions.double() - torch.eye(d, dtype=torch.float64)).abs().max())
         if not error < 1e-4:
             raise ValueError(f"directions are not orthonormal: max |B^T B - I| = {error:.2g}, allowed 1e-4")

@@ -1,8 +1,8 @@
 r"""Covariance as a value: one small family of batched positive semi-definite matrices on an event space R^d.
 
-Every member answers the same questions, and the family is closed under C -> a I + b C (`affine`), which is all a reverse
-kernel N(mean, lambda^2 I + kappa^2 C) needs: its noise is `affine(lambda^2, kappa^2).sqrt_matvec(z)`, its density uses
-`logdet` and `inverse_quadratic`.
+Every member answers the same questions, and the family is closed under C -> a I + b C (`affine`), which is all a
+reverse kernel N(mean, lambda^2 I + kappa^2 C) needs: its noise is `affine(lambda^2, kappa^2).sqrt_matvec(z)`, its
+density uses `logdet` and `inverse_quadratic`.
 
     member                 C                               cost of a product / root / logdet
     Isotropic              v I                             d
@@ -151,7 +151,9 @@ class Isotropic(Covariance):
 
     def affine(self, a: Scalar, b: Scalar) -> Isotropic:
         """See the base class."""
-        return Isotropic(_per_sample(a, self.variance) + _per_sample(b, self.variance) * self.variance, self.event_shape)
+        return Isotropic(
+            _per_sample(a, self.variance) + _per_sample(b, self.variance) * self.variance, self.event_shape
+        )
 
     def bounded(self, limit: Tensor) -> Isotropic:
         """See the base class."""
@@ -350,7 +352,9 @@ class Dense(Covariance):
         self.event_shape = torch.Size(event_shape)
         matrix = _wide(matrix)
         if matrix.ndim != 3 or matrix.shape[-2:] != (self.d, self.d):
-            raise ValueError(f"matrix has shape {tuple(matrix.shape)}; events of {self.d} numbers need (B, {self.d}, {self.d})")
+            raise ValueError(
+                f"matrix has shape {tuple(matrix.shape)}; events of {self.d} numbers need (B, {self.d}, {self.d})"
+            )
         values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
         self._values, self._vectors = values.clamp_min(0), vectors
 
@@ -400,7 +404,9 @@ class Dense(Covariance):
 
     def bounded(self, limit: Tensor) -> Dense:
         """See the base class."""
-        return Dense._of(_per_sample(self._scale_to(limit), self._values) * self._values, self._vectors, self.event_shape)
+        return Dense._of(
+            _per_sample(self._scale_to(limit), self._values) * self._values, self._vectors, self.event_shape
+        )
 
     def inverse_trace(self, other: Covariance) -> Tensor:
         """See the base class; d^2 where `other` is given by its products."""
@@ -478,7 +484,8 @@ class Implicit(Covariance):
                 w = w - torch.einsum("bdk,bk->bd", V, torch.einsum("bdk,bd->bk", V, w))
             if j + 1 < k:
                 beta = w.norm(dim=1, keepdim=True)
-                alive = beta > 1e-6 * scale.clamp_min(1e-30)  # an invariant subspace is complete: its T is block diagonal
+                # where the invariant subspace is complete T becomes block diagonal
+                alive = beta > 1e-6 * scale.clamp_min(1e-30)
                 beta = torch.where(alive, beta, torch.zeros_like(beta))
                 T[:, j, j + 1] = T[:, j + 1, j] = beta[:, 0]
                 basis.append(torch.where(alive, w / beta.clamp_min(1e-30), torch.zeros_like(w)))

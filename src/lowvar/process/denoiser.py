@@ -162,7 +162,9 @@ class NetworkDenoiser(Denoiser):
             raise ValueError(f"head is {head!r}; allowed: None, range, logvar")
         if prediction == "v_prediction" and schedule.family != "vp":
             raise ValueError(f"v-prediction is defined for variance-preserving schedules, not for {schedule.family!r}")
-        self.network, self.schedule, self.prediction, self.head = network, schedule, prediction, head
+        self.network, self.schedule = network, schedule
+        self.prediction: Prediction = prediction
+        self.head: Head | None = head
         self.clip, self.sigma_data, self.conditioning = clip, sigma_data, dict(conditioning or {})
 
     def raw(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor | None]:
@@ -178,12 +180,14 @@ class NetworkDenoiser(Denoiser):
         if self.head is None:
             if out.shape != x.shape:
                 raise ValueError(
-                    f"the network returned shape {tuple(out.shape)} for states {tuple(x.shape)}; with twice the channels "
-                    "it has a variance head: name it (head='range' or 'logvar')"
+                    f"the network returned shape {tuple(out.shape)} for states {tuple(x.shape)}; with twice the "
+                    "channels it has a variance head: name it (head='range' or 'logvar')"
                 )
             return out, None
         if out.shape[1] != 2 * x.shape[1]:
-            raise ValueError(f"head {self.head!r} needs {2 * x.shape[1]} output channels, the network has {out.shape[1]}")
+            raise ValueError(
+                f"head {self.head!r} needs {2 * x.shape[1]} output channels, the network has {out.shape[1]}"
+            )
         mean, head = out.chunk(2, dim=1)
         return mean, head
 

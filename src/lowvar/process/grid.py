@@ -2,16 +2,17 @@ r"""Step grids: decreasing times t_0 > t_1 > ... > t_K = 0 of a schedule, float6
 
 K steps evaluate the network at t_0 .. t_{K-1}. `t_start` (default 1) is where the chain begins.
 
-    uniform           t equally spaced from t_start to the schedule's t_min, then 0        (diffusers "linspace")
-    trailing          t equally spaced from t_start to 0                                   (diffusers "trailing")
-    leading           t_min + j / K, j = K-1..0, then 0                                    (diffusers "leading", offset 0)
-    quadratic         sqrt(t) equally spaced                                               (Song et al. 2020, DDIM)
+    uniform           t equally spaced from t_start to the schedule's t_min, then 0  (diffusers "linspace")
+    trailing          t equally spaced from t_start to 0                             (diffusers "trailing")
+    leading           t_min + j / K, j = K-1..0, then 0                              (diffusers "leading")
+    quadratic         sqrt(t) equally spaced                                         (Song et al. 2020, DDIM)
     uniform_logsnr    logsnr equally spaced, then 0                                        (DPM-Solver)
     karras            (sigma/alpha)^(1/rho) equally spaced, then 0                         (Karras et al. 2022, Eq. 5)
     variance_matched  density of knots in snr proportional to sqrt(R)
 
-Variance-matched grids. A step's excess cost is locally (1/4) dsnr^2 R in nats, so that K steps cost least when knots have
-density sqrt(R) in snr. For the isotropic kernel R = ||C||_F^2 - (tr C)^2 / d, and since d mmse / d snr = -E ||C||_F^2,
+Variance-matched grids. A step's excess cost is locally (1/4) dsnr^2 R in nats, so that K steps cost least when knots
+have density sqrt(R) in snr. For the isotropic kernel R = ||C||_F^2 - (tr C)^2 / d, and since d mmse / d snr = -E
+||C||_F^2,
 R is read off the curve M(snr) = d mmse alone:  R = -M' - M^2 / d.
 """
 
@@ -165,7 +166,8 @@ def variance_matched(
     curve = _interpolate(fine, logsnr, mmse)
     slope = torch.gradient(curve, spacing=(fine,))[0]  # d mmse / d logsnr = snr d mmse / d snr
     snr = torch.exp(fine)
-    rate2 = d * (-slope * snr - (snr * curve) ** 2)  # snr^2 R, with ||C||^2 = d * (-mmse') and (tr C)^2 / d = d * mmse^2
+    # snr^2 R, with ||C||^2 = -d mmse' and (tr C)^2 / d = d mmse^2
+    rate2 = d * (-slope * snr - (snr * curve) ** 2)
     scale = float((d * (snr * curve) ** 2).max().clamp_min(1e-12))
     rate = torch.sqrt(rate2.clamp_min(1e-6 * scale))  # sqrt(R) d snr = rate d logsnr
     low = max(_finite_logsnr(schedule, t_start), float(fine[0]))

@@ -16,9 +16,9 @@ choices of variance that others make are special cases (Cov(noise) for eta = 1):
     learned     exp(f log beta + (1 - f) log beta_tilde)             (Nichol & Dhariwal 2021)
     posterior   lambda^2 I + kappa^2 C                               (any covariance, any eta)
 
-The last step has s = 0: sigma_s = 0, lambda = 0, kappa = 1, mean = x0_hat. Its policy is explicit: `last="mean"` adds no
-noise (sampling); `last="decoder"` keeps a density for likelihoods, kappa^2 C or the rule's beta, where beta_tilde = 0 is
-replaced by the beta_tilde of the step before (as improved-diffusion does).
+The last step has s = 0: sigma_s = 0, lambda = 0, kappa = 1, mean = x0_hat. Its policy is explicit: `last="mean"` adds
+no noise (sampling); `last="decoder"` keeps a density for likelihoods, kappa^2 C or the rule's beta, where beta_tilde
+= 0 is replaced by the beta_tilde of the step before (as improved-diffusion does).
 """
 
 from __future__ import annotations
@@ -199,7 +199,9 @@ class ReverseKernel(Solver):
             log_variance = f * expand(torch.log(beta), f) + (1 - f) * expand(torch.log(small), f)
             return Diagonal(torch.where(expand(small, f) > 0, torch.exp(log_variance), torch.zeros_like(f)))
         if posterior.covariance is None:
-            raise ValueError("variance 'posterior' needs a covariance: calibrate one, or choose small, large or learned")
+            raise ValueError(
+                "variance 'posterior' needs a covariance: calibrate one, or choose small, large or learned"
+            )
         return posterior.covariance.affine(c.lambda2, c.kappa2)
 
     def prepare(self, levels: Level) -> list[StepCoefficients]:

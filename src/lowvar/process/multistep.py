@@ -1,7 +1,8 @@
 r"""The control variate of the reverse process: integrate the Gaussian twin exactly, discretise only the remainder.
 
-With y = (x - alpha m) / sigma in the twin's basis, l = log(alpha / sigma), u = e^l, v = 1 + c u^2 and the remainder
-r = x0_hat - D_lin, the reverse process of stochasticity tau (0: probability-flow ODE, 1: reverse SDE) is, per direction,
+With y = (x - alpha m) / sigma in the twin's basis, l = log(alpha / sigma), u = e^l, v = 1 + c u^2 and the remainder r
+= x0_hat - D_lin, the reverse process of stochasticity tau (0: probability-flow ODE, 1: reverse SDE) is, per
+direction,
 
     dy = [-tau^2 + (1 + tau^2) (v - 1) / v] y dl + (1 + tau^2) u r dl + sqrt(2) tau dW,
 
@@ -13,11 +14,11 @@ so that a step reads
 
     y_s = Phi(t -> s) y_t + (1 + tau^2) int_t^s Phi(l -> s) e^l r(l) dl + sqrt(Var) z.
 
-Only r has to be approximated. Its trend is modelled as v^-p ("decay" p: 0 keeps r itself, 1/2 keeps its size in units of
-the twin's posterior standard deviation), times the Lagrange polynomial through the values known so far: the predictor of
-order q uses the last q of them; the corrector redoes the step just made, with the same noise, once the network has been
-evaluated at its end, so it costs no evaluation. The weights of the values are one-dimensional integrals a direction, by
-Gauss-Legendre quadrature once per grid.
+Only r has to be approximated. Its trend is modelled as v^-p ("decay" p: 0 keeps r itself, 1/2 keeps its size in units
+of the twin's posterior standard deviation), times the Lagrange polynomial through the values known so far: the
+predictor of order q uses the last q of them; the corrector redoes the step just made, with the same noise, once the
+network has been evaluated at its end, so it costs no evaluation. The weights of the values are one-dimensional
+integrals a direction, by Gauss-Legendre quadrature once per grid.
 
 For Gaussian data r = 0 and every step is exact. Without a twin (c = 0) the formula is the exponential Adams method:
 order 1 is DPM-Solver++(1) (DDIM), order 2 is DPM-Solver++(2M) with exact weights ("heun" in diffusers), and with a
@@ -25,8 +26,8 @@ corrector it is of the kind of UniPC (tau = 0) and SA-Solver (tau > 0).
 
 The step to s = 0 returns x0_hat: the posterior mean, without noise.
 
-Sources: Lu et al. 2022 (DPM-Solver++), Xue et al. 2023 (SA-Solver), Zhao et al. 2023 (UniPC), Wang & Vastola 2024 (Gaussian
-score); the exact integration of the Gaussian part with general tau is this package's own.
+Sources: Lu et al. 2022 (DPM-Solver++), Xue et al. 2023 (SA-Solver), Zhao et al. 2023 (UniPC), Wang & Vastola 2024
+(Gaussian score); the exact integration of the Gaussian part with general tau is this package's own.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def _gauss_legendre(n: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _Step:
-    """One step's numbers: factor of y_t, noise std, predictor and corrector weights (newest value first), per direction."""
+    """One step's numbers: factor of y_t, noise std, predictor and corrector weights (newest value first), per
+    direction."""
 
     phi: Tensor
     std: Tensor

@@ -153,7 +153,7 @@ class Independent(NoiseSource):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """Uniform numbers (w + 1/2) / 2^m with m = 52 bits (float64) or 23 bits (else), so that 0 and 1 are excluded."""
+        """Uniform numbers (w + 1/2) / 2^m, m = 52 bits (float64) or 23 (else): 0 and 1 are excluded."""
         index = _as_index(index, device)
         d = math.prod(shape)
         words = _words(self.seed, 1, index, draw, -(-d // 2))
@@ -168,7 +168,8 @@ class Independent(NoiseSource):
 class Antithetic(NoiseSource):
     """Pairs of mirrored samples: sample 2k has the noise z of `base`'s sample k, sample 2k + 1 has -z (and 1 - u).
 
-    Every sample alone is standard normal; only pairs are dependent, so a statistic's interval must come from pair means.
+    Every sample alone is standard normal; only pairs are dependent, so a statistic's interval must come from pair
+    means.
 
     Example:
         >>> z = Antithetic(Independent(3)).normal(range(4), (5,))

@@ -360,7 +360,9 @@ class DiscreteVP(Schedule):
         high = (low + 1).clamp_max(self.steps - 1)
         # an exact knot is returned as it is: n - low is 0 or 1 there, and 0 * inf must not enter
         w = n - low
-        inner = torch.where(w <= 0, knots[low], torch.where(w >= 1, knots[high], torch.lerp(knots[low], knots[high], w)))
+        inner = torch.where(
+            w <= 0, knots[low], torch.where(w >= 1, knots[high], torch.lerp(knots[low], knots[high], w))
+        )
         if torch.isinf(self._knots[-1]):  # zero terminal SNR: alpha is linear in t on the last interval
             alpha2 = ((1 - w) * torch.sigmoid(knots[low]).sqrt()) ** 2
             inner = torch.where((high == self.steps - 1) & (w > 0), _logit(alpha2.clamp_max(1.0)), inner)
@@ -398,7 +400,14 @@ class DiscreteVP(Schedule):
         return DiscreteVP(root**2, f"{self.name}, zero terminal snr")
 
 
-_BETA_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+_BETA_FIELDS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
 
 
 def _betas(config: Mapping[str, Any]) -> Tensor:
@@ -407,7 +416,7 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
     start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
     kind = config.get("beta_schedule", "linear")
     if config.get("trained_betas") is not None:
-        return _f64(list(config["trained_betas"]))
+        return torch.tensor(list(config["trained_betas"]), dtype=torch.float64)
     if kind == "linear":
         return torch.linspace(start, end, T, dtype=torch.float64)
     if kind == "scaled_linear":
@@ -419,7 +428,8 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
     if kind == "sigmoid":
         return torch.sigmoid(torch.linspace(-6, 6, T, dtype=torch.float64)) * (end - start) + start
     raise ValueError(
-        f"beta_schedule is {kind!r}; allowed: linear, scaled_linear, squaredcos_cap_v2, sigmoid, or a list in trained_betas"
+        f"beta_schedule is {kind!r}; allowed: linear, scaled_linear, squaredcos_cap_v2, sigmoid, or numbers in "
+        "trained_betas"
     )
 
 

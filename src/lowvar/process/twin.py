@@ -5,13 +5,13 @@ With x_t = alpha x_0 + sigma eps and per basis direction (centred at alpha m), i
     denoiser            D_lin = m + alpha c / (alpha^2 c + sigma^2) (x - alpha m)           (the Wiener filter)
     posterior variance  c sigma^2 / (alpha^2 c + sigma^2)
     marginal variance   alpha^2 c + sigma^2
-    flow map t -> s     (x_s - alpha_s m) = sqrt((alpha_s^2 c + sigma_s^2) / (alpha_t^2 c + sigma_t^2)) (x_t - alpha_t m)
+    flow map t -> s     x_s - alpha_s m = sqrt(w_s / w_t) (x_t - alpha_t m), w the marginal variance
     mmse                mean over directions of the posterior variance
     noise loss          E ||eps - eps_lin||^2 / d = (alpha^2 / sigma^2) mmse
 
-D_lin is the best *linear* denoiser of any data with these moments, so the mmse of the twin bounds the data's from above,
-and E ||D_lin - x_0||^2 is known exactly for the data themselves. The twin is the control variate of this package: a term
-correlated with what a network computes, whose own integral, loss or expectation needs no network.
+D_lin is the best *linear* denoiser of any data with these moments, so the mmse of the twin bounds the data's from
+above, and E ||D_lin - x_0||^2 is known exactly for the data themselves. The twin is the control variate of this
+package: a term correlated with what a network computes, whose own integral, loss or expectation needs no network.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ class GaussianTwin:
         safe = torch.where(total > 0, total, torch.ones_like(total))  # c = sigma = 0: nothing is unknown there
         mean = self.mean.to(x) + self.basis.inverse(expand(level.alpha, x) * c / safe * self.rotate(x, level))
         variance = c * expand(level.sigma**2, x) / safe
-        return Posterior(mean, BasisDiagonal(self.basis, variance.expand(1, *c.shape) if variance.ndim == c.ndim else variance))
+        return Posterior(
+            mean, BasisDiagonal(self.basis, variance.expand(1, *c.shape) if variance.ndim == c.ndim else variance)
+        )
 
     def marginal(self, level: Level) -> Gaussian:
         """The law of x_t, N(alpha m, alpha^2 C + sigma^2 I), batch size 1."""

@@ -1,9 +1,9 @@
 r"""Samplers by name: a solver, the covariance it needs and the grid it is used with unless another is asked for.
 
-    ddpm-*     ancestral kernel (eta = 1) with a choice of variance
-    ddim-*     deterministic mean (eta = 0), optionally with calibrated noise kappa^2 C
-    adams-*    exponential Adams predictor-corrector without a control variate
-    twin-*     the same on what the Gaussian twin leaves over: ODE (tau = 0) or SDE (tau = 1)
+ddpm-*     ancestral kernel (eta = 1) with a choice of variance
+ddim-*     deterministic mean (eta = 0), optionally with calibrated noise kappa^2 C
+adams-*    exponential Adams predictor-corrector without a control variate
+twin-*     the same on what the Gaussian twin leaves over: ODE (tau = 0) or SDE (tau = 1)
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class NamedSampler:
         name: its name.
         about: one line for help and reports.
         solver: the solver; a `MultistepSolver` of a twin-* sampler gets its twin from `named_sampler`.
-        covariance: structure of the calibrated covariance it needs (`isotropic`, `pixel`, `basis`, `analytic`), `learned`
+        covariance: structure of the calibrated covariance it needs (`isotropic`, `pixel`, `basis`, `analytic`),
+        `learned`
             for the network's own variance head, or None.
         grid: name of its default grid.
         needs_twin: whether it needs the calibrated twin.

@@ -2,9 +2,9 @@ r"""Running the reverse process.
 
     x_{t_0} -> x_{t_1} -> ... -> x_{t_K},     x_{t_{k+1}} = solver step(x_{t_k}, posterior(x_{t_k}), z_k).
 
-`trajectory` is a generator of (state, info), so a caller logs, stops or inspects without callbacks; `generate` runs it in
-batches to the end. Noise is an argument: sample i at draw 0 gives the start, at draw k + 1 the noise of step k, so sample
-i has the same noise whatever the batch size or the order.
+`trajectory` is a generator of (state, info), so a caller logs, stops or inspects without callbacks; `generate` runs
+it in batches to the end. Noise is an argument: sample i at draw 0 gives the start, at draw k + 1 the noise of step k,
+so sample i has the same noise whatever the batch size or the order.
 """
 
 from __future__ import annotations
