@@ -83,7 +83,8 @@ class Calibration:
         if schedule.fingerprint != self.fingerprint:
             raise UserError(
                 f"this calibration was made for a schedule with fingerprint {self.fingerprint}, the model's schedule "
-                f"has {schedule.fingerprint}: calibrate again with `lowvar calibrate --model MODEL --data DATA --out RUN`"
+                f"has {schedule.fingerprint}: calibrate again with `lowvar calibrate --model MODEL --data DATA --out "
+                "RUN`"
             )
 
     def table(self, structure: str) -> CovarianceTable:

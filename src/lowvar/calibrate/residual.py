@@ -144,8 +144,7 @@ def residual_moments(
 
 @dataclass(frozen=True)
 class StandardisedResiduals:
-    """mean over entries of (x_0 - x0_hat)^2 / v by level: `value` and its standard error over images `se`, both
-    (L,)."""
+    """Mean over entries of (x_0 - x0_hat)^2 / v by level: `value` and its standard error over images, both (L,)."""
 
     logsnr: Tensor
     value: Tensor

@@ -1,0 +1,37 @@
+"""Samplers by name, ours and diffusers', run on one network with common noise and scored against held-out data."""
+
+from __future__ import annotations
+
+from lowvar.evaluation.peers import PEERS, Peer, make_peer, peer_named, run_peer
+from lowvar.evaluation.runs import (
+    TWIN_ALONE,
+    Cell,
+    Drawn,
+    Evaluation,
+    check_cell,
+    check_steps,
+    draw,
+    evaluate,
+    recommend,
+    resolve,
+    sampling_grid,
+)
+
+__all__ = [
+    "PEERS",
+    "TWIN_ALONE",
+    "Cell",
+    "Drawn",
+    "Evaluation",
+    "Peer",
+    "check_cell",
+    "check_steps",
+    "draw",
+    "evaluate",
+    "make_peer",
+    "peer_named",
+    "recommend",
+    "resolve",
+    "run_peer",
+    "sampling_grid",
+]

@@ -1,14 +1,14 @@
 r"""The diffusers schedulers as peers: driven by our loop on the same network, from the same starting noise.
 
-    x = init_noise_sigma z_i,    for t in scheduler.timesteps:  x = scheduler.step(network(scale_model_input(x, t), t), t, x)
+    x = init_noise_sigma z_i;    for t in scheduler.timesteps:  x = step(network(scale_model_input(x, t), t), t, x)
 
 What is made equal, so that a row compares samplers and nothing else:
 
-- the network and its conditioning; a variance head's channels are split off before a peer that cannot read them sees them;
+- the network and its conditioning; a variance head's channels are split off for peers that cannot read them;
 - the start: sample i has our noise source's draw 0;
 - the noise of step k: our draw k + 1 where `step` takes `variance_noise` (DDIM, DPM-Solver++); where it takes only
-  `generator` (DDPM, SA-Solver), a list with one `torch.Generator` a sample, seeded from our source, so that sample i has
-  the same noise whatever the batch size, though not the same numbers as ours;
+  `generator` (DDPM, SA-Solver), a list with one `torch.Generator` a sample, seeded from our source, so that sample i
+  has the same noise whatever the batch size, though not the same numbers as ours;
 - clipping of x0 to [-b, b], wherever the peer offers it: `clip_sample` (DDPM, DDIM, Heun), or `thresholding` with
   `sample_max_value=b`, whose "dynamic" threshold is then the constant b (the multistep schedulers). Flow and EDM
   schedulers offer none; the final clip is the same for all;

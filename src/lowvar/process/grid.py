@@ -34,6 +34,7 @@ __all__ = [
     "leading",
     "make_grid",
     "quadratic",
+    "spaced_timesteps",
     "to_timesteps",
     "trailing",
     "uniform",
@@ -197,10 +198,41 @@ def to_timesteps(schedule: Schedule, grid: Tensor) -> Tensor:
     return schedule.timestep(grid[:-1])
 
 
-def from_timesteps(schedule: Schedule, timesteps: Sequence[float] | Tensor, train_timesteps: int = 1000) -> Tensor:
-    """The grid of discrete timesteps n in [0, T - 1]: times (n + 1) / T, then 0."""
-    n = torch.as_tensor(timesteps, dtype=torch.float64)
-    return custom(schedule, (n + 1) / train_timesteps)
+def from_timesteps(schedule: Schedule, timesteps: Sequence[float] | Tensor) -> Tensor:
+    """The grid whose evaluations are at given timesteps (what the network is conditioned on), then 0.
+
+    Example:
+        >>> from lowvar.process.schedule import schedule_from_diffusers
+        >>> from_timesteps(schedule_from_diffusers({}), [999, 499]).tolist()
+        [1.0, 0.5, 0.0]
+    """
+    return custom(schedule, schedule.time_of(torch.as_tensor(timesteps, dtype=torch.float64)))
+
+
+def spaced_timesteps(spacing: str, T: int, steps: int, offset: int = 0) -> Tensor:
+    """Whole timesteps in [0, T - 1] as diffusers' DDPMScheduler spaces them (Lin et al. 2024, Table 2), (steps,).
+
+    Args:
+        spacing: leading (multiples of T // steps, plus offset), linspace (both ends) or trailing (from T - 1).
+        T: training timesteps.
+        steps: how many, at most T.
+        offset: for `leading`.
+
+    Raises:
+        ValueError: if the spacing is unknown.
+
+    Example:
+        >>> [spaced_timesteps(s, 1000, 3).tolist() for s in ("leading", "linspace", "trailing")]
+        [[666.0, 333.0, 0.0], [999.0, 500.0, 0.0], [999.0, 666.0, 332.0]]
+    """
+    j = torch.arange(steps, dtype=torch.float64)
+    if spacing == "linspace":  # one step is at 0 there, as numpy.linspace has it
+        return (j * ((T - 1) / max(steps - 1, 1))).round().flip(0)
+    if spacing == "trailing":
+        return (T - j * (T / steps)).round() - 1
+    if spacing == "leading":
+        return (j * (T // steps)).flip(0) + offset
+    raise ValueError(f"spacing is {spacing!r}; allowed: leading, linspace, trailing")
 
 
 GRIDS = {

@@ -33,7 +33,6 @@ Sources: Lu et al. 2022 (DPM-Solver++), Xue et al. 2023 (SA-Solver), Zhao et al.
 from __future__ import annotations
 
 import math
-from collections import deque
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -59,13 +58,16 @@ def _gauss_legendre(n: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _Step:
-    """One step's numbers: factor of y_t, noise std, predictor and corrector weights (newest value first), per
-    direction."""
+    """One step's numbers per direction: factor of y_t, noise std, weights of the remainders (newest first)."""
 
     phi: Tensor
     std: Tensor
     predictor: Tensor  # (q, *event or scalars): values r_k, r_{k-1}, ...
     corrector: Tensor | None  # (q', ...): values r_{k+1}, r_k, ...
+
+    def to(self, like: Tensor) -> _Step:
+        corrector = None if self.corrector is None else self.corrector.to(like)
+        return _Step(self.phi.to(like), self.std.to(like), self.predictor.to(like), corrector)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,15 @@ class MultistepPlan:
     sigma: list[float]
     gain: list[Tensor]
     steps: list[_Step | None]
+
+    def to(self, like: Tensor) -> MultistepPlan:
+        """The plan in the dtype and on the device of `like`: steps then copy nothing from one device to another."""
+        return MultistepPlan(
+            [v.to(like) for v in self.shift],
+            self.sigma,
+            [v.to(like) for v in self.gain],
+            [None if step is None else step.to(like) for step in self.steps],
+        )
 
 
 @dataclass(frozen=True)
@@ -221,7 +232,7 @@ class MultistepSolver(Solver):
         centred = self._rotate(x - plan.shift[k].to(x))
         remainder = x0 if self.twin is None else self._rotate(x0 - self.twin.mean.to(x0))
         remainder = remainder - plan.gain[k].to(x) * centred
-        values = deque((remainder, *state.memory.remainders), maxlen=4)
+        values = (remainder, *state.memory.remainders)[:4]
         y = centred / plan.sigma[k]
         previous = plan.steps[k - 1] if k else None
         if state.memory.base is not None and previous is not None and previous.corrector is not None:
@@ -231,10 +242,10 @@ class MultistepSolver(Solver):
             base = base + step.std.to(y) * self._rotate(z)
         y_s = _combine(base, step.predictor, values)
         x_s = self._unrotate(plan.sigma[k + 1] * y_s) + plan.shift[k + 1].to(x)
-        return State(x_s, _Memory(tuple(values), base)), info
+        return State(x_s, _Memory(values, base)), info
 
 
-def _combine(base: Tensor, weights: Tensor, values: deque[Tensor]) -> Tensor:
+def _combine(base: Tensor, weights: Tensor, values: tuple[Tensor, ...]) -> Tensor:
     for w, r in zip(weights, values, strict=False):
         base = base + w.to(base) * r
     return base

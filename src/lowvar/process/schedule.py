@@ -116,6 +116,10 @@ class Schedule(ABC):
         """The time input a network is conditioned on (float64)."""
         return _f64(t) * self.conditioning_scale
 
+    def time_of(self, timestep: Tensor | float) -> Tensor:
+        """The inverse of `timestep` (float64)."""
+        return _f64(timestep) / self.conditioning_scale
+
     def at(self, t: Tensor | float) -> Level:
         """The level at times t.
 
@@ -245,6 +249,10 @@ class VE(Schedule):
         """See the base class: log(sigma) / 4."""
         return -self.logsnr(t) / 8
 
+    def time_of(self, timestep: Tensor | float) -> Tensor:
+        """See the base class."""
+        return self.time(-8 * _f64(timestep))
+
     def logsnr(self, t: Tensor | float) -> Tensor:
         """See the base class."""
         return -2 * (math.log(self.sigma_max) + self.rho * torch.log(_f64(t)))
@@ -279,6 +287,11 @@ class Flow(Schedule):
     def timestep(self, t: Tensor | float) -> Tensor:
         """See the base class: 1000 sigma."""
         return self._u(_f64(t)) * self.conditioning_scale
+
+    def time_of(self, timestep: Tensor | float) -> Tensor:
+        """See the base class."""
+        u = _f64(timestep) / self.conditioning_scale
+        return u / (self.shift - (self.shift - 1) * u)
 
     def logsnr(self, t: Tensor | float) -> Tensor:
         """See the base class; -inf at t = 1."""
@@ -350,6 +363,10 @@ class DiscreteVP(Schedule):
     def timestep(self, t: Tensor | float) -> Tensor:
         """See the base class: T t - 1."""
         return _f64(t) * self.steps - 1
+
+    def time_of(self, timestep: Tensor | float) -> Tensor:
+        """See the base class: (n + 1) / T."""
+        return (_f64(timestep) + 1) / self.steps
 
     def logsnr(self, t: Tensor | float) -> Tensor:
         """See the base class."""

@@ -256,7 +256,8 @@ def vlb(
         t, s = points[k], points[k + 1]
         eps = noise.normal(index, x0.shape[1:], draw=k, dtype=x0.dtype, device=x0.device)
         x = expand(t.alpha, x0) * x0 + expand(t.sigma, x0) * eps
-        columns.append(step_bits(x0, x, denoiser(x, t), kernel, t, s, points[max(k - 1, 0)], levels).double())
+        before = points[k - 1] if k else None
+        columns.append(step_bits(x0, x, denoiser(x, t), kernel, t, s, before, levels).double())
     n = x0.shape[0]
     terms = [c.expand(n) for c in columns]
     kl = torch.stack(terms[:-1], 1) if len(terms) > 1 else torch.zeros(n, 0, dtype=torch.float64, device=x0.device)

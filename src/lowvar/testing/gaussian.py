@@ -4,8 +4,8 @@ r"""A Gaussian target with everything in closed form.
     E[x_0 | x_t]   = m + G (x_t - alpha m),   G = alpha S (alpha^2 S + sigma^2 I)^-1,
     Cov[x_0 | x_t] = sigma^2 S (alpha^2 S + sigma^2 I)^-1.
 
-It is the oracle of everything that is exact on Gaussian data: the reverse kernels with full covariance, the twin's solver,
-the linear chain of `lowvar.testing.chain`.
+It is the oracle of everything that is exact on Gaussian data: the reverse kernels with full covariance, the twin's
+solver, the linear chain of `lowvar.testing.chain`.
 """
 
 from __future__ import annotations
@@ -109,9 +109,7 @@ class GaussianTarget:
         z = (noise or Independent(0)).normal(index, self.event_shape, draw=draw, dtype=dtype)
         return self.twin.sample(z)
 
-    def denoiser(
-        self, schedule: Schedule, covariance: Literal["basis", "dense"] | None = "basis"
-    ) -> GaussianDenoiser:
+    def denoiser(self, schedule: Schedule, covariance: Literal["basis", "dense"] | None = "basis") -> GaussianDenoiser:
         """The exact posterior under a schedule.
 
         Args:
