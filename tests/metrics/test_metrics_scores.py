@@ -66,6 +66,18 @@ def test_the_classifier_can_be_kept_on_disk_and_trained_in_inference_mode(digits
     assert not any(p.requires_grad for p in b.parameters())
 
 
+def test_the_classifiers_weights_do_not_depend_on_the_number_of_threads_which_is_left_as_it_was(digits: Data):
+    before, hashes = torch.get_num_threads(), set()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            hashes.add(digit_classifier(digits, updates=5).hash)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert len(hashes) == 1
+
+
 def test_features_do_not_depend_on_the_batch_and_have_full_rank(scorer: Scorer, digits: Data):
     assert scorer.extractor is not None
     x = digits.test.all()

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -202,7 +203,7 @@ def digit_classifier(data: DataSet, *, seed: int = 0, updates: int = _UPDATES, c
 
         net.load_state_dict(load_file(path))
     else:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), _one_thread():
             _train(net, data.train, labels, seed, updates)
         if path is not None:
             from safetensors.torch import save_file
@@ -214,6 +215,21 @@ def digit_classifier(data: DataSet, *, seed: int = 0, updates: int = _UPDATES, c
     with torch.no_grad():
         right = torch.cat([net(part).argmax(1) for part in data.test.batches(1024)]) == held
     return Extractor("classifier", body, 32, right.to(torch.float64).mean().item())
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread inside.
+
+    The batches are too small for more (on a busy machine two threads were 10 times slower than one), and the order of
+    summation, hence the weights' hash, then does not depend on the number of cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _train(net: nn.Module, train: ImageSet, labels: Tensor, seed: int, updates: int) -> None:

@@ -96,8 +96,9 @@ class Covariance(ABC):
 
     def dense(self) -> Tensor:
         """The matrices (B or 1, d, d), by d products."""
-        eye = torch.eye(self.d, dtype=self.diagonal().dtype, device=self.diagonal().device)
-        columns = [self.matvec(e.reshape(1, *self.event_shape)).flatten(1) for e in eye]
+        diagonal = self.diagonal()
+        eye = torch.eye(self.d, dtype=diagonal.dtype, device=diagonal.device)
+        columns = [self.matvec(e.reshape(1, *self.event_shape).expand_as(diagonal)).flatten(1) for e in eye]
         return torch.stack(columns, -1)
 
     def inverse_trace(self, other: Covariance) -> Tensor:

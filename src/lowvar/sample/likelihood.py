@@ -6,22 +6,24 @@ For a chain t_0 > t_1 > ... > t_K = 0 and a reverse kernel p(x_s | x_t) = N(a x_
                      + sum_{k=0}^{K-2} E KL(q(x_{t_{k+1}} | x_{t_k}, x_0) || p(x_{t_{k+1}} | x_{t_k}))  kl
                      - E log p(x_0 | x_{t_{K-1}})                                                  decoder
 
-with q(x_s | x_t, x_0) = N(a x_t + kappa x_0, lambda^2 I), a, kappa, lambda those of the kernel at its eta (Ho et al. 2020,
-Eq. 5, for eta = 1; Song et al. 2020, Theorem 1, for any eta > 0). The means differ by kappa (x_0 - x0_hat) only, so that
+with q(x_s | x_t, x_0) = N(a x_t + kappa x_0, lambda^2 I), a, kappa, lambda those of the kernel at its eta (Ho et al.
+2020, Eq. 5, for eta = 1; Song et al. 2020, Theorem 1, for any eta > 0). The means differ by kappa (x_0 - x0_hat)
+only, so that
 
-    KL = 1/2 [ kappa^2 (x_0 - x0_hat)^T S^-1 (x_0 - x0_hat) + sum_i (1/m_i - 1 + log m_i) ],   m = eigenvalues of S / lambda^2,
+    KL = 1/2 [ kappa^2 (x_0 - x0_hat)^T S^-1 (x_0 - x0_hat) + sum_i (1/m_i - 1 + log m_i) ]
 
-which is computed in this form: nothing of size |x_t| cancels. With S = lambda^2 I and the exact denoiser the expected KL
-is (snr_s - snr_t) tr C / 2.
+with the eigenvalues m of S / lambda^2, which is computed in this form: nothing of size |x_t| cancels. With
+S = lambda^2 I and the exact denoiser the expected KL is (snr_s - snr_t) tr C / 2.
 
 Decoder. Data with L grey levels in [-1, 1] have bins of half-width 1 / (L - 1), open at both ends:
 
     P(x) = Phi((x + 1/(L-1) - m) / s) - Phi((x - 1/(L-1) - m) / s),      Phi(inf) = 1, Phi(-inf) = 0,
 
 in logarithms throughout, so that it neither underflows nor needs a floor (Ho et al. 2020, Eq. 13; improved-diffusion
-approximates Phi by a tanh and clamps at 1e-12). A decoder with a full covariance has no cheap bin probability: its entries
-are taken as independent with the diagonal of S, which is a decoder of its own and so a valid bound. With `levels=None` the
-decoder is the density, and the bound is one on the differential entropy (comparable for continuous data only).
+approximates Phi by a tanh and clamps at 1e-12). A decoder with a full covariance has no cheap bin probability: its
+entries are taken as independent with the diagonal of S, which is a decoder of its own and so a valid bound. With
+`levels=None` the decoder is the density, and the bound is one on the differential entropy (comparable for continuous
+data only).
 
 Sources: Ho et al. 2020; Nichol & Dhariwal 2021, Sec. 2 (bits/dim, learned variances).
 """
@@ -114,7 +116,9 @@ def discretised_log_prob(x: Tensor, mean: Tensor, std: Tensor, levels: int) -> T
     tiny = torch.finfo(high.dtype).tiny
     inner = high + torch.log((-torch.expm1(low - high)).clamp_min(tiny))
     at_least, at_most = x < -1 + half, x > 1 - half
-    return torch.where(at_least, torch.special.log_ndtr(upper), torch.where(at_most, torch.special.log_ndtr(-lower), inner))
+    return torch.where(
+        at_least, torch.special.log_ndtr(upper), torch.where(at_most, torch.special.log_ndtr(-lower), inner)
+    )
 
 
 def _bits(nats: Tensor, d: int) -> Tensor:
@@ -178,7 +182,8 @@ def step_bits(
     before: Level | None = None,
     levels: int | None = None,
 ) -> Tensor:
-    """The bound's term for the step t -> s: the decoder where s is clean data, the KL elsewhere; bits a dimension, (B,).
+    """The bound's term for the step t -> s: the decoder where s is clean data, the KL elsewhere; bits a dimension,
+    (B,).
 
     Args:
         x0: data, (B, *event_shape).
@@ -238,13 +243,10 @@ def vlb(
         ValueError: if the grid does not end at 0 or the kernel has no density.
 
     Example:
-        >>> from lowvar.process import CosineVP, GaussianTwin, PixelBasis
-        >>> from lowvar.process.grid import uniform
-        >>> schedule = CosineVP()
-        >>> twin = GaussianTwin(torch.zeros(3), PixelBasis((3,)), torch.ones(3))
-        >>> bound = vlb(twin.denoiser(schedule), ReverseKernel(last="decoder"), uniform(schedule, 4), torch.zeros(2, 3), None)
-        >>> tuple(bound.kl.shape)
-        (2, 3)
+        >>> from lowvar.process import CosineVP, GaussianTwin, PixelBasis >>> from lowvar.process.grid import uniform
+        >>> schedule = CosineVP() >>> twin = GaussianTwin(torch.zeros(3), PixelBasis((3,)), torch.ones(3)) >>> bound =
+        vlb(twin.denoiser(schedule), ReverseKernel(last="decoder"), uniform(schedule, 4), torch.zeros(2, 3), None) >>>
+        tuple(bound.kl.shape) (2, 3)
     """
     if len(grid) < 2 or float(grid[-1]) != 0:
         raise ValueError("a likelihood needs a grid of at least one step that ends at t = 0")

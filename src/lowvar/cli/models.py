@@ -1,0 +1,220 @@
+"""A model folder as the commands use it: network, schedule, calibration, shape, and its scheduler as ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowvar.calibrate import Calibration
+from lowvar.errors import UserError
+from lowvar.evaluation import check_steps
+from lowvar.pipelines import denoiser_of, open_pipeline
+from lowvar.process.denoiser import NetworkDenoiser
+from lowvar.process.noise import NoiseSource
+from lowvar.process.schedule import DiscreteVP
+from lowvar.sample import SAMPLERS
+from lowvar.schedulers import ReverseVarianceScheduler
+
+__all__ = [
+    "Model",
+    "default_samplers",
+    "model_of",
+    "open_model",
+    "require_shape",
+    "run_scheduler",
+    "save_model",
+    "scheduler_of",
+]
+
+
+@dataclass(frozen=True)
+class Model:
+    """An opened model.
+
+    Attributes:
+        pipeline: the diffusers pipeline.
+        denoiser: its network with schedule and prediction.
+        calibration: of its scheduler, or None.
+        shape: (C, H, W) of what it makes.
+    """
+
+    pipeline: Any
+    denoiser: NetworkDenoiser
+    calibration: Calibration | None
+    shape: tuple[int, int, int]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What stands in a report about the network."""
+        network: Any = self.denoiser.network
+        parameters = sum(p.numel() for p in network.parameters()) if hasattr(network, "parameters") else None
+        return {
+            "name": type(network).__name__,
+            "parameters": parameters,
+            "prediction": self.denoiser.prediction,
+            "head": self.denoiser.head,
+            "schedule": type(self.denoiser.schedule).__name__,
+            "fingerprint": self.denoiser.schedule.fingerprint,
+        }
+
+
+def _shape_of(network: Any, denoiser: NetworkDenoiser) -> tuple[int, int, int]:
+    config = getattr(network, "config", None)
+    channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
+    if channels is None or size is None:
+        raise UserError(
+            "the network's config does not say what it makes; in_channels and sample_size are needed in its config.json"
+        )
+    height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    return int(channels), height, width
+
+
+def model_of(pipeline: Any, device: torch.device) -> Model:
+    """An opened pipeline as a `Model` on a device."""
+    pipeline.to(device)
+    denoiser = denoiser_of(pipeline)
+    network: Any = denoiser.network
+    if hasattr(network, "eval"):
+        network.eval().requires_grad_(False)
+    calibration = getattr(pipeline.scheduler, "calibration", None)
+    if calibration is not None:
+        calibration.require(denoiser.schedule)
+    return Model(pipeline, denoiser, calibration, _shape_of(network, denoiser))
+
+
+def open_model(folder: Path, device: torch.device) -> Model:
+    """A pipeline folder as a `Model`.
+
+    Raises:
+        UserError: if it is no pipeline folder, holds pickles, or its calibration is of another schedule.
+    """
+    return model_of(open_pipeline(folder), device)
+
+
+def require_shape(model: Model, shape: Sequence[int]) -> None:
+    """Raises UserError unless images of this shape are what the network takes."""
+    if tuple(shape) != model.shape:
+        wanted, given = ("x".join(map(str, s)) for s in (model.shape, shape))
+        hint = ""
+        if shape[0] == model.shape[0] and model.shape[1] == model.shape[2]:
+            hint = f", for example --size {model.shape[1]}"
+        raise UserError(
+            f"the network takes images of {wanted} (channels x height x width) and the data has {given}; "
+            f"give data that fits{hint}"
+        )
+
+
+def default_samplers(model: Model) -> list[str]:
+    """The samplers that the model has what it takes for."""
+    return [
+        name
+        for name, sampler in SAMPLERS.items()
+        if (sampler.covariance is None or model.calibration is not None or sampler.covariance == "learned")
+        and (sampler.covariance != "learned" or model.denoiser.head == "range")
+        and (not sampler.needs_twin or model.calibration is not None)
+    ]
+
+
+def save_model(
+    model: Model, folder: Path, calibration: Calibration, *, sampler: str | None = None, grid: str | None = None
+) -> None:
+    """Writes the model's pipeline with our scheduler in the place of its own.
+
+    Args:
+        model: the model.
+        folder: to write into.
+        calibration: for the scheduler to hold.
+        sampler, grid: of the scheduler; None: what the model's scheduler stands for.
+    """
+    import diffusers
+
+    fields = {name: value for name, value in (("sampler", sampler), ("grid", grid)) if value is not None}
+    scheduler = ReverseVarianceScheduler.from_scheduler(model.pipeline.scheduler, calibration, **fields)
+    pipeline = model.pipeline
+    if isinstance(pipeline, diffusers.DDIMPipeline):  # it would turn any scheduler into a DDIMScheduler
+        pipeline = diffusers.DDPMPipeline(pipeline.unet, scheduler)  # type: ignore[arg-type]
+    else:
+        pipeline.register_modules(scheduler=scheduler)
+    pipeline.save_pretrained(str(folder), safe_serialization=True)
+
+
+def scheduler_of(
+    model: Model,
+    sampler: str | None = None,
+    *,
+    covariance: str | None = None,
+    eta: float | None = None,
+    tau: float | None = None,
+    grid: str | None = None,
+) -> ReverseVarianceScheduler:
+    """The folder's scheduler as ours, with what was asked for instead of its own settings.
+
+    Args:
+        model: the model.
+        sampler: a name of `lowvar.sample.SAMPLERS`; None keeps the folder's.
+        covariance, eta: of the first-order kernels.
+        tau: of the multistep samplers.
+        grid: name of a step grid; None keeps the folder's, or the named sampler's own.
+
+    Raises:
+        UserError: for an unknown name, a setting that does not belong to the sampler, or a missing calibration.
+    """
+    fields: dict[str, Any] = {}
+    if sampler is not None:
+        if sampler not in SAMPLERS:
+            raise UserError(f"sampler is {sampler!r}; allowed: {', '.join(SAMPLERS)}")
+        if SAMPLERS[sampler].covariance == "learned" and model.denoiser.head is None:
+            raise UserError(f"sampler {sampler} needs a network with a variance head, and this one has none")
+        fields |= {"sampler": sampler, "grid": SAMPLERS[sampler].grid}
+    given = {"variance": covariance, "eta": eta, "tau": tau, "grid": grid}
+    fields |= {name: value for name, value in given.items() if value is not None}
+    made = ReverseVarianceScheduler.from_scheduler(model.pipeline.scheduler, **fields)
+    kernel = made.config["sampler"] == "kernel"
+    if tau is not None and kernel:
+        raise UserError("--tau belongs to adams-* and twin-* samplers; ddpm-* and ddim-* take --eta")
+    if (eta is not None or covariance is not None) and not kernel:
+        raise UserError("--eta and --covariance belong to ddpm-* and ddim-* samplers; adams-* and twin-* take --tau")
+    return made
+
+
+@torch.no_grad()
+def run_scheduler(
+    model: Model,
+    scheduler: ReverseVarianceScheduler,
+    steps: int,
+    n: int,
+    noise: NoiseSource,
+    *,
+    batch_size: int,
+    device: torch.device,
+    progress: Callable[[int], object] | None = None,
+) -> Tensor:
+    """Samples 0 .. n - 1 through the scheduler, as a pipeline would, but with noise a sample.
+
+    Returns:
+        float32 (n, C, H, W) in [-1, 1], on the CPU.
+
+    Raises:
+        UserError: for a number of steps that the schedule does not have.
+    """
+    check_steps(steps, model.denoiser.schedule)
+    network: Any = model.denoiser.network
+    scheduler.set_timesteps(steps, device=device)
+    discrete = isinstance(model.denoiser.schedule, DiscreteVP)
+    parts = []
+    for index in torch.arange(n).split(batch_size):
+        x = noise.normal(index, model.shape, draw=0, device=device) * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            timestep = t if discrete else t.float()
+            out = network(x, timestep.expand(len(x)), **model.denoiser.conditioning)
+            out = out if isinstance(out, Tensor) else (out[0] if isinstance(out, tuple) else out.sample)
+            x = scheduler.step(out, t, x, generator=noise, index=index).prev_sample
+            if progress is not None:
+                progress(len(index))
+        parts.append(x.float().clamp(-1, 1).cpu())
+    return torch.cat(parts)

@@ -1,0 +1,159 @@
+"""Flags that mean the same in every command, as frozen dataclasses that tyro reads. Nothing heavy is imported here.
+
+A command is a frozen dataclass whose fields are its flags and whose `run(console)` does the work and returns what goes
+into `summary.json`; its docstring is its help.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lowvar.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lowvar.cli.console import Console
+    from lowvar.data import Data
+
+__all__ = [
+    "Command",
+    "Common",
+    "DataFlags",
+    "Sampling",
+    "at_least",
+    "choose_device",
+    "parse_names",
+    "parse_steps",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(ABC):
+    """A command of `lowvar`."""
+
+    json: bool = False
+    """print summary.json's content on stdout, and nothing else"""
+    quiet: bool = False
+    """print nothing but errors"""
+
+    @abstractmethod
+    def run(self, console: Console) -> dict[str, Any]:
+        """Does the work; the summary's content."""
+
+    @property
+    def name(self) -> str:
+        """The command's name."""
+        return type(self).__name__.lower()
+
+    def resolved(self) -> dict[str, Any]:
+        """Its flags as JSON-ready values."""
+        fields = dataclasses.asdict(self)
+        skipped = ("json", "quiet", "overwrite", "resume")
+        return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items() if k not in skipped}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common(Command):
+    """Flags of every command that computes."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the network runs; auto takes a GPU if there is one"""
+    overwrite: bool = False
+    """replace an existing --out"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(Common):
+    """Flags of every command that runs a network as it is."""
+
+    seed: int = 0
+    """of all random numbers; sample i has the same noise whatever the batch size"""
+    batch_size: int = 256
+    """images the network sees at once"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFlags:
+    """Flags that say which data set."""
+
+    data: str
+    """`digits`, `photos`, `photos:SIZE`, a folder of images, a saved `datasets` folder or a parquet file"""
+    size: int | None = None
+    """side in pixels to scale and crop the images to; photos: of a patch"""
+    channels: int | None = None
+    """1 (grey) or 3 (colour); default: what the data has"""
+
+    def load(self, seed: int) -> Data:
+        """The data set; where files are not sorted into splits, the seed sorts them.
+
+        Raises:
+            UserError: for a data set that is not there or cannot be read.
+        """
+        from lowvar.data import load
+
+        return load(self.data, size=self.size, seed=seed, channels=self.channels)
+
+
+def at_least(flag: str, value: int, low: int = 1) -> int:
+    """`value`, if it is at least `low`.
+
+    Raises:
+        UserError: naming the flag.
+
+    Example:
+        >>> at_least("--n", 3)
+        3
+    """
+    if value < low:
+        raise UserError(f"{flag} is {value}; give a whole number from {low}")
+    return value
+
+
+def parse_names(flag: str, text: str) -> list[str]:
+    """A list separated by commas, without repetitions.
+
+    Raises:
+        UserError: for an empty list.
+
+    Example:
+        >>> parse_names("--against", "ddim, unipc,ddim")
+        ['ddim', 'unipc']
+    """
+    names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not names:
+        raise UserError(f"{flag} is empty; give names separated by commas")
+    return names
+
+
+def parse_steps(text: str) -> list[int]:
+    """Numbers of steps separated by commas, without repetitions.
+
+    Raises:
+        UserError: for anything that is not a whole number from 1.
+
+    Example:
+        >>> parse_steps("5,10,20")
+        [5, 10, 20]
+    """
+    parts = parse_names("--steps", text)
+    if not all(part.lstrip("+-").isdecimal() for part in parts):
+        raise UserError(f"--steps is {text!r}; give whole numbers separated by commas, for example 5,10,20")
+    return [at_least("--steps", int(part)) for part in parts]
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device of `--device`.
+
+    Raises:
+        UserError: if a GPU is asked for and there is none.
+    """
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, but torch finds no CUDA device here; use --device auto or --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -1,0 +1,203 @@
+"""`lowvar train`: trains a small U-Net on a data set; interrupted runs live in RUN.partial and go on with --resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowvar.cli.console import Console
+from lowvar.cli.folders import check_free, publish
+from lowvar.cli.options import Common, DataFlags, choose_device
+from lowvar.errors import UserError
+
+if TYPE_CHECKING:
+    from lowvar.train.config import TrainConfig
+    from lowvar.train.loop import Trainer
+
+__all__ = ["Train", "partial_of", "run_training", "save_trained"]
+
+_OF_DATA = ("data", "size", "channels")
+
+
+def partial_of(out: Path) -> Path:
+    """Where an unfinished run lives."""
+    return out.with_name(out.name + ".partial")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(DataFlags, Common):
+    """Train a network from scratch.
+
+    Writes a diffusers pipeline folder with the network's averaged weights. Until then checkpoints are kept in
+    OUT.partial, where the same command with --resume goes on to the same weights as an undisturbed run.
+    """
+
+    out: Path
+    """folder to write"""
+    config: Path | None = None
+    """YAML file of settings; flags given beside it win; a run's config.yaml is such a file"""
+    updates: int | None = None
+    """optimiser updates [default: the config's, else 3000]"""
+    batch_size: int | None = None
+    """images an update [default: the config's, else 64]"""
+    seed: int | None = None
+    """of weights, data order, times and noise [default: the config's, else 0]"""
+    checkpoint_every: int | None = None
+    """updates between checkpoints [default: the config's, else 500]"""
+    resume: bool = False
+    """go on in OUT.partial; from the start if there is none"""
+
+    def settings(self) -> TrainConfig:
+        """The config file with the flags over it.
+
+        Raises:
+            UserError: for a file that cannot be read, an unknown key or a value out of range.
+        """
+        from lowvar.train.config import config_from
+
+        values = {} if self.config is None else _read_yaml(self.config)
+        given = ("updates", "batch_size", "seed", "checkpoint_every")
+        values |= {name: value for name in given if (value := getattr(self, name)) is not None}
+        return config_from(values)
+
+    def run(self, console: Console) -> dict[str, Any]:
+        """See the base class."""
+        begun = time.perf_counter()
+        partial = partial_of(self.out)
+        check_free(self.out, overwrite=self.overwrite)
+        if partial.exists() and not self.resume:
+            if not self.overwrite:
+                raise UserError(
+                    f"{partial} holds an unfinished run; go on with --resume, or start anew with --overwrite"
+                )
+            clear_partial(partial)
+        config = self.settings()
+        from lowvar.cli.results import about_data, summarise, write_run
+        from lowvar.train.loop import Trainer
+
+        device = choose_device(self.device)
+        data = self.load(config.seed)
+        resolved = {"data": self.data, "size": self.size, "channels": self.channels, **dataclasses.asdict(config)}
+        trainer = Trainer(data, config, partial, resume=self.resume, device=self.device)
+        _begin(partial, resolved)
+        try:
+            last = run_training(trainer, partial, console)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"interrupted after {trainer.update} of {config.updates} updates; {_kept(partial)}: give the same "
+                "command with --resume to go on"
+            ) from None
+        save_trained(trainer, partial)
+        summary = summarise(
+            self,
+            config.seed,
+            begun,
+            device,
+            updates=trainer.update,
+            loss=last["loss"],
+            validation_loss=last["validation_loss"],
+            low=last["low"],
+            high=last["high"],
+            training_seconds=round(trainer.seconds, 3),
+            schedule=config.beta_schedule,
+            network=about_network(trainer),
+            data=about_data(data),
+        )
+        summary["config"] = resolved
+        write_run(partial, summary)
+        shutil.rmtree(partial / "checkpoints", ignore_errors=True)
+        publish(partial, self.out)
+        console.result(f"validation loss {last['validation_loss']:.4f} after {trainer.update} updates")
+        console.result(str(self.out / "report.html"))
+        return summary
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --config {file} ({getattr(error, 'strerror', None) or error})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {file} is no YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"--config {file} holds a {type(values).__name__}; give lines of the form `setting: value`")
+    return {key: value for key, value in values.items() if key not in _OF_DATA}
+
+
+def clear_partial(partial: Path) -> None:
+    """Removes an unfinished run.
+
+    Raises:
+        UserError: if the folder is something else.
+    """
+    if not partial.is_dir() or (any(partial.iterdir()) and not (partial / "config.yaml").is_file()):
+        raise UserError(f"{partial} is no unfinished run, and is not removed; give another --out")
+    shutil.rmtree(partial)
+
+
+def _begin(partial: Path, resolved: dict[str, Any]) -> None:
+    import yaml
+
+    from lowvar.cli.results import plain
+
+    partial.mkdir(parents=True, exist_ok=True)
+    (partial / "config.yaml").write_text(yaml.safe_dump(plain(resolved), sort_keys=False), encoding="utf-8")
+
+
+def _kept(partial: Path) -> str:
+    folder = partial / "checkpoints"
+    newest = max((path.name for path in folder.glob("update-*")), default=None) if folder.is_dir() else None
+    return f"{partial} has no checkpoint yet" if newest is None else f"{folder / newest} is kept"
+
+
+def run_training(trainer: Trainer, folder: Path, console: Console) -> dict[str, Any]:
+    """Runs a trainer to its end with a progress bar; the last line of its metrics.jsonl."""
+    from lowvar.train.records import Update, Validation
+
+    with console.progress(trainer.config.updates, "training", unit="update") as bar:
+        bar.update(trainer.update)
+        for record in trainer.run():
+            if isinstance(record, Update):
+                bar.update()
+            elif isinstance(record, Validation):
+                bar.set_postfix_str(f" validation loss {record.validation.loss:.4f}")
+    file = folder / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    last = json.loads(lines[-1]) if lines else {}
+    return last if last.get("update") == trainer.update else trainer.validate().record()
+
+
+def about_network(trainer: Trainer) -> dict[str, Any]:
+    """What stands in a summary about the trained network."""
+    network = trainer.ema_network()
+    parameters = sum(p.numel() for p in network.parameters())
+    return {"name": type(network).__name__, "parameters": parameters, "prediction": trainer.config.prediction}
+
+
+def save_trained(trainer: Trainer, folder: Path) -> Any:
+    """Writes the averaged network as a pipeline with our scheduler; the pipeline."""
+    from diffusers import DDPMPipeline
+
+    from lowvar.schedulers import ReverseVarianceScheduler
+
+    config = trainer.config
+    scheduler = ReverseVarianceScheduler(
+        num_train_timesteps=config.train_timesteps,
+        beta_schedule=config.beta_schedule,
+        prediction_type=config.prediction,
+        timestep_spacing="trailing",
+        variance="learned" if config.head != "none" else "small",
+        head=config.network_head,
+    )
+    pipeline: Any = DDPMPipeline(trainer.ema_network(), scheduler)  # type: ignore[arg-type]
+    pipeline.save_pretrained(str(folder), safe_serialization=True)
+    return pipeline

@@ -1,0 +1,288 @@
+r"""Model folders of diffusers, opened as data, and their networks as denoisers.
+
+A model folder is somebody else's file: it is read, never run. `open_pipeline` refuses pickled weights, classes from
+anywhere but diffusers, transformers and this package, and code that lies in the folder, each in one sentence; what it
+opens has safetensors weights and JSON configs only.
+
+`denoiser_of` reads off an opened pipeline what the network predicts:
+
+    schedule      the scheduler's, recomputed in float64            (`lowvar.process.schedule_from_diffusers`)
+    prediction    the scheduler's `prediction_type`; flow velocity for flow-matching schedulers
+    clip          `clip_sample_range` where the scheduler clips and the pipeline has no autoencoder
+    head          where the network has twice as many output as input channels
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowvar.errors import UserError
+from lowvar.process.denoiser import Head, NetworkDenoiser, Prediction
+from lowvar.process.schedule import Schedule, schedule_from_diffusers
+from lowvar.schedulers import ReverseVarianceScheduler
+
+__all__ = ["denoiser_of", "network_of", "open_pipeline", "schedule_of"]
+
+INDEX = "model_index.json"
+_LIBRARIES = ("diffusers", "transformers", ReverseVarianceScheduler.__module__)
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".msgpack")
+_PREDICTIONS: dict[str, Prediction] = {
+    "epsilon": "epsilon",
+    "sample": "sample",
+    "v_prediction": "v_prediction",
+    "flow_prediction": "flow",
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- opening
+
+
+def open_pipeline(folder: str | Path, *, dtype: torch.dtype | None = None) -> Any:
+    """The diffusers pipeline in a folder, in evaluation mode, without running anything that lies in it.
+
+    Args:
+        folder: a pipeline folder on disk.
+        dtype: of the weights; default as diffusers loads them, float32.
+
+    Raises:
+        UserError: if the folder is no pipeline folder, holds pickled weights or code, or names classes from elsewhere.
+
+    Example:
+        >>> import tempfile
+        >>> try:
+        ...     open_pipeline(tempfile.gettempdir())
+        ... except ValueError as error:
+        ...     print(str(error).split(" has ")[1].split(":")[0])
+        no model_index.json
+    """
+    import diffusers
+
+    path = Path(folder)
+    index = _read_index(path)
+    _check_classes(path, index, diffusers)
+    _check_weights(path, index)
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    try:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            str(path), use_safetensors=True, trust_remote_code=False, local_files_only=True, **options
+        )
+    except UserError:
+        raise
+    except Exception as error:  # diffusers raises every kind for a folder that does not fit together
+        raise UserError(f"the model folder {path} cannot be opened: {_one_line(error)}") from error
+    return cast("Any", pipeline)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:300]} .."
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder; give a diffusers pipeline folder, which has a {INDEX}")
+    file = path / INDEX
+    if not file.is_file():
+        raise UserError(f"{path} has no {INDEX}: give the folder that a pipeline's save_pretrained wrote")
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{file} is not readable JSON ({error}): copy the model folder again") from error
+    if not isinstance(index, dict):
+        raise UserError(f"{file} holds no table of components: copy the model folder again")
+    return index
+
+
+def _components(index: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(name, library, class) of the components that are to be loaded."""
+    for name, value in index.items():
+        pair = isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
+        if pair and not name.startswith("_"):
+            yield name, value[0], value[1]
+
+
+def _check_classes(path: Path, index: Mapping[str, Any], diffusers: Any) -> None:
+    """Everything that is to be instantiated is a class of diffusers, transformers or ours."""
+    name = index.get("_class_name")
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+        raise UserError(
+            f"{path / INDEX} names the pipeline {name!r}, which is none of diffusers {diffusers.__version__}: custom "
+            "pipelines are code and are not run; open it in your own program and use lowvar.pipelines.denoiser_of"
+        )
+    for component, library, class_name in _components(index):
+        # such as stable_diffusion's safety checker
+        inside = library.isidentifier() and library[0] != "_" and hasattr(diffusers.pipelines, library)
+        if library not in _LIBRARIES and not inside:
+            raise UserError(
+                f"{path / INDEX} takes its {component} from the module {library!r}; allowed: {', '.join(_LIBRARIES)}: "
+                "code of others is not run; open it in your own program and use lowvar.pipelines.denoiser_of"
+            )
+        if library == ReverseVarianceScheduler.__module__ and class_name != ReverseVarianceScheduler.__name__:
+            raise UserError(f"{path / INDEX} names {library}.{class_name}; there is ReverseVarianceScheduler only")
+        code = sorted(p.name for p in (path / component).glob("*.py")) if (path / component).is_dir() else []
+        if code:
+            raise UserError(f"{path / component} holds code ({code[0]}), which is not run: give a folder without it")
+
+
+def _check_weights(path: Path, index: Mapping[str, Any]) -> None:
+    """No component has pickled weights only."""
+    for component, _, _ in _components(index):
+        files = sorted((path / component).glob("*")) if (path / component).is_dir() else []
+        pickles = [f.name for f in files if f.suffix in _PICKLES]
+        if pickles and not any(f.suffix == ".safetensors" for f in files):
+            raise UserError(
+                f"{path / component} holds its weights as a pickle ({pickles[0]}), which may run code when it is read: "
+                "convert it to safetensors (load it where you trust it, then save_pretrained) and give that folder"
+            )
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def network_of(pipeline: Any) -> nn.Module:
+    """The denoising network of a pipeline: its `unet` or `transformer`.
+
+    Raises:
+        UserError: if it has neither.
+    """
+    for name in ("unet", "transformer"):
+        network = getattr(pipeline, name, None)
+        if network is not None:
+            return network
+    raise UserError(f"{type(pipeline).__name__} has neither a unet nor a transformer: its network is not known here")
+
+
+def schedule_of(scheduler: Any) -> Schedule:
+    """The noise schedule of a diffusers scheduler, in float64.
+
+    Raises:
+        UserError: if it is not known here.
+    """
+    if isinstance(scheduler, ReverseVarianceScheduler):
+        return scheduler.schedule
+    name = type(scheduler).__name__
+    try:
+        return schedule_from_diffusers({**scheduler.config, "_class_name": name})
+    except ValueError as error:
+        raise UserError(f"the noise schedule of {name} is not supported: {error}") from error
+
+
+def denoiser_of(
+    pipeline: Any,
+    *,
+    class_labels: int | Tensor | None = None,
+    conditioning: Mapping[str, Any] | None = None,
+    clip: float | None = None,
+    head: Head | None = None,
+) -> NetworkDenoiser:
+    """The network of an opened pipeline as a denoiser, read off the pipeline's scheduler and the network's shape.
+
+    Args:
+        pipeline: unconditional (DDPM), class-conditional (DiT) or any other whose network is called as
+            network(x, timestep, **conditioning).
+        class_labels: one class for every sample, or one a sample (B,); class-conditional networks need it.
+        conditioning: further keyword arguments of the network, such as `encoder_hidden_states` of a text-to-image one.
+        clip: bound of the data, instead of the scheduler's.
+        head: what the second half of the output channels is, instead of the scheduler's or `range`.
+
+    Raises:
+        UserError: if the network needs conditioning that is not given, or its channels do not fit.
+
+    Example:
+        >>> from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+        >>> shape = {"sample_size": 8, "in_channels": 1, "out_channels": 2, "block_out_channels": (8,)}
+        >>> blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "norm_num_groups": 4}
+        >>> pipeline = DDPMPipeline(UNet2DModel(**shape, **blocks), DDPMScheduler())
+        >>> denoiser = denoiser_of(pipeline)
+        >>> denoiser.prediction, denoiser.head, denoiser.clip
+        ('epsilon', 'range', 1.0)
+    """
+    network, scheduler = network_of(pipeline), pipeline.scheduler
+    config, given = dict(cast("Any", network).config), dict(conditioning or {})
+    schedule = schedule_of(scheduler)
+    _check_conditioning(network, config, given, class_labels is not None)
+    if class_labels is not None:
+        given["class_labels"] = class_labels
+    found = _head(network, config, scheduler, head)
+    latent = getattr(pipeline, "vae", None) is not None
+    if clip is None and not latent and scheduler.config.get("clip_sample"):
+        clip = float(scheduler.config.get("clip_sample_range", 1.0))
+    called: Any = network if _by_position(network) and class_labels is None else _Called(network)
+    try:
+        return NetworkDenoiser(called, schedule, _prediction(scheduler, schedule), found, clip, conditioning=given)
+    except ValueError as error:
+        raise UserError(f"{type(pipeline).__name__} cannot be read as a denoiser: {error}") from error
+
+
+def _prediction(scheduler: Any, schedule: Schedule) -> Prediction:
+    if schedule.family == "flow":
+        return "flow"
+    if schedule.family == "ve":
+        return "edm"
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind not in _PREDICTIONS:
+        raise UserError(f"prediction_type is {kind!r}; allowed: {', '.join(_PREDICTIONS)}")
+    return _PREDICTIONS[kind]
+
+
+def _head(network: nn.Module, config: Mapping[str, Any], scheduler: Any, asked: Head | None) -> Head | None:
+    inputs = int(config.get("in_channels") or 0)
+    outputs = int(config.get("out_channels") or inputs)
+    if outputs == inputs:
+        if asked is not None:
+            raise UserError(f"head {asked!r} was asked for, and {type(network).__name__} has no channels for one")
+        return None
+    if outputs != 2 * inputs:
+        raise UserError(
+            f"{type(network).__name__} takes {inputs} channels and returns {outputs}; supported: as many, or twice as "
+            "many with a variance head (networks that take a mask or an image beside the state are not)"
+        )
+    return asked or cast("Head | None", scheduler.config.get("head")) or "range"
+
+
+def _check_conditioning(
+    network: nn.Module, config: Mapping[str, Any], given: Mapping[str, Any], labelled: bool
+) -> None:
+    name = type(network).__name__
+    by_class = name.startswith("DiTTransformer") or any(
+        config.get(k) is not None for k in ("class_embed_type", "num_class_embeds")
+    )
+    if by_class and not labelled and "class_labels" not in given:
+        raise UserError(f"{name} is conditioned on a class: give class_labels, one number for all samples or one each")
+    if "ConditionModel" in name and "encoder_hidden_states" not in given:
+        raise UserError(f"{name} is conditioned on a text: give conditioning={{'encoder_hidden_states': embeddings}}")
+
+
+def _by_position(network: nn.Module) -> bool:
+    """Whether network(x, timestep) means that."""
+    names = list(inspect.signature(network.forward).parameters)
+    if "timestep" not in names:
+        raise UserError(f"{type(network).__name__} takes no timestep: its network is not known here")
+    return names[1] == "timestep"
+
+
+class _Called(nn.Module):
+    """A network called by keyword, whose class labels are spread over the batch."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    @property
+    def config(self) -> Any:
+        return cast("Any", self.network).config
+
+    def forward(self, x: Tensor, timestep: Tensor, **conditioning: Any) -> Any:
+        labels = conditioning.pop("class_labels", None)
+        if labels is not None:
+            labels = torch.as_tensor(labels, dtype=torch.long, device=x.device).reshape(-1).expand(x.shape[0])
+            conditioning["class_labels"] = labels
+        return self.network(x, timestep=timestep, **conditioning)

@@ -1,0 +1,468 @@
+r"""Reverse kernels and solvers of this package as one scheduler for diffusers' pipelines.
+
+The protocol of diffusers is a loop that the pipeline owns and a scheduler that remembers where it is:
+
+    scheduler.set_timesteps(K)                       t_0 > .. > t_{K-1} > t_K = 0     (`lowvar.process.grid`)
+    for t in scheduler.timesteps:                    what the network is conditioned on, schedule.timestep(t_k)
+        out = network(x, t)                          eps, x_0, v or flow velocity; 2C channels with a variance head
+        x = scheduler.step(out, t, x).prev_sample    x_{t_{k+1}} ~ N(a x + kappa x0_hat, lambda^2 I + kappa^2 C)
+
+`ReverseVarianceScheduler` reads the output as a `Posterior`, attaches the calibrated covariance, and hands both to a
+`ReverseKernel` or `MultistepSolver`. It is the one stateful object of the package, because its protocol is: the chain's
+memory is held from one step to the next, and dropped by `set_timesteps`, by a step out of order and by a sample of
+another shape.
+
+    sampler      kernel       first-order Gaussian kernel with stochasticity `eta`: 1 ancestral (DDPM), 0 DDIM
+                 multistep    exponential Adams predictor-corrector with stochasticity `tau`: 1 reverse SDE, 0 ODE
+                 twin         the same on what the calibrated Gaussian twin leaves over
+    variance     small, large, learned                                 the kernel's noise without calibration
+                 analytic, isotropic, channel, pixel, basis, twin      lambda^2 I + kappa^2 C, C calibrated
+
+The step to t = 0 returns x0_hat and adds no noise, whatever the grid (diffusers' DDPMScheduler adds noise there where
+the last timestep is not 0, as with `trailing`). States are float32 or wider, coefficients come from float64.
+
+On disk: `scheduler_config.json`, and `calibration.safetensors` beside it for bases and large tables. `model_index.json`
+names this module, ["lowvar.schedulers", "ReverseVarianceScheduler"]. diffusers imports no module because a folder names
+it, so a program that opens such a folder with `DiffusionPipeline.from_pretrained` says `import lowvar.schedulers` above
+that line; it needs no trust flag. `lowvar.pipelines.open_pipeline` does both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+
+# diffusers asks this module for the name SchedulerMixin when it looks for the way to load the class below.
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from lowvar.calibrate.calibration import Calibration
+from lowvar.errors import UserError
+from lowvar.process.covariance import Covariance
+from lowvar.process.denoiser import expand
+from lowvar.process.grid import custom, make_grid, spaced_timesteps
+from lowvar.process.kernel import ReverseKernel
+from lowvar.process.multistep import MultistepSolver
+from lowvar.process.noise import NoiseSource, TorchGenerators
+from lowvar.process.posterior import Posterior
+from lowvar.process.schedule import DiscreteVP, Level, Schedule
+from lowvar.process.solver import Solver
+from lowvar.sample.named import SAMPLERS
+from lowvar.schedulers._chain import Chain
+from lowvar.schedulers._fields import CALIBRATED, PREDICTIONS, RULES, check, make_schedule, sampler_fields, translate
+from lowvar.schedulers._reader import Reader
+from lowvar.schedulers._steps import Steps
+from lowvar.schedulers._storage import CALIBRATION_FILE, load_tensors, names_tensors, save_tensors
+
+__all__ = ["CALIBRATION_FILE", "ReverseVarianceScheduler", "ReverseVarianceSchedulerOutput", "sampler_fields"]
+
+_COMPATIBLES = [*(e.name for e in KarrasDiffusionSchedulers), "UniPCMultistepScheduler", "SASolverScheduler"]
+
+
+@dataclass
+class ReverseVarianceSchedulerOutput(BaseOutput):
+    """What `step` returns.
+
+    Attributes:
+        prev_sample: x at the next, less noisy level: the network's next input.
+        pred_original_sample: x0_hat of this step, clipped where `clip_sample` is set.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor | None = None
+
+
+class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
+    """A diffusers scheduler with fixed, learned or calibrated reverse variance, on any grid.
+
+    Args:
+        num_train_timesteps: T of the network's training; `trained_betas` has its own.
+        beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: the training's table, as in
+            diffusers' DDPMScheduler.
+        prediction_type: epsilon, sample, v_prediction or flow_prediction.
+        clip_sample, clip_sample_range: limit x0_hat to [-range, range], and the covariance with it; off for latents.
+        timestep_spacing, steps_offset: leading, linspace or trailing timesteps of DDPMScheduler, where `grid` is None.
+        schedule: what `Schedule.config` returned, for a schedule that is no beta table (cosine, linear, flow); the
+            beta fields are then ignored.
+        sampler: kernel, multistep or twin (see the module).
+        variance: the kernel's noise (see the module); the other samplers take theirs from `tau`.
+        eta: the kernel's stochasticity, 0 to 1; `large` and `learned` are defined for 1 only.
+        tau: the multistep samplers' stochasticity, 0 to 1.
+        predictor, corrector, decay: as in `lowvar.process.MultistepSolver`.
+        grid: None, a name (uniform, trailing, leading, quadratic, uniform-logsnr, karras, variance-matched) or a list
+            of decreasing times in [0, 1].
+        head: the network's variance head: None, range (Nichol & Dhariwal 2021) or logvar.
+        calibration: a `Calibration`, or the JSON fields of one as they stand in the config.
+
+    Raises:
+        UserError: if a value is not allowed, a calibration is needed and missing, or it was made for another schedule.
+
+    Example:
+        >>> scheduler = ReverseVarianceScheduler(variance="small", timestep_spacing="trailing")
+        >>> scheduler.set_timesteps(4)
+        >>> scheduler.timesteps.tolist()
+        [999, 749, 499, 249]
+        >>> x, generator = torch.zeros(2, 3, 8, 8), torch.Generator().manual_seed(0)
+        >>> for t in scheduler.timesteps:
+        ...     x = scheduler.step(torch.zeros_like(x), t, x, generator=generator).prev_sample
+        >>> x.shape
+        torch.Size([2, 3, 8, 8])
+    """
+
+    _compatibles: ClassVar[list[str]] = _COMPATIBLES
+    order: ClassVar[int] = 1  # network evaluations a timestep
+    init_noise_sigma: float = 1.0
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Any = None,
+        prediction_type: str = "epsilon",
+        clip_sample: bool = True,
+        clip_sample_range: float = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        schedule: dict[str, Any] | None = None,
+        sampler: str = "kernel",
+        variance: str = "small",
+        eta: float = 1.0,
+        tau: float = 0.0,
+        predictor: int = 2,
+        corrector: int = 0,
+        decay: float = 0.0,
+        grid: str | list[float] | None = None,
+        head: str | None = None,
+        calibration: Any = None,
+    ) -> None:
+        check(self.config)
+        self.schedule: Schedule = make_schedule(self.config)
+        self._tensors: dict[str, Tensor] = {}
+        self._calibration: Calibration | None = None
+        if isinstance(calibration, Calibration):
+            fields, self._tensors = calibration.to_json()
+            self._calibration = calibration
+            self.register_to_config(calibration=fields)
+        self._require_schedule()
+        bound = float(clip_sample_range) if clip_sample else None
+        needs_head = sampler == "kernel" and variance == "learned"
+        try:
+            self._reader = Reader(self.schedule, PREDICTIONS[prediction_type], head, bound, needs_head)
+            self._make_solver(None)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        table = self.schedule.alphas_cumprod if isinstance(self.schedule, DiscreteVP) else None
+        self._T = num_train_timesteps if table is None else len(table)
+        times = torch.arange(1, self._T + 1, dtype=torch.float64) / self._T
+        self._table = self.schedule.at(times)
+        bar = torch.sigmoid(self._table.logsnr) if table is None else table
+        self.alphas_cumprod = bar.float()
+        self.betas = (1 - bar / torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])).float()
+        self.num_inference_steps: int | None = None
+        self._set(custom(self.schedule, times.flip(0)), None)
+
+    # ------------------------------------------------------------------------------------------------- calibration
+
+    @property
+    def _fields(self) -> Mapping[str, Any] | None:
+        return self.config.get("calibration")
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The calibration, or None.
+
+        Raises:
+            UserError: if the config came without the tensors beside it, or does not fit together.
+        """
+        if self._calibration is None and self._fields is not None:
+            if names_tensors(self._fields) and not self._tensors:
+                raise UserError(
+                    f"this scheduler's config came without {CALIBRATION_FILE}, which holds the calibrated basis: load "
+                    "it with from_pretrained, or give the calibration to ReverseVarianceScheduler.from_scheduler"
+                )
+            self._calibration = Calibration.from_json(self._fields, self._tensors)
+        return self._calibration
+
+    def _require_schedule(self) -> None:
+        made_for = self.schedule.fingerprint if self._fields is None else self._fields.get("fingerprint")
+        if made_for != self.schedule.fingerprint:
+            raise UserError(
+                f"the calibration of this scheduler was made for a noise schedule with fingerprint {made_for}, its own "
+                f"has {self.schedule.fingerprint}: calibrate again with `lowvar calibrate --model MODEL --data DATA`"
+            )
+
+    def _required(self) -> Calibration:
+        calibration = self.calibration
+        assert calibration is not None, "__init__ refuses fields that need a calibration and have none"
+        return calibration
+
+    # ------------------------------------------------------------------------------------------------------- grids
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> None:
+        """Chooses the grid and forgets the last chain.
+
+        Args:
+            num_inference_steps: K, from 1 to T.
+            device: of `timesteps`.
+            timesteps: instead of K: decreasing timesteps, as the network is conditioned on them.
+
+        Raises:
+            UserError: if neither or both are given, or they are out of range.
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise UserError("give num_inference_steps or timesteps, and not both")
+        try:
+            if num_inference_steps is None:
+                times = self.schedule.time_of(torch.as_tensor(timesteps, dtype=torch.float64))
+            else:
+                times = self._grid(num_inference_steps)
+            times = custom(self.schedule, times)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"these steps cannot be taken: {error}") from error
+        self.num_inference_steps = len(times) - 1
+        self._set(times, device)
+
+    def _grid(self, steps: int) -> Tensor:
+        if int(steps) != steps or not 1 <= steps <= self._T:
+            raise UserError(f"steps is {steps}; give a whole number from 1 to {self._T}")
+        grid = self.config["grid"]
+        if grid is None:
+            spacing, offset = self.config["timestep_spacing"], self.config["steps_offset"]
+            return (spaced_timesteps(spacing, self._T, int(steps), offset) + 1) / self._T
+        if grid == "variance-matched":
+            return self._required().grid(self.schedule, steps)
+        if isinstance(grid, str):
+            return make_grid(grid, self.schedule, steps)
+        times = custom(self.schedule, list(grid))
+        if len(times) - 1 != steps:
+            raise UserError(f"steps is {steps}, but the config's list of times has {len(times) - 1}: ask for as many")
+        return times
+
+    def _set(self, times: Tensor, device: str | torch.device | None) -> None:
+        self._steps = Steps(self.schedule, times, device)
+        self.timesteps = self._steps.timesteps
+        self._made: Chain | None = None
+
+    def previous_timestep(self, timestep: Any) -> Tensor:
+        """The timestep that follows in the chain, less noisy; -1 after the last.
+
+        Example:
+            >>> scheduler = ReverseVarianceScheduler()
+            >>> scheduler.set_timesteps(timesteps=[100, 50, 0])
+            >>> [scheduler.previous_timestep(t).item() for t in scheduler.timesteps]
+            [50, 0, -1]
+        """
+        k = self._steps.index(timestep)
+        return self.timesteps[k + 1] if k + 1 < len(self.timesteps) else torch.tensor(-1)
+
+    # ------------------------------------------------------------------------------------------------------- steps
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The sample as it is: these schedules feed their states to the network unscaled."""
+        return sample
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | NoiseSource | None = None,
+        return_dict: bool = True,
+        *,
+        index: Sequence[int] | Tensor | None = None,
+    ) -> Any:
+        """One reverse step.
+
+        Args:
+            model_output: the network's output, C channels, or 2C with a variance head.
+            timestep: an entry of `timesteps`.
+            sample: x at that timestep, (B, C, ..).
+            generator: source of the noise: one generator (in the order that diffusers draws), a list with one a
+                sample, or a `NoiseSource` (draw k + 1 of the samples `index`, as in `lowvar.sample.trajectory`).
+            return_dict: whether to return a `ReverseVarianceSchedulerOutput` or the tuple of its fields.
+            index: sample numbers of the batch for a `NoiseSource` (default 0 .. B - 1).
+
+        Raises:
+            UserError: if the timestep is not in the grid, or the output does not fit the sample, the head and the
+                variance.
+        """
+        k = self._steps.index(timestep)
+        x = sample if sample.dtype in (torch.float32, torch.float64) else sample.float()
+        chain, steps, z = self._chain, self._steps, None
+        posterior = self._reader.read(x, steps.levels[k], steps.without_signal[k], model_output)
+        posterior = self._reader.attach(posterior, chain.covariance(k, x))
+        if chain.solver.stochastic and k + 2 < len(steps.levels):  # the step to t = 0 adds none
+            rows = range(x.shape[0]) if index is None else index
+            drawn = model_output.dtype  # as diffusers draws it
+            z = _source(generator).normal(rows, x.shape[1:], draw=k + 1, dtype=drawn, device=x.device).to(x.dtype)
+        previous = chain.step(k, x, posterior, z).to(sample.dtype)
+        original = posterior.mean.to(sample.dtype)
+        return ReverseVarianceSchedulerOutput(previous, original) if return_dict else (previous, original)
+
+    @property
+    def _chain(self) -> Chain:
+        if self._made is None:
+            structure, calibration = self.config["variance"], None
+            is_kernel = self.config["sampler"] == "kernel"
+            if self.config["sampler"] == "twin" or (is_kernel and structure in CALIBRATED):
+                calibration = self._required()
+            model: Any = None
+            if calibration is not None and is_kernel:
+                twin = calibration.twin
+                model = _TwinCovariance(twin) if structure == "twin" else calibration.table(structure)
+            self._made = Chain(self._steps.levels, self._make_solver(calibration), model)
+        return self._made
+
+    def _make_solver(self, calibration: Calibration | None) -> Solver:
+        c = self.config
+        if c["sampler"] == "kernel":
+            rule = c["variance"] in RULES and (c["variance"], c["head"]) != ("learned", "logvar")
+            return ReverseKernel(c["eta"], c["variance"] if rule else "posterior")
+        twin = None if calibration is None else calibration.twin
+        return MultistepSolver(twin, c["predictor"], c["corrector"], c["tau"], c["decay"])
+
+    # ---------------------------------------------------------------------------------------------------- training
+
+    def _level(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at timesteps, in the dtype of `like` and shaped to multiply it."""
+        if isinstance(self.schedule, DiscreteVP) and not timesteps.is_floating_point():
+            if self._table.alpha.device != like.device:
+                self._table = self._table.to(like.device)
+            level: Level = self._table[timesteps.to(like.device).reshape(-1)]
+        else:
+            level = self.schedule.at(self.schedule.time_of(timesteps.reshape(-1)).clamp(0, 1)).to(like.device)
+        return expand(level.alpha, like), expand(level.sigma, like)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = alpha_t x_0 + sigma_t eps at timesteps (B,) or (1,).
+
+        Example:
+            >>> scheduler = ReverseVarianceScheduler()
+            >>> x = scheduler.add_noise(torch.ones(2, 1), torch.zeros(2, 1), torch.tensor([0, 999]))
+            >>> [round(v, 4) for v in x.flatten().tolist()]
+            [0.9999, 0.0064]
+        """
+        alpha, sigma = self._level(timesteps, original_samples)
+        return alpha * original_samples + sigma * noise
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What a v-prediction network is trained on: alpha_t eps - sigma_t x_0."""
+        alpha, sigma = self._level(timesteps, sample)
+        return alpha * noise - sigma * sample
+
+    def __len__(self) -> int:
+        return self._T
+
+    # --------------------------------------------------------------------------------------------- saving, loading
+
+    def __repr__(self) -> str:
+        shown = {k: v for k, v in self.config.items() if not k.startswith("_") and k != "calibration"}
+        if self._fields is not None:
+            shown["calibration"] = f"<{self._fields.get('fingerprint')}>"
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
+
+    def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Writes scheduler_config.json and, where the calibration has it, calibration.safetensors beside it."""
+        if self._tensors:
+            save_tensors(self._tensors, save_directory)
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any = None,
+        subfolder: str | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The scheduler that `save_pretrained` wrote; arguments as in diffusers' SchedulerMixin.
+
+        Raises:
+            UserError: if the tensors beside the config are missing or unreadable, or do not fit it.
+        """
+        made = super().from_pretrained(
+            pretrained_model_name_or_path, subfolder=subfolder, return_unused_kwargs=return_unused_kwargs, **kwargs
+        )
+        scheduler = cast("Self", made[0] if isinstance(made, tuple) else made)
+        if scheduler._fields is not None:
+            if names_tensors(scheduler._fields):
+                scheduler._tensors = load_tensors(pretrained_model_name_or_path, subfolder, kwargs)
+            scheduler._required()  # what does not fit is said now, not at the first step
+        return made
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any, calibration: Calibration | None = None, **ours: Any) -> Self:
+        """This scheduler in the place of another one of diffusers, for the same network.
+
+        The schedule, prediction type, clipping and spacing are taken over. The sampler is, unless `ours` says
+        otherwise: of DDPM the ancestral kernel with its variance, of DDIM the kernel with eta = 0, of any other the
+        multistep solver; with a calibration, kernels take the variance `basis`.
+
+        Args:
+            scheduler: a scheduler, or its config.
+            calibration: of the pipeline's network on this schedule.
+            **ours: fields of this class; `sampler` may also be a name of `lowvar.sample.named.SAMPLERS`.
+
+        Raises:
+            UserError: if the schedule or a field is not supported here.
+
+        Example:
+            >>> from diffusers import DDIMScheduler
+            >>> scheduler = ReverseVarianceScheduler.from_scheduler(DDIMScheduler(prediction_type="v_prediction"))
+            >>> scheduler.config["eta"], scheduler.config["prediction_type"]
+            (0.0, 'v_prediction')
+        """
+        known = cls._get_init_keys(cls) - {"self"}
+        unknown = sorted(set(ours) - known)
+        if unknown:
+            raise UserError(f"{cls.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}")
+        is_config = isinstance(scheduler, Mapping)
+        config: Mapping[str, Any] = scheduler if is_config else scheduler.config
+        name = str(config.get("_class_name", "")) if is_config else type(scheduler).__name__
+        if name == cls.__name__:
+            fields = {k: config[k] for k in known if k in config}
+            calibration = calibration or getattr(scheduler, "calibration", None)
+        else:
+            fields = translate(name, config)
+            if calibration is not None and fields["sampler"] == "kernel":
+                fields["variance"] = "basis"
+        if ours.get("sampler") in SAMPLERS:
+            fields |= sampler_fields(ours.pop("sampler"))
+        fields |= ours
+        if calibration is not None:
+            fields["calibration"] = calibration
+        return cls(**fields)
+
+
+class _TwinCovariance:
+    """The posterior covariance of the Gaussian twin, as a `CovarianceModel`."""
+
+    def __init__(self, twin: Any) -> None:
+        self.twin = twin
+
+    def __call__(self, x: Tensor, level: Level, posterior: Posterior) -> Covariance:
+        return self.twin.posterior(torch.zeros_like(x[:1]), level).covariance
+
+
+def _source(generator: Any) -> NoiseSource:
+    if isinstance(generator, NoiseSource):
+        return generator
+    if isinstance(generator, list) and len(generator) == 1:  # as diffusers' randn_tensor
+        generator = generator[0]
+    return TorchGenerators(generator)

@@ -1,0 +1,131 @@
+"""Checkpoints: folders that are whole or not there.
+
+    FOLDER/update-0000500/   network.safetensors   the weights being trained
+                             ema.safetensors       their moving average
+                             optimizer.safetensors moments, one tensor a parameter and name
+                             times.safetensors     state of learned times (absent where there is none)
+                             state.json            update, settings, fingerprints, learning rate, random numbers' seed
+
+A checkpoint is written into `update-0000500.tmp`, flushed to disk and renamed, so a process killed at any moment leaves
+either all of it or a `.tmp` folder that is ignored and removed. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lowvar.errors import UserError
+
+__all__ = ["Checkpoint", "latest", "prune", "save"]
+
+_NAME = re.compile(r"update-(\d{7,})$")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's content.
+
+    Attributes:
+        state: JSON-ready values; `update` is the number of updates done.
+        tensors: tensors by file name (without suffix) and key.
+    """
+
+    state: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> Path:
+    """Writes a checkpoint under `folder`; it is there entirely or not at all.
+
+    Args:
+        folder: where checkpoints live.
+        state: JSON-ready, with `update`.
+        tensors: by file name and key; a file without tensors is left out.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        UserError: if it cannot be written (a full disk, no permission).
+    """
+    final = folder / f"update-{state['update']:07d}"
+    partial = final.with_name(final.name + ".tmp")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for name, values in tensors.items():
+            if values:
+                save_file(
+                    {k: v.detach().cpu().contiguous() for k, v in values.items()}, partial / f"{name}.safetensors"
+                )
+        (partial / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+        for file in partial.iterdir():
+            _sync(file)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UserError(
+            f"cannot write the checkpoint {final} ({reason}); make room or choose another folder, "
+            "then go on with --resume"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    if not folder.is_dir():
+        return []
+    found = [(_NAME.match(path.name), path) for path in folder.iterdir()]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints, and what killed processes left half-written."""
+    for _, path in _numbered(folder)[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob("update-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint, or None.
+
+    Raises:
+        UserError: if its files do not read.
+    """
+    numbered = _numbered(folder)
+    if not numbered:
+        return None
+    path = numbered[-1][1]
+    try:
+        state = json.loads((path / "state.json").read_text())
+        tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the checkpoint {path} is damaged ({reason}); remove that folder to resume from the one before"
+        ) from None
+    return Checkpoint(state, tensors)

@@ -1,0 +1,76 @@
+r"""The hybrid objective for a learned-range head (Nichol & Dhariwal 2021, Sec. 3.1).
+
+    L_hybrid = L_simple + lambda L_vlb,      lambda = 0.001,      L_vlb = sum over the T steps of the bound's terms,
+
+in bits a dimension, with the mean detached in L_vlb. A single step t -> t - 1/T drawn uniformly estimates the sum by
+T times its term, so a sample's loss is mse + lambda T term: T / 1000 of the term, as in improved-diffusion's rescaled
+loss. The term is KL(q(x_s | x_t, x_0) || p(x_s | x_t)), at the first timestep (s = 0) the decoder's -log P(x_0 |
+x_t).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowvar.process.denoiser import NetworkDenoiser, from_prediction
+from lowvar.process.kernel import ReverseKernel
+from lowvar.process.posterior import Posterior
+from lowvar.process.schedule import DiscreteVP, Level, Schedule
+from lowvar.sample.likelihood import step_bits
+from lowvar.train.objectives import VarianceTerm
+
+__all__ = ["RangeVLB", "neighbours", "training_steps"]
+
+
+def training_steps(schedule: Schedule, default: int = 1000) -> int:
+    """T: the number of timesteps of a table, `default` for a continuous schedule."""
+    return schedule.steps if isinstance(schedule, DiscreteVP) else default
+
+
+def neighbours(schedule: Schedule, t: Tensor, steps: int) -> tuple[Level, Level]:
+    """The levels at t - 1/T (clean data for t <= 1/T) and at t + 1/T (at most 1), (B,) each.
+
+    Example:
+        >>> from lowvar.process import CosineVP
+        >>> s, before = neighbours(CosineVP(), torch.tensor([0.001, 0.5, 1.0]), 1000)
+        >>> [round(v, 6) for v in s.t.tolist()], [round(v, 6) for v in before.t.tolist()]
+        ([0.0, 0.499, 0.999], [0.002, 0.501, 1.0])
+    """
+    position = t.double() * steps
+    whole = position.round()
+    position = torch.where((position - whole).abs() < 1e-6, whole, position)  # a knot of the table stays one
+    down, up = (position - 1).clamp_min(0) / steps, (position + 1).clamp_max(steps) / steps
+    return schedule.at(down), schedule.at(up)
+
+
+@dataclass(frozen=True)
+class RangeVLB(VarianceTerm):
+    """lambda L_vlb for networks with `head="range"`.
+
+    Args:
+        weight: lambda.
+        levels: grey levels of the data (its likelihood bins); None: a density at the first timestep.
+        steps: T for continuous schedules; a table has its own.
+    """
+
+    weight: float = 0.001
+    levels: int | None = 256
+    steps: int = 1000
+
+    def factor(self, denoiser: NetworkDenoiser) -> float:
+        """See the base class: lambda T."""
+        return self.weight * training_steps(denoiser.schedule, self.steps)
+
+    def bits(self, denoiser: NetworkDenoiser, x0: Tensor, x: Tensor, level: Level, out: Tensor, head: Tensor) -> Tensor:
+        """See the base class."""
+        if denoiser.head != "range":
+            raise ValueError(f"the hybrid loss trains head 'range', the network has {denoiser.head!r}")
+        mean = from_prediction(denoiser.prediction, x, out, level, denoiser.sigma_data)
+        posterior = Posterior(mean, None, (head + 1) / 2)
+        s, before = neighbours(denoiser.schedule, level.t.cpu(), training_steps(denoiser.schedule, self.steps))
+        kernel = ReverseKernel(variance="learned", last="decoder")
+        where = level.t.device
+        return step_bits(x0, x, posterior, kernel, level, s.to(where), before.to(where), self.levels)

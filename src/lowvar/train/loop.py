@@ -1,0 +1,388 @@
+r"""The training loop: a generator of typed records over accelerate.
+
+Update u draws samples u B .. u B + B - 1 (see `draws`), and with n processes process r computes the r-th n-th of them:
+
+    loss = mean_i weight_i loss_i,    g = clip(grad loss),    theta <- AdamW(theta, g),    ema <- d ema + (1 - d) theta.
+
+What an update does is a function of its number and of the state in the last checkpoint (weights, moments, average,
+learned times), so a run interrupted anywhere goes on to the same weights, bit for bit on one process.
+
+A loss or gradient that is not finite stops the run before it reaches the weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lowvar.errors import UserError
+from lowvar.process.denoiser import NetworkDenoiser
+from lowvar.process.schedule import Schedule
+from lowvar.train import checkpoints
+from lowvar.train.config import TrainConfig, make_objective, make_schedule, make_times
+from lowvar.train.draws import DrawPlan, Draws, ImageSource
+from lowvar.train.networks import build_network
+from lowvar.train.objectives import Losses, Objective
+from lowvar.train.records import Record, Saved, Update, Validation
+from lowvar.train.snapshot import Parts, capture, restore
+from lowvar.train.timesteps import UniformTimes
+from lowvar.train.validation import BINS, ValidationSet, logsnr_edges
+
+__all__ = ["Fitted", "NonFiniteError", "Trainer", "TrainingData", "fit"]
+
+
+class TrainingData(Protocol):
+    """What training needs of a data set: `lowvar.data.Data` has it."""
+
+    @property
+    def train(self) -> ImageSource: ...
+    @property
+    def calibration(self) -> ImageSource: ...
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+    @property
+    def levels(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+
+class NonFiniteError(UserError):
+    """The loss or its gradient stopped being finite; the sentence names the update and the noise levels."""
+
+
+@dataclass(frozen=True)
+class _Since:
+    """What happened since the last validation."""
+
+    loss: float = 0.0
+    updates: int = 0
+    seconds: float = 0.0
+
+
+class Trainer:
+    """A training run: `run()` yields its records, `ema_network()` is what comes out.
+
+    Args:
+        data: splits `train` and `calibration`, with shape, levels and fingerprint.
+        config: settings.
+        folder: for `metrics.jsonl` and `checkpoints/`; None keeps nothing.
+        network: an own network, called as diffusers' UNet2DModel is; default: built from the config.
+        resume: go on from the newest checkpoint in `folder` (from the start if there is none yet).
+        device: "auto" (a GPU where there is one), "cpu" or "cuda".
+
+    Raises:
+        UserError: if the data do not fit the network, the batch does not divide among the processes, or a checkpoint
+            belongs to other settings or data.
+
+    Example:
+        >>> from lowvar.data import load
+        >>> config = TrainConfig(updates=2, batch_size=4, network={"width": 8}, warmup=0)
+        >>> trainer = Trainer(load("digits"), config, device="cpu")
+        >>> [type(record).__name__ for record in trainer.run()]
+        ['Update', 'Update', 'Validation']
+    """
+
+    def __init__(
+        self,
+        data: TrainingData,
+        config: TrainConfig,
+        folder: Path | str | None = None,
+        *,
+        network: nn.Module | None = None,
+        resume: bool = False,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+    ) -> None:
+        from accelerate import Accelerator
+        from diffusers.optimization import get_scheduler
+        from diffusers.training_utils import EMAModel
+
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("device is cuda, but no CUDA device is there; give auto or cpu")
+        self.data, self.config = data, config
+        self.folder = None if folder is None else Path(folder)
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=device == "cpu")
+        parts = self.accelerator.num_processes
+        if config.batch_size % parts:
+            raise UserError(
+                f"batch_size {config.batch_size} does not divide among {parts} processes; give a multiple of {parts}"
+            )
+        self.schedule = make_schedule(config)
+        self.objective: Objective = make_objective(config, data.levels)
+        self.times = make_times(config, self.schedule)
+        self.plan = DrawPlan(data.train, self.schedule, config.batch_size, config.seed)
+        self.validation = ValidationSet(data.calibration, self.schedule, UniformTimes(config.train_timesteps))
+        if network is None:
+            network = build_network(data.shape, config.network, config.network_head, config.seed)
+        self._average = _copy(network)
+        optimizer = torch.optim.AdamW(network.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
+        self._scheduler = get_scheduler(
+            config.lr_schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.updates
+        )
+        prepared: Any = self.accelerator.prepare(network, optimizer)
+        self._network, self._optimizer = prepared
+        self._average.to(self.accelerator.device)
+        self._ema = EMAModel(self._network.parameters(), decay=config.ema, foreach=True)
+        self._denoiser = self._as_denoiser(self._network)
+        self._drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in network.modules())
+        self.update = 0
+        self.seconds = 0.0
+        self._since = _Since()
+        if resume:
+            self._resume()
+        elif self.folder is not None and checkpoints.latest(self.folder / "checkpoints") is not None:
+            raise UserError(f"{self.folder} holds checkpoints of a run; go on with --resume or choose another folder")
+
+    # ------------------------------------------------------------------------------------------------------- one update
+
+    def _as_denoiser(self, network: nn.Module) -> NetworkDenoiser:
+        return NetworkDenoiser(network, self.schedule, self.config.prediction, self.config.network_head)
+
+    def _step(self) -> Update:
+        a, config = self.accelerator, self.config
+        self._network.train()
+        draws = self.plan.draws(self.update, self.times, a.process_index, a.num_processes, a.device)
+        if self._drops:  # dropout draws from torch's generators: made a function of the update's number
+            with torch.random.fork_rng(devices=[a.device] if a.device.type == "cuda" else []):
+                torch.manual_seed(hash((config.seed, self.update, a.process_index)))
+                losses = self.objective.losses(self._denoiser, draws.x0, draws.eps, draws.level)
+        else:
+            losses = self.objective.losses(self._denoiser, draws.x0, draws.eps, draws.level)
+        loss = (draws.weight.to(losses.loss) * losses.loss).mean()
+        mean = float(_summed(a, loss.detach().double())) / a.num_processes
+        if not math.isfinite(mean):
+            raise NonFiniteError(self._diagnosis(draws, losses))
+        a.backward(loss)
+        norm = self._clip()
+        lr = float(self._scheduler.get_last_lr()[0])
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._scheduler.step()
+        self._ema.step(self._network.parameters())
+        if self.times.state():
+            self.times = self.times.updated(*_gathered(a, draws.bin, losses.loss))
+        self.update += 1
+        return Update(self.update, mean, norm, lr)
+
+    def _clip(self) -> float:
+        a = self.accelerator
+        limit = self.config.clip_grad if self.config.clip_grad > 0 else math.inf
+        norm = a.clip_grad_norm_(self._network.parameters(), limit)
+        norm = float("nan") if norm is None else float(norm)
+        if not math.isfinite(norm) and a.scaler is None:  # a scaler (fp16) skips such updates and lowers its scale
+            raise NonFiniteError(
+                f"the gradient is not finite at update {self.update + 1}; lower lr (now {self.config.lr:g}) or "
+                f"clip_grad (now {self.config.clip_grad:g}), or train with mixed_precision no{self._kept()}"
+            )
+        return norm
+
+    def _kept(self) -> str:
+        if self.folder is None or not (self.folder / "checkpoints").is_dir():
+            return ""
+        return "; the last checkpoint is kept"
+
+    def _diagnosis(self, draws: Draws, losses: Losses) -> str:
+        bad = ~torch.isfinite(losses.loss.detach()).cpu()
+        edges = logsnr_edges(self.schedule)
+        numbers = sorted({min(int(t * BINS), BINS - 1) for t in (draws.level.t.cpu()[bad] - 1e-9).tolist()})
+        where = ", ".join(f"{edges[k + 1]:.2g} to {edges[k]:.2g}" for k in numbers) or "of another process"
+        return (
+            f"the loss is not finite at update {self.update + 1} in the logsnr bin {where} ({int(bad.sum())} of "
+            f"{len(bad)} samples); lower lr (now {self.config.lr:g}) or train with mixed_precision no{self._kept()}"
+        )
+
+    # ---------------------------------------------------------------------------------------------------------- records
+
+    def run(self) -> Iterator[Record]:
+        """Trains from `self.update` to the end; the last records are a checkpoint (with a folder) and a validation.
+
+        Raises:
+            NonFiniteError: if the loss or the gradient is not finite; nothing of that update is kept.
+            UserError: if a checkpoint cannot be written.
+        """
+        config = self.config
+        while self.update < config.updates:
+            start = time.perf_counter()
+            record = self._step()
+            elapsed = time.perf_counter() - start
+            self.seconds += elapsed
+            self._since = _Since(self._since.loss + record.loss, self._since.updates + 1, self._since.seconds + elapsed)
+            yield record
+            last = self.update == config.updates
+            if last or self.update % config.validate_every == 0:
+                yield self.validate()
+            if self.folder is not None and (last or self.update % config.checkpoint_every == 0):
+                yield Saved(self.update, self._save(self.folder / "checkpoints"))
+
+    def validate(self) -> Validation:
+        """Validates the averaged weights and, with a folder, adds a line to `metrics.jsonl`."""
+        a, since = self.accelerator, self._since
+        self._ema.copy_to(self._average.parameters())
+        self._average.eval()
+        with a.autocast():
+            values = self.validation.values(
+                self._as_denoiser(self._average), self.objective, a.process_index, a.num_processes, a.device
+            )
+        values = _summed(a, values)
+        rate = since.updates * self.config.batch_size / since.seconds if since.seconds else math.nan
+        record = Validation(
+            self.update,
+            since.loss / since.updates if since.updates else math.nan,
+            self.validation.summary(values, self.objective.variance is not None),
+            self.seconds,
+            rate,
+        )
+        self._since = _Since()
+        if self.folder is not None and a.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(record.record()) + "\n")
+        return record
+
+    def ema_network(self) -> nn.Module:
+        """A copy of the network with the averaged weights, in evaluation mode, on the CPU: what a run gives."""
+        self._ema.copy_to(self._average.parameters())
+        return _copy(self._average).eval()
+
+    # ------------------------------------------------------------------------------------------------------ checkpoints
+
+    def _identity(self) -> dict[str, Any]:
+        """What must agree between a checkpoint and the run that goes on from it."""
+        config = dataclasses.asdict(self.config)
+        for free in ("validate_every", "checkpoint_every", "keep_checkpoints"):
+            del config[free]
+        return {"data": self.data.fingerprint, "schedule": self.schedule.fingerprint, **config}
+
+    def _parts(self) -> Parts:
+        a = self.accelerator
+        return Parts(a.unwrap_model(self._network), self._optimizer, self._scheduler, self._ema, a.scaler)
+
+    def _save(self, folder: Path) -> Path:
+        a = self.accelerator
+        path = folder / f"update-{self.update:07d}"
+        if a.is_main_process:
+            state, tensors = capture(self._parts())
+            state |= {
+                "update": self.update,
+                "identity": self._identity(),
+                "seconds": self.seconds,
+                "since": dataclasses.astuple(self._since),
+            }
+            path = checkpoints.save(folder, state, tensors | {"times": self.times.state()})
+            checkpoints.prune(folder, self.config.keep_checkpoints)
+        a.wait_for_everyone()
+        return path
+
+    def _resume(self) -> None:
+        if self.folder is None:
+            raise UserError("there is nothing to resume: no folder was given")
+        kept = checkpoints.latest(self.folder / "checkpoints")
+        if kept is None:
+            self._truncate_metrics()
+            return
+        saved, own = kept.state["identity"], json.loads(json.dumps(self._identity()))
+        other = sorted(k for k in own.keys() | saved.keys() if own.get(k) != saved.get(k))
+        if other:
+            key = other[0]
+            raise UserError(
+                f"the checkpoint in {self.folder} was made with {key} {saved.get(key)!r}, now it is {own.get(key)!r}; "
+                "resume with the same settings and data, or train into another folder"
+            )
+        restore(self._parts(), kept.state, kept.tensors, self.accelerator.device)
+        self.times = self.times.restored(kept.tensors.get("times", {})) if self.times.state() else self.times
+        self.update, self.seconds = int(kept.state["update"]), float(kept.state["seconds"])
+        self._since = _Since(*kept.state["since"])
+        self._truncate_metrics()
+
+    def _truncate_metrics(self) -> None:
+        """Drops the records of updates that will be made again."""
+        file = None if self.folder is None else self.folder / "metrics.jsonl"
+        if file is None or not file.exists() or not self.accelerator.is_main_process:
+            return
+        lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        kept = [line for line in lines if json.loads(line)["update"] <= self.update]
+        partial = file.with_suffix(".tmp")
+        partial.write_text("".join(kept))
+        partial.replace(file)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A finished run.
+
+    Attributes:
+        network: with the averaged weights, on the CPU.
+        schedule: its noise schedule.
+        config: its settings.
+        last: the final validation.
+    """
+
+    network: nn.Module
+    schedule: Schedule
+    config: TrainConfig
+    last: Validation
+
+
+def fit(
+    data: TrainingData,
+    config: TrainConfig,
+    folder: Path | str | None = None,
+    *,
+    network: nn.Module | None = None,
+    resume: bool = False,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    progress: bool = True,
+) -> Fitted:
+    """Trains to the end, with a progress bar on stderr.
+
+    Args:
+        data, config, folder, network, resume, device: as for `Trainer`.
+        progress: whether to show the bar.
+
+    Raises:
+        UserError: as `Trainer` and its `run` do.
+    """
+    from tqdm import tqdm
+
+    trainer = Trainer(data, config, folder, network=network, resume=resume, device=device)
+    quiet = not (progress and trainer.accelerator.is_main_process)
+    last: Validation | None = None
+    with tqdm(
+        total=config.updates, initial=trainer.update, unit="update", desc="train", file=sys.stderr, disable=quiet
+    ) as bar:
+        for record in trainer.run():
+            if isinstance(record, Update):
+                bar.update()
+            elif isinstance(record, Validation):
+                last = record
+                bar.set_postfix(validation=f"{record.validation.loss:.4f}")
+    last = trainer.validate() if last is None else last
+    return Fitted(trainer.ema_network(), trainer.schedule, config, last)
+
+
+def _copy(network: nn.Module) -> nn.Module:
+    return copy.deepcopy(network).cpu().requires_grad_(False)
+
+
+def _summed(accelerator: Any, values: Tensor) -> Tensor:
+    """The sum over processes, on the CPU."""
+    if accelerator.num_processes == 1:
+        return values.cpu()
+    return accelerator.reduce(values.to(accelerator.device), "sum").cpu()
+
+
+def _gathered(accelerator: Any, bins: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """Bins and losses of all processes, in the order of the sample numbers."""
+    if accelerator.num_processes == 1:
+        return bins, losses
+    return accelerator.gather(bins.to(accelerator.device)), accelerator.gather(losses.detach())

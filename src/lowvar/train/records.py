@@ -1,0 +1,80 @@
+"""What a training run reports: typed, frozen records."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowvar.train.validation import ValidationLoss
+
+__all__ = ["Record", "Saved", "Update", "Validation"]
+
+
+@dataclass(frozen=True)
+class Update:
+    """One update was made.
+
+    Attributes:
+        update: updates done.
+        loss: of the batch, over all processes.
+        grad_norm: before clipping.
+        lr: learning rate used.
+    """
+
+    update: int
+    loss: float
+    grad_norm: float
+    lr: float
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The averaged weights were validated.
+
+    Attributes:
+        update: updates done.
+        loss: mean training loss since the last validation.
+        validation: validation loss with interval and bins.
+        seconds: training time so far, over all resumed parts.
+        images_per_second: training throughput since the last validation.
+    """
+
+    update: int
+    loss: float
+    validation: ValidationLoss
+    seconds: float
+    images_per_second: float
+
+    def record(self) -> dict[str, Any]:
+        """The line of metrics.jsonl."""
+        v = self.validation
+        return {
+            "update": self.update,
+            "loss": self.loss,
+            "validation_loss": v.loss,
+            "low": v.low,
+            "high": v.high,
+            "validation_error": v.error,
+            "validation_variance": v.variance,
+            "bins": [dataclasses.asdict(b) for b in v.bins],
+            "seconds": round(self.seconds, 3),
+            "images_per_second": round(self.images_per_second, 1),
+        }
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint was written.
+
+    Attributes:
+        update: updates done.
+        path: its folder.
+    """
+
+    update: int
+    path: Path
+
+
+Record = Update | Validation | Saved
