@@ -69,7 +69,7 @@ CASES = cases()
 
 
 class TestCovariances(CovarianceLaws):
-    @pytest.fixture(params=CASES.values(), ids=CASES.keys())
+    @pytest.fixture(params=CASES.values(), ids=list(CASES))
     def case(self, request: pytest.FixtureRequest) -> tuple[Covariance, Tensor]:
         return request.param
 

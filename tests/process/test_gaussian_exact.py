@@ -1,7 +1,7 @@
 """On Gaussian data every kernel and the twin's solver are exact in any number of steps.
 
-The law of the output is computed, not sampled: `affine_law` pushes unit vectors through the real code, `kernel_chain` is
-the recursion written from the formulas. Where a grid ends at t = 0 exactness needs the last step's noise kappa^2 C
+The law of the output is computed, not sampled: `affine_law` pushes unit vectors through the real code, `kernel_chain`
+is the recursion written from the formulas. Where a grid ends at t = 0 exactness needs the last step's noise kappa^2 C
 (`last="decoder"`): `last="mean"` returns x0_hat, whose covariance is less by C.
 """
 
@@ -63,7 +63,7 @@ def test_kernel_with_any_covariance_is_the_recursion(schedule: Schedule, eta: fl
             lambda x, level, p: Isotropic(p.covariance.trace() / d, TARGET.event_shape),
             lambda C: torch.trace(C) / d * torch.eye(d, dtype=torch.float64),
         ),
-        "small": (lambda x, level, p: Isotropic(0.0, TARGET.event_shape), torch.zeros_like),
+        "small": (lambda x, level, p: Isotropic(x.new_zeros(1), TARGET.event_shape), torch.zeros_like),
     }
     for attached, dense in models.values():
         for last in ("mean", "decoder"):

@@ -37,7 +37,7 @@ TARGET = mixture8()
 
 
 class TestKernels(KernelLaws):
-    @pytest.fixture(params=SCHEDULES.values(), ids=SCHEDULES.keys())
+    @pytest.fixture(params=SCHEDULES.values(), ids=list(SCHEDULES))
     def schedule(self, request: pytest.FixtureRequest) -> Schedule:
         return request.param
 
@@ -61,7 +61,8 @@ class TestKernels(KernelLaws):
 def test_coefficients(schedule: Schedule, eta: float) -> None:
     times = [1.0, 0.9, 0.5, 0.1, 0.02, 0.0]
     for t, s in itertools.combinations(times, 2):
-        check_coefficients(step_coefficients(schedule.at(t), schedule.at(s), eta), schedule.at(t), schedule.at(s), eta)
+        a, b = schedule.at(t), schedule.at(s)
+        check_coefficients(step_coefficients(a, b, eta, "decoder"), a, b, eta)
 
 
 def test_coefficients_of_small_steps_do_not_cancel() -> None:
@@ -153,7 +154,7 @@ def test_errors_name_what_is_allowed() -> None:
 
 
 def expected_kl(schedule: Schedule, noise: str, t_time: float, s_time: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(cost by KLs of kernels, dense C (B, d, d), dsnr): the mean over x_0 ~ N(x0_hat, C) by a cubature exact for squares."""
+    """(cost by KLs of kernels, C (B, d, d), dsnr): the mean over x_0 ~ N(x0_hat, C) by a cubature exact for squares."""
     t, s = schedule.at(t_time), schedule.at(s_time)
     x = TARGET.noisy(range(4), t)
     exact = TARGET.posterior(x, t, "dense")
@@ -167,12 +168,11 @@ def expected_kl(schedule: Schedule, noise: str, t_time: float, s_time: float) ->
     }
     p = ReverseKernel(1.0, "posterior")(x, Posterior(exact.mean, shapes[noise]), t, s)
     total = torch.zeros(4, dtype=torch.float64)
-    for j, e in enumerate(torch.eye(8, dtype=torch.float64)):
+    for e in torch.eye(8, dtype=torch.float64):
         shift = 8**0.5 * exact.covariance.sqrt_matvec(e.expand(4, 8))
         for sign in (1, -1):
             q = ReverseKernel(1.0, "small")(x, Posterior(exact.mean + sign * shift), t, s)
             total += q.kl(p) / 16
-        del j
     return total, C, torch.exp(s.logsnr) - torch.exp(t.logsnr)
 
 

@@ -17,7 +17,7 @@ SOURCES: dict[str, tuple[NoiseSource, int]] = {
 
 
 class TestSources(NoiseLaws):
-    @pytest.fixture(params=SOURCES.values(), ids=SOURCES.keys())
+    @pytest.fixture(params=SOURCES.values(), ids=list(SOURCES))
     def case(self, request: pytest.FixtureRequest) -> tuple[NoiseSource, int]:
         return request.param
 

@@ -42,7 +42,7 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 class TestSchedules(ScheduleLaws):
-    @pytest.fixture(params=SCHEDULES.values(), ids=SCHEDULES.keys())
+    @pytest.fixture(params=SCHEDULES.values(), ids=list(SCHEDULES))
     def schedule(self, request: pytest.FixtureRequest) -> Schedule:
         return request.param
 

@@ -88,7 +88,7 @@ def demo_figures() -> dict[str, Any]:
     sigmoid = 1 / (1 + np.exp(logsnr))
     twin = 0.28 * sigmoid / (0.28 + sigmoid) + 1e-5
     mmse = twin * (0.25 + 0.75 / (1 + np.exp(1.2 * (logsnr + 1.5))) + 0.3 / (1 + np.exp(-0.8 * (logsnr - 6))))
-    wave = np.sin(np.arange(25) * 2.1)
+    wave = np.sin(np.arange(25) * 0.7)
     grid = np.linspace(-10, 9, 20)
     bump = np.exp(-((grid - 2) ** 2) / 12)
     return {
@@ -191,6 +191,9 @@ def summary() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The made-up demo as a run folder; nobody changes it."""
+    """The made-up demo as a run folder with its report; nobody changes it."""
+    from lowvar.report import build
+
     folder = tmp_path_factory.mktemp("run") / "demo"
-    return write_run(folder, demo_summary(), demo_figures(), demo_records(), demo_grids())
+    build(write_run(folder, demo_summary(), demo_figures(), demo_records(), demo_grids()))
+    return folder

@@ -30,12 +30,13 @@ from lowvar.process.noise import Independent, NoiseSource
 from lowvar.process.schedule import Schedule
 from lowvar.process.twin import GaussianTwin
 
-__all__ = ["JSON_LIMIT", "Calibration", "calibrate", "default_logsnr"]
+__all__ = ["JSON_LIMIT", "RELATIVE_FLOOR", "Calibration", "calibrate", "default_logsnr"]
 
 JSON_LIMIT = 65536
+RELATIVE_FLOOR = 1e-3
 
 
-def default_logsnr(schedule: Schedule, knots: int = 25) -> Tensor:
+def default_logsnr(schedule: Schedule, knots: int = 49) -> Tensor:
     """Equally spaced logsnr from the schedule's noisiest level (not below -12) to its t_min, (knots,).
 
     Example:
@@ -100,7 +101,14 @@ class Calibration:
         return self.tables[structure]  # type: ignore[index]
 
     def attach(self, denoiser: Denoiser, structure: str = "basis", clip: float | None = None) -> WithCovariance:
-        """The denoiser with the calibrated covariance of a structure, limited to data in [-clip, clip] if given.
+        """The denoiser with the calibrated covariance of a structure.
+
+        Args:
+            denoiser: the denoiser that was calibrated, with the same clipping.
+            structure: see `table`.
+            clip: limit the covariance sample by sample to what data in [-clip, clip] allow (`Posterior.clip`). Off by
+                default: the table was measured around the clipped mean, and scaling it down again leaves too little
+                noise.
 
         Raises:
             UserError: if the schedule is another one or there is no such table.
@@ -109,9 +117,14 @@ class Calibration:
         return WithCovariance(denoiser, self.table(structure), clip)
 
     def grid(self, schedule: Schedule, steps: int) -> Tensor:
-        """The variance-matched grid of the calibrated mmse curve (isotropic kernel)."""
+        """The variance-matched grid of the calibrated mmse curve (isotropic kernel).
+
+        The mmse of the exact posterior is at most the twin's; where a network does worse than the twin (an epsilon
+        network at high noise), its excess is an error of its own that no step can mend, and the twin's value stands.
+        """
         self.require(schedule)
-        return variance_matched(schedule, steps, self.logsnr, self.mmse, self.event_shape.numel())
+        mmse = torch.minimum(self.mmse, self.twin.mmse(schedule.level(self.logsnr)))
+        return variance_matched(schedule, steps, self.logsnr, mmse, self.event_shape.numel())
 
     def to_json(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """JSON-ready fields, and the tensors that do not belong there (float32; curves stay float64 in the fields)."""
@@ -191,15 +204,21 @@ class Calibration:
 def _tables(moments: ResidualMoments, basis: Basis) -> dict[Structure, CovarianceTable]:
     logsnr, shape = moments.level.logsnr, tuple(basis.event_shape)
     axes = tuple(range(2, moments.pixel.ndim))
+    entries = (-1, *([1] * len(shape)))
+
+    def floored(variance: Tensor) -> Tensor:
+        """A finite number of images cannot tell a variance from 0: at least `RELATIVE_FLOOR` of the mean."""
+        return torch.maximum(variance, RELATIVE_FLOOR * moments.mmse.reshape(entries))
+
     tables: dict[Structure, CovarianceTable] = {
         "isotropic": CovarianceTable("isotropic", logsnr, moments.mmse, shape, None, moments.mmse_se)
     }
     if axes and shape[0] > 1:
-        channel = moments.pixel.mean(axes, keepdim=True)[..., :]
+        channel = moments.pixel.mean(axes, keepdim=True)
         tables["channel"] = CovarianceTable("channel", logsnr, channel, shape)
-    tables["pixel"] = CovarianceTable("pixel", logsnr, moments.pixel, shape, None, moments.pixel_se)
+    tables["pixel"] = CovarianceTable("pixel", logsnr, floored(moments.pixel), shape, None, moments.pixel_se)
     if moments.basis is not None:
-        tables["basis"] = CovarianceTable("basis", logsnr, moments.basis, shape, basis, moments.basis_se)
+        tables["basis"] = CovarianceTable("basis", logsnr, floored(moments.basis), shape, basis, moments.basis_se)
     return tables
 
 
@@ -210,7 +229,7 @@ def calibrate(
     twin_batches: Callable[[], Iterable[Tensor]] | None = None,
     basis: Literal["auto", "pca", "dct"] = "auto",
     logsnr: Tensor | None = None,
-    replicates: int = 4,
+    replicates: int = 2,
     noise: NoiseSource | None = None,
     bound: float | None = None,
 ) -> Calibration:

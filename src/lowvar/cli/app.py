@@ -14,8 +14,9 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -43,26 +44,63 @@ _ABOUT = "Variance reduction in the reverse process of diffusion and flow models
 _INTERRUPTED = 130
 
 
-def _sentence(box: str, words: Sequence[str]) -> str:
+_PLAIN = (  # tyro's wording of a wrong value, and ours
+    (r"^(--\S+): .*\bINT\b.* from \['(.*?)'\].*", r"\1 is '\2'; give a whole number"),
+    (r"^(--\S+): .*\bFLOAT\b.* from \['(.*?)'\].*", r"\1 is '\2'; give a number"),
+    (r"^(--\S+): invalid literal for int\(\) with base 10: (.*)", r"\1 is \2; give a whole number"),
+    (r"^invalid choice (.*?) for argument '(.*?)'\. Expected one of \((.*)\)", r"\2 is \1; allowed: \3"),
+    (r"^[Mm]issing value for argument '(.*?)'.*", r"\1 needs a value"),
+)
+
+
+def _lines(box: str) -> list[str]:
+    """The lines of tyro's error box without its frame, up to the pointer to the help; rules between parts are ''.
+
+    Where stdout is not UTF-8 the frame is a heading with a rule of hyphens below it.
+    """
+    found = [line.replace("│", " ").rstrip() for line in box.splitlines() if not re.match(r"\s*[╭╰]", line)]
+    found = ["" if set(line.strip()) <= {"─", "-"} else line for line in found]
+    if "╭" not in box:
+        found = found[found.index("") + 1 :] if "" in found else found
+    end = next((i for i, line in enumerate(found) if "For full helptext" in line or "Argument helptext" in line), None)
+    return textwrap.dedent("\n".join(found[:end])).splitlines()
+
+
+def _sentence(box: str, command: str, words: Sequence[str]) -> str:
     """tyro's error box as one sentence."""
-    text = re.sub(r"[╭╮╰╯│─━┃┏┓┗┛|]+", lambda match: "\n" if "─" in match.group() else " ", box)
-    parts = [" ".join(part.split()) for part in re.split(r"\n\s*\n|\n(?=\s*\n)", text)]
-    flat = " ".join(part for part in parts if part)
-    command = words[0] if words and words[0] in COMMANDS else ""
-    flat = re.split(r"For full helptext|Argument helptext", flat)[0].strip()
-    # the box's title repeats its first words: "Missing argument Missing value for ..."
-    titles = "Value error|Required options|Unrecognized options|Missing subcommand|Invalid choice|Missing argument"
-    flat = re.sub(rf"^(?:{titles})\s+", "", flat)
-    if not words or flat.startswith("Expected one of"):
-        flat = f"no command was given; the commands are {', '.join(COMMANDS)}"
-    elif not command and not words[0].startswith("-"):
-        flat = f"there is no command {words[0]!r}; the commands are {', '.join(COMMANDS)}"
-    else:
-        flat = re.sub(r"Perhaps you meant: (--[\w-]+).*", r"(perhaps you meant \1)", flat)
-        flat = re.sub(rf"Missing from lowvar {command}:", "these are required and missing:", flat)
-        flat = re.sub(r"Error parsing ", "", flat).rstrip(".")
-        flat = flat[:1].lower() + flat[1:]
-    return f"{flat}; see `lowvar {command + ' ' if command else ''}--help`"
+    help_ = f"see `lowvar {command + ' ' if command else ''}--help`"
+    if not command:
+        known = f"the commands are {', '.join(COMMANDS)}"
+        if not words:
+            return f"no command was given; {known}; {help_}"
+        what = f"there is no option {words[0]}" if words[0].startswith("-") else f"there is no command {words[0]!r}"
+        return f"{what}; {known}; {help_}"
+    lines = _lines(box)
+    if lines and lines[0].startswith("Missing from"):
+        entries = [line for line in lines[1:] if re.match(r" {1,6}[-A-Z]", line)]
+        missing = ", ".join(line.strip() for line in entries if re.fullmatch(r"\s*(--\S+ )?[A-Z]\S*", line))
+        unknown = re.search(r"Unrecognized options:\s+([^\s,]+)", " ".join(lines))
+        extra = f", and there is no option {unknown[1]}" if unknown else ""
+        return f"required and missing: {missing}{extra}; {help_}"
+    flat = " ".join(" ".join(lines).split())
+    unknown = re.match(r"Unrecognized options: ([^\s,]+)", flat)
+    if unknown:
+        near = re.search(r"Perhaps you meant: (--[\w-]+)", flat)
+        hint = f" (perhaps {near[1]}?)" if near else ""
+        return f"there is no option {unknown[1]}{hint}; {help_}"
+    flat = re.sub(r"^Error parsing ", "", flat).rstrip(".")
+    for pattern, plain in _PLAIN:
+        flat = re.sub(pattern, plain, flat)
+    return f"{flat[:1].lower() + flat[1:]}; {help_}"
+
+
+def _listed(kind: type[Command]) -> Callable[[], None]:
+    """Something that tyro lists with the first line of the command's help."""
+
+    def command() -> None: ...
+
+    command.__doc__ = (kind.__doc__ or "").splitlines()[0]
+    return command
 
 
 def parse(words: Sequence[str]) -> Command:
@@ -81,15 +119,19 @@ def parse(words: Sequence[str]) -> Command:
 
         sys.stdout.write(f"lowvar {__version__}\n")
         raise SystemExit(0)
+    command = words[0] if words and words[0] in COMMANDS else ""
+    config = (tyro.conf.FlagCreatePairsOff,)
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.extras.subcommand_cli_from_dict(
-                COMMANDS, prog="lowvar", description=_ABOUT, args=words, config=(tyro.conf.FlagCreatePairsOff,)
-            )
+            if command:
+                return tyro.cli(COMMANDS[command], prog=f"lowvar {command}", args=words[1:], config=config)
+            listed = {name: _listed(kind) for name, kind in COMMANDS.items()}
+            tyro.extras.subcommand_cli_from_dict(listed, prog="lowvar", description=_ABOUT, args=words)
+            raise SystemExit(2)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UserError(_sentence(errors.getvalue(), words)) from None
+        raise UserError(_sentence(errors.getvalue(), command, words)) from None
 
 
 def _disk_full(error: BaseException) -> bool:

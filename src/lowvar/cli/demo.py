@@ -129,7 +129,7 @@ class Demo(Sampling):
         extractor = digit_classifier(data, updates=20) if self.quick else None
         scorer = Scorer(data, extractor=extractor)
         cells = self._cells()
-        with console.progress(n * sum(cell.steps for cell in cells), "sampling") as bar:
+        with console.progress(n * sum(cell.evaluations for cell in cells), "sampling") as bar:
             found = evaluate(
                 denoiser,
                 data,
@@ -141,7 +141,7 @@ class Demo(Sampling):
                 batch_size=self.batch_size,
                 device=device,
                 progress=bar.update,
-                done=lambda drawn, _: bar.set_postfix_str(f" {drawn.cell.label}"),
+                done=lambda drawn, _: bar.set_postfix_str(f" {drawn.cell.label}", refresh=False),
             )
         for note in found.notes:
             console.note(note)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lowvar.cli.console import Console, score_table
 from lowvar.cli.folders import check_free, new_folder
-from lowvar.cli.options import DataFlags, Sampling, at_least, choose_device, parse_names, parse_steps
+from lowvar.cli.options import DataFlags, MaybeText, Sampling, at_least, choose_device, parse_names, parse_steps
 
 __all__ = ["Evaluate"]
 
@@ -30,11 +30,11 @@ class Evaluate(DataFlags, Sampling):
     """folder to write"""
     steps: str = "5,10,20"
     """numbers of reverse steps, separated by commas"""
-    against: str | None = None
+    against: MaybeText = None
     """diffusers schedulers to run on the same network, separated by commas"""
-    samplers: str | None = None
+    samplers: MaybeText = None
     """samplers of lowvar, separated by commas; default: all that the model has what it takes for"""
-    grid: str | None = None
+    grid: MaybeText = None
     """step grid of lowvar's samplers; default: each sampler's own"""
     spacing: str = "trailing"
     """timestep spacing of the diffusers schedulers: trailing, linspace or leading"""
@@ -74,7 +74,7 @@ class Evaluate(DataFlags, Sampling):
         require_shape(model, data.shape)
         console.note(f"scoring features for {data.name}")
         scorer = Scorer(data, metrics=metrics)
-        with console.progress(self.n * sum(cell.steps for cell in cells), "sampling") as bar:
+        with console.progress(self.n * sum(cell.evaluations for cell in cells), "sampling") as bar:
             found = evaluate(
                 model.denoiser,
                 data,
@@ -86,7 +86,7 @@ class Evaluate(DataFlags, Sampling):
                 batch_size=self.batch_size,
                 device=device,
                 progress=bar.update,
-                done=lambda drawn, _: bar.set_postfix_str(drawn.cell.label),
+                done=lambda drawn, _: bar.set_postfix_str(f" {drawn.cell.label}", refresh=False),
             )
         for note in found.notes:
             console.note(note)

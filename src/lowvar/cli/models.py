@@ -75,7 +75,17 @@ def _shape_of(network: Any, denoiser: NetworkDenoiser) -> tuple[int, int, int]:
 
 
 def model_of(pipeline: Any, device: torch.device) -> Model:
-    """An opened pipeline as a `Model` on a device."""
+    """An opened pipeline as a `Model` on a device.
+
+    Raises:
+        UserError: if it works on latents, or its network is not one that is called with images alone.
+    """
+    for name in ("vae", "vqvae", "movq"):
+        if getattr(pipeline, name, None) is not None:
+            raise UserError(
+                f"{type(pipeline).__name__} makes latents, and the command line works on images; in a program put "
+                "lowvar.schedulers.ReverseVarianceScheduler into the pipeline"
+            )
     pipeline.to(device)
     denoiser = denoiser_of(pipeline)
     network: Any = denoiser.network
@@ -93,6 +103,9 @@ def open_model(folder: Path, device: torch.device) -> Model:
     Raises:
         UserError: if it is no pipeline folder, holds pickles, or its calibration is of another schedule.
     """
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
     return model_of(open_pipeline(folder), device)
 
 

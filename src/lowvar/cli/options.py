@@ -10,7 +10,9 @@ import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
 
 from lowvar.errors import UserError
 
@@ -24,12 +26,23 @@ __all__ = [
     "Command",
     "Common",
     "DataFlags",
+    "MaybeFloat",
+    "MaybeInt",
+    "MaybePath",
+    "MaybeText",
     "Sampling",
     "at_least",
     "choose_device",
     "parse_names",
     "parse_steps",
 ]
+
+
+_unset = {"help_behavior_hint": ""}  # what leaving a flag out means is said in its help
+MaybeText = Annotated[str | None, tyro.conf.arg(metavar="NAME", **_unset)]
+MaybeInt = Annotated[int | None, tyro.conf.arg(metavar="INT", **_unset)]
+MaybeFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", **_unset)]
+MaybePath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", **_unset)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +96,9 @@ class DataFlags:
 
     data: str
     """`digits`, `photos`, `photos:SIZE`, a folder of images, a saved `datasets` folder or a parquet file"""
-    size: int | None = None
+    size: MaybeInt = None
     """side in pixels to scale and crop the images to; photos: of a patch"""
-    channels: int | None = None
+    channels: MaybeInt = None
     """1 (grey) or 3 (colour); default: what the data has"""
 
     def load(self, seed: int) -> Data:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lowvar.cli.console import Console
 from lowvar.cli.folders import check_free, new_file
-from lowvar.cli.options import Sampling, at_least, choose_device
+from lowvar.cli.options import MaybeFloat, MaybePath, MaybeText, Sampling, at_least, choose_device
 from lowvar.errors import UserError
 
 __all__ = ["Sample"]
@@ -32,17 +32,18 @@ class Sample(Sampling):
     """number of reverse steps"""
     n: int = 64
     """number of samples"""
-    sampler: str | None = None
+    sampler: MaybeText = None
     """name of the sampler; default: the one in the folder's scheduler"""
-    covariance: str | None = None
+    covariance: MaybeText = None
     """of ddpm-* and ddim-*: small, large, learned, analytic, isotropic, channel, pixel or basis"""
-    eta: float | None = None
+    eta: MaybeFloat = None
     """stochasticity of ddpm-* and ddim-*: 0 (DDIM) to 1 (ancestral)"""
-    tau: float | None = None
+    tau: MaybeFloat = None
     """stochasticity of adams-* and twin-*: 0 (ODE) to 1 (SDE)"""
-    grid: str | None = None
-    """trailing, uniform, leading, quadratic, uniform-logsnr, karras or variance-matched"""
-    png: Path | None = None
+    grid: MaybeText = None
+    """trailing, uniform, leading, quadratic, uniform-logsnr, karras or variance-matched;
+    default: the sampler's own"""
+    png: MaybePath = None
     """also write a picture of the first samples"""
 
     def run(self, console: Console) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowvar.cli.console import Console
 from lowvar.cli.folders import check_free, publish
-from lowvar.cli.options import Common, DataFlags, choose_device
+from lowvar.cli.options import Common, DataFlags, MaybeInt, MaybePath, choose_device
 from lowvar.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,16 +39,16 @@ class Train(DataFlags, Common):
 
     out: Path
     """folder to write"""
-    config: Path | None = None
+    config: MaybePath = None
     """YAML file of settings; flags given beside it win; a run's config.yaml is such a file"""
-    updates: int | None = None
-    """optimiser updates [default: the config's, else 3000]"""
-    batch_size: int | None = None
-    """images an update [default: the config's, else 64]"""
-    seed: int | None = None
-    """of weights, data order, times and noise [default: the config's, else 0]"""
-    checkpoint_every: int | None = None
-    """updates between checkpoints [default: the config's, else 500]"""
+    updates: MaybeInt = None
+    """optimiser updates; default: the config's, else 3000"""
+    batch_size: MaybeInt = None
+    """images an update; default: the config's, else 64"""
+    seed: MaybeInt = None
+    """of weights, data order, times and noise; default: the config's, else 0"""
+    checkpoint_every: MaybeInt = None
+    """updates between checkpoints; default: the config's, else 500"""
     resume: bool = False
     """go on in OUT.partial; from the start if there is none"""
 
@@ -169,7 +169,7 @@ def run_training(trainer: Trainer, folder: Path, console: Console) -> dict[str, 
             if isinstance(record, Update):
                 bar.update()
             elif isinstance(record, Validation):
-                bar.set_postfix_str(f" validation loss {record.validation.loss:.4f}")
+                bar.set_postfix_str(f" validation loss {record.validation.loss:.4f}", refresh=False)
     file = folder / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     last = json.loads(lines[-1]) if lines else {}

@@ -20,7 +20,9 @@ The grid is the peer's own: `spacing` is trailing unless asked otherwise. A peer
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -61,6 +63,10 @@ class Peer:
     predictions: tuple[str, ...] = ("epsilon", "sample", "v_prediction", "flow")
     fields: Mapping[str, Any] = field(default_factory=dict)
     head: bool = False
+
+    def evaluations(self, steps: int) -> int:
+        """Network evaluations that this many steps cost."""
+        return 2 * steps - 1 if self.name.endswith("heun") else steps
 
 
 _VP = {"families": ("vp",), "predictions": ("epsilon", "sample", "v_prediction")}
@@ -137,6 +143,15 @@ def _schedule_fields(schedule: Schedule, accepted: Mapping[str, Any], name: str)
     return {"num_train_timesteps": T, "trained_betas": (1 - bar / before).tolist()}
 
 
+@contextmanager
+def _their_warnings() -> Iterator[None]:
+    """What diffusers does with arrays is not ours to mend, and is said once at most."""
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, FutureWarning):
+            warnings.filterwarnings("ignore", category=category, module=r"diffusers\.")
+        yield
+
+
 def make_peer(peer: Peer, denoiser: NetworkDenoiser, spacing: Spacing = "trailing") -> Any:
     """The peer's scheduler for a network's schedule, prediction and clipping.
 
@@ -178,7 +193,8 @@ def make_peer(peer: Peer, denoiser: NetworkDenoiser, spacing: Spacing = "trailin
     elif peer.clip == "thresholding":
         # the threshold max(1, quantile) is limited to sample_max_value, and values are divided by it: exact for b = 1
         fields |= {"thresholding": bound == 1.0, "sample_max_value": 1.0}
-    return kind(**fields, **peer.fields)
+    with _their_warnings():
+        return kind(**fields, **peer.fields)
 
 
 def _generators(noise: NoiseSource, index: Tensor, device: torch.device | str) -> list[torch.Generator]:
@@ -222,7 +238,8 @@ def run_peer(
     """
     index = torch.as_tensor(index)
     scheduler = make_peer(peer, denoiser, spacing)
-    scheduler.set_timesteps(steps)
+    with _their_warnings():
+        scheduler.set_timesteps(steps)
     schedule = denoiser.schedule
     discrete = schedule.family != "vp" or isinstance(schedule, DiscreteVP)
     takes = inspect.signature(scheduler.step).parameters
@@ -242,7 +259,8 @@ def run_peer(
             out = out[:, : x.shape[1]]
         if "variance_noise" in takes:
             extra["variance_noise"] = noise.normal(index, shape, draw=k + 1, device=device)
-        x = scheduler.step(out, t, x, **extra, return_dict=False)[0].float()
+        with _their_warnings():
+            x = scheduler.step(out, t, x, **extra, return_dict=False)[0].float()
         nfe += 1
         if progress is not None:
             progress(len(x))

@@ -70,6 +70,11 @@ class Cell:
         return self.sampler.startswith(_PREFIX)
 
     @property
+    def evaluations(self) -> int:
+        """Network evaluations a sample."""
+        return peer_named(self.sampler).evaluations(self.steps) if self.is_peer else self.steps
+
+    @property
     def label(self) -> str:
         """`sampler@steps`, with the grid where one was asked for."""
         return f"{self.sampler}@{self.steps}" + (f"@{self.grid}" if self.grid else "")
@@ -216,7 +221,7 @@ def resolve(
         raise UserError(
             f"sampler {name} needs a calibrated model: run `lowvar calibrate --model MODEL --data DATA` first"
         )
-    return sampler, calibration.attach(denoiser, sampler.covariance, denoiser.clip)
+    return sampler, calibration.attach(denoiser, sampler.covariance)
 
 
 def draw(

@@ -41,7 +41,9 @@ def _wide(x: Tensor) -> Tensor:
 
 def _per_sample(value: Scalar, like: Tensor) -> Tensor:
     """A number, or one number a sample (B,), shaped to multiply `like` (B, ...)."""
-    value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=like.dtype, device=like.device)  # made where it is used, not copied there
+    value = value.to(like)
     return value.reshape(-1, *([1] * (like.ndim - 1))) if value.ndim else value
 
 

@@ -11,9 +11,13 @@ K steps evaluate the network at t_0 .. t_{K-1}. `t_start` (default 1) is where t
     variance_matched  density of knots in snr proportional to sqrt(R)
 
 Variance-matched grids. A step's excess cost is locally (1/4) dsnr^2 R in nats, so that K steps cost least when knots
-have density sqrt(R) in snr. For the isotropic kernel R = ||C||_F^2 - (tr C)^2 / d, and since d mmse / d snr = -E
-||C||_F^2,
-R is read off the curve M(snr) = d mmse alone:  R = -M' - M^2 / d.
+have density sqrt(R) in snr. For the isotropic kernel R = ||C||_F^2 - (tr C)^2 / d, and since
+d mmse / d snr = -E ||C||_F^2, R is read off the curve M(snr) = d mmse alone:  R = -M' - M^2 / d. The two terms cancel
+for Gaussian data of one variance, so that the curve enters through q = logit g, g = snr mmse, as
+
+    snr^2 R / d = g (1 - g) (1 - dq / d logsnr),
+
+where q is linear with slope 1, and R = 0, for such data.
 """
 
 from __future__ import annotations
@@ -73,10 +77,15 @@ def trailing(schedule: Schedule, steps: int, t_start: float = 1.0) -> Tensor:
 
 
 def leading(schedule: Schedule, steps: int, t_start: float = 1.0) -> Tensor:
-    """Times t_min + j t_start / steps, j = steps - 1 .. 0, then 0: never starts from pure noise; (steps + 1,)."""
+    """Times t_min + j t_start / steps, j = steps - 1 .. 0, then 0; (steps + 1,).
+
+    The chain does not start from pure noise. Where t_min is so large that these would pass t_start, they are equally
+    spaced from t_start to t_min.
+    """
     _check(steps, t_start, schedule.t_min)
     j = torch.arange(steps - 1, -1, -1, dtype=torch.float64)
-    return _ending((schedule.t_min + j * (t_start / steps)).clamp_max(t_start))
+    gap = min(t_start / steps, (t_start - schedule.t_min) / max(steps - 1, 1))
+    return _ending((schedule.t_min + j * gap).clamp_max(t_start))
 
 
 def quadratic(schedule: Schedule, steps: int, t_start: float = 1.0) -> Tensor:
@@ -144,7 +153,7 @@ def variance_matched(
         steps: K.
         logsnr: increasing logsnr values of the calibrated curve, (n,), at least 3.
         mmse: mmse a dimension at these, (n,); made non-increasing before use.
-        d: number of dimensions.
+        d: number of dimensions (it scales R, not the knots).
         t_start: first time.
         t_end: time of the last evaluation (default: where the curve or the schedule's t_min ends).
 
@@ -164,13 +173,12 @@ def variance_matched(
         raise ValueError("the mmse curve needs at least three points with increasing logsnr")
     mmse = torch.cummin(mmse, 0).values
     fine = torch.linspace(float(logsnr[0]), float(logsnr[-1]), 2001, dtype=torch.float64)
-    curve = _interpolate(fine, logsnr, mmse)
-    slope = torch.gradient(curve, spacing=(fine,))[0]  # d mmse / d logsnr = snr d mmse / d snr
-    snr = torch.exp(fine)
-    # snr^2 R, with ||C||^2 = -d mmse' and (tr C)^2 / d = d mmse^2
-    rate2 = d * (-slope * snr - (snr * curve) ** 2)
-    scale = float((d * (snr * curve) ** 2).max().clamp_min(1e-12))
-    rate = torch.sqrt(rate2.clamp_min(1e-6 * scale))  # sqrt(R) d snr = rate d logsnr
+    g = (torch.exp(logsnr) * mmse).clamp(1e-9, 1 - 1e-9)  # snr mmse <= 1, as mmse <= sigma^2 / alpha^2
+    q = _interpolate(fine, logsnr, _logit(g))
+    slope = torch.gradient(q, spacing=(fine,))[0]
+    g = torch.sigmoid(q)
+    rate2 = g * (1 - g) * (1 - slope)  # snr^2 R / d
+    rate = torch.sqrt(rate2.clamp_min(1e-6 * float((g**2).max())))  # sqrt(R) d snr = rate d logsnr
     low = max(_finite_logsnr(schedule, t_start), float(fine[0]))
     end = schedule.t_min if t_end is None else t_end
     high = min(float(schedule.logsnr(end)), float(fine[-1]))
@@ -180,6 +188,10 @@ def variance_matched(
     times = schedule.time(_interpolate(targets, mass, fine))
     times[0] = t_start
     return _ending(times)
+
+
+def _logit(p: Tensor) -> Tensor:
+    return torch.log(p) - torch.log1p(-p)
 
 
 def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:

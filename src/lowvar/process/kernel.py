@@ -114,8 +114,9 @@ def step_coefficients(
     two_h = s.logsnr - t.logsnr
     r = -torch.expm1(-two_h)
     root = torch.sqrt(r * (1 - eta**2) + torch.exp(-two_h))  # sqrt(1 - eta^2 r)
+    log_root = torch.where(r < 0.5, torch.log1p(-(eta**2) * r) / 2, torch.log(root))  # small steps keep their digits
     a = s.sigma / t.sigma * root
-    near = -s.alpha * torch.expm1(torch.log(root) - two_h / 2)
+    near = -s.alpha * torch.expm1(log_root - two_h / 2)
     kappa = torch.where(torch.isinf(two_h), s.alpha - t.alpha * a, near)
     lambda2, beta, kappa2 = eta**2 * s.sigma**2 * r, t.sigma**2 * r, kappa**2
     clean = s.sigma == 0
@@ -188,13 +189,13 @@ class ReverseKernel(Solver):
 
     def _noise(self, x: Tensor, posterior: Posterior, c: StepCoefficients) -> Covariance:
         if self.variance == "small":
-            return Isotropic(torch.as_tensor(c.small).to(x), x.shape[1:])
+            return Isotropic(_number(c.small, x.device).to(x.dtype), x.shape[1:])
         if self.variance == "large":
-            return Isotropic(torch.as_tensor(c.beta).to(x), x.shape[1:])
+            return Isotropic(_number(c.beta, x.device).to(x.dtype), x.shape[1:])
         if self.variance == "learned":
             if posterior.fraction is None:
                 raise ValueError("variance 'learned' needs a network with a learned-range head (head='range')")
-            small, beta = torch.as_tensor(c.small), torch.as_tensor(c.beta)
+            small, beta = _number(c.small, x.device), _number(c.beta, x.device)
             f = posterior.fraction
             log_variance = f * expand(torch.log(beta), f) + (1 - f) * expand(torch.log(small), f)
             return Diagonal(torch.where(expand(small, f) > 0, torch.exp(log_variance), torch.zeros_like(f)))
@@ -220,6 +221,13 @@ class ReverseKernel(Solver):
         """See the base class."""
         law = self._law(state.x, posterior, plan[k])
         return State(law.mean if z is None else law.sample(z)), StepInfo(k, posterior, law)
+
+
+def _number(value: Any, device: torch.device) -> Tensor:
+    """A coefficient in float64 on a device; a plain number is made there, not copied."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def _times(value: Any, x: Tensor) -> Tensor:

@@ -72,8 +72,9 @@ class _Step:
 
 @dataclass(frozen=True)
 class MultistepPlan:
-    """Everything about a grid: per evaluated level (alpha m, sigma, Wiener gain), per step its weights."""
+    """Everything about a grid: m, per evaluated level (alpha m, sigma, Wiener gain), per step its weights."""
 
+    mean: Tensor
     shift: list[Tensor]
     sigma: list[float]
     gain: list[Tensor]
@@ -82,6 +83,7 @@ class MultistepPlan:
     def to(self, like: Tensor) -> MultistepPlan:
         """The plan in the dtype and on the device of `like`: steps then copy nothing from one device to another."""
         return MultistepPlan(
+            self.mean.to(like),
             [v.to(like) for v in self.shift],
             self.sigma,
             [v.to(like) for v in self.gain],
@@ -160,7 +162,7 @@ class MultistepSolver(Solver):
         shift = [alpha[k] * mean for k in evaluated] + [alpha[-1] * mean]
         gain = [alpha[k] * c / (alpha[k] ** 2 * c + sigma[k] ** 2) for k in evaluated]
         steps = [self._weights(levels, k, c) for k in evaluated]
-        return MultistepPlan(shift, sigma.tolist(), gain, steps)
+        return MultistepPlan(mean, shift, sigma.tolist(), gain, steps)
 
     def _weights(self, levels: Level, k: int, c: Tensor) -> _Step | None:
         t, s = levels[k], levels[k + 1]
@@ -230,7 +232,7 @@ class MultistepSolver(Solver):
             return State(posterior.mean, _Memory()), info
         x, x0 = state.x, posterior.mean
         centred = self._rotate(x - plan.shift[k].to(x))
-        remainder = x0 if self.twin is None else self._rotate(x0 - self.twin.mean.to(x0))
+        remainder = x0 if self.twin is None else self._rotate(x0 - plan.mean.to(x0))
         remainder = remainder - plan.gain[k].to(x) * centred
         values = (remainder, *state.memory.remainders)[:4]
         y = centred / plan.sigma[k]

@@ -64,7 +64,11 @@ def _ranking(scores: Board) -> dict[str, Any]:
         ratio = ""
         if math.isfinite(c.ratio):
             times = max(c.ratio, 1 / c.ratio)
-            ratio = f"{plain(times, 2 if times >= 1.1 else 3)}× {'lower' if c.ratio >= 1 else 'higher'}"
+            ratio = (
+                "same value"
+                if times < 1.005
+                else f"{plain(times, 2 if times >= 1.1 else 3)}× {'lower' if c.ratio >= 1 else 'higher'}"
+            )
         rows.append({"steps": count(c.steps), "best": cells[0], "peer": cells[1], "ratio": ratio, "verdict": c.verdict})
     twin = next((s for s in scores.scores if s.is_twin_alone and s.metric == key), None)
     floor = scores.floor.get(key)
@@ -125,9 +129,10 @@ def answer(run: Run) -> Section | None:
     """What a reader wants to know first, in sentences and one small table."""
     scores = board(run)
     content: dict[str, Any] = {"ranking": None if scores is None else _ranking(scores)}
-    content["sentences"] = content["ranking"]["sentences"] if content["ranking"] else []
-    if scores is None:
-        content["sentences"] = [*_trained(run), *(_calibrated(run) if "mmse" in run.summary else [])]
+    ranked = content["ranking"]["sentences"] if content["ranking"] else _trained(run)
+    content["sentences"] = [*(_calibrated(run) if "mmse" in run.summary else []), *ranked]
+    notes = run.summary.get("notes")
+    content["notes"] = [str(note) for note in notes] if isinstance(notes, list) else []
     choice = run.summary.get("recommended")
     content["recommended"] = _recommended(choice)
     if not content["sentences"] and content["recommended"] is None:

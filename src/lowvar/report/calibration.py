@@ -13,7 +13,7 @@ from lowvar.report.figures import Style
 from lowvar.report.run import Curve, Run, curve, mapping, number
 from lowvar.report.section import Section
 from lowvar.report.tables import bars
-from lowvar.report.text import plain, spoken
+from lowvar.report.text import bounds, plain
 
 __all__ = ["budget", "error_curve", "mmse_curves", "residuals"]
 
@@ -98,7 +98,7 @@ def residuals(run: Run) -> Section | None:
 _TONES = ("prior", "noisy steps", "middle steps", "clean steps", "decoder")
 
 
-def _bar(name: str, line: Curve, entry: Mapping[str, Any]) -> tuple[str, list[tuple[str, float]], str]:
+def _bar(name: str, line: Curve, entry: Mapping[str, Any]) -> tuple[str, list[tuple[str, float]], tuple[str, str]]:
     low, high = (line.x[0], line.x[-1]) if len(line.x) else (0.0, 0.0)
     third = np.clip(np.floor(3 * (line.x - low) / max(high - low, 1e-12)), 0, 2)
     parts = [(_TONES[1 + i], float(np.nansum(line.y[third == i]))) for i in range(3)]
@@ -107,7 +107,7 @@ def _bar(name: str, line: Curve, entry: Mapping[str, Any]) -> tuple[str, list[tu
     total, se = number(entry.get("total")), number(entry.get("total_se"))
     total = sum(value for _, value in parts if math.isfinite(value)) if total is None or math.isnan(total) else total
     half = 1.959964 * (math.nan if se is None else se)
-    return name, parts, spoken(total, total - half, total + half)
+    return name, parts, bounds(total, total - half, total + half)
 
 
 def budget(run: Run) -> Section | None:
@@ -123,7 +123,7 @@ def budget(run: Run) -> Section | None:
         rows.append(_bar(name, lines[name], entry))
     legend = keys("budget", lines)
     label = "Bits per dimension of every reverse step against logsnr. Totals: " + "; ".join(
-        f"{name} {total}" for name, _, total in rows
+        f"{name} {' '.join(total).strip()}" for name, _, total in rows
     )
     svg = curves("budget", label, lines, legend, ylabel="bits per dimension")
     content = {

@@ -121,7 +121,7 @@ def _tidy(svg: str, name: str, label: str) -> Markup:
 
 
 def draw(
-    name: str, label: str, paint: Callable[[Axes], None], *, width: float = 4.8, height: float = 3.3, bare: bool = False
+    name: str, label: str, paint: Callable[[Axes], None], *, width: float = 4.5, height: float = 3.1, bare: bool = False
 ) -> Markup:
     """A figure as an `<svg>` element.
 
@@ -168,7 +168,7 @@ def log_axis(axes: Axes) -> None:
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(10, subs=_ticks(low, high), numticks=12))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: plain(y, 1)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: plain(y, 1).removeprefix("1·")))
 
 
 def value_axis(axes: Axes, values: list[float], scale: float | None = None) -> str:
@@ -192,7 +192,7 @@ def value_axis(axes: Axes, values: list[float], scale: float | None = None) -> s
     ticks = [0.0, *(powers or [high])]
     axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: plain(y, 1)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: plain(y, 1).removeprefix("1·")))
     return "logarithmic, linear near 0"
 
 

@@ -57,7 +57,7 @@ def _bytes(x: NDArray[np.floating]) -> NDArray[np.uint8]:
     return np.round((np.clip(np.nan_to_num(x, nan=0.0, posinf=1.0, neginf=-1.0), -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
-def sheet(label: str, images: NDArray[np.floating], is_peer: bool = False) -> Sheet | None:
+def sheet(label: str, images: NDArray[np.floating], steps: float = math.inf, *, is_peer: bool = False) -> Sheet | None:
     """The first images (n, C, H, W) in [-1, 1] as a sheet; None for arrays that are no pictures.
 
     Example:
@@ -92,16 +92,17 @@ def sheet(label: str, images: NDArray[np.floating], is_peer: bool = False) -> Sh
         "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii"),
         scale * page.width,
         scale * page.height,
-        f"{len(tiles)} images: {label}",
+        f"{len(tiles)} images: {label}" + ("" if math.isinf(steps) else f", {steps:g} steps"),
         f"{broken} of {len(tiles)} not finite" if broken else "",
         is_peer,
     )
 
 
 def _parts(name: str) -> tuple[str, float]:
-    sampler, _, steps = name.rpartition("@")
+    """The sampler, with its grid in brackets where the name has one, and the number of steps."""
+    sampler, steps, grid = (*name.split("@"), "", "")[:3]
     try:
-        return sampler or name, float(steps)
+        return f"{sampler} ({grid})" if grid else sampler, float(steps)
     except ValueError:
         return name, math.inf
 
@@ -114,7 +115,7 @@ def sheets(grids: Mapping[str, NDArray[np.floating]]) -> tuple[Sheet | None, lis
         if name == "data":
             continue
         sampler, steps = _parts(name)
-        made = sheet(sampler, grids[name], sampler.startswith("diffusers:"))
+        made = sheet(sampler, grids[name], steps, is_peer=sampler.startswith("diffusers:"))
         if made is not None:
             found.setdefault(steps, []).append(made)
     return data, [

@@ -6,7 +6,7 @@
                     mmse {logsnr, mmse, se, twin, analytic}, standardised {name: {logsnr, value, se}},
                     budget {name: {logsnr, bits, se, total, total_se, prior, decoder}}, about {sampler: one line},
                     paired [{steps, metric, sampler, against, value, low, high}], value = sampler - against
-    grids.npz       "data" and "<sampler>@<steps>", float (n, C, H, W) in [-1, 1] (optional)
+    grids.npz       "data" and "<sampler>@<steps>[@<grid>]", float (n, C, H, W) in [-1, 1] (optional)
 
 Only `summary.json` has to be there. A file that is there has to be right: a report of half a file would mislead.
 """

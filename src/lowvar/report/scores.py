@@ -24,7 +24,7 @@ Verdict = Literal["ahead", "level", "behind", "open"]
 
 @dataclass(frozen=True)
 class Score:
-    """One row of the summary: a sampler's value in a metric with its 95% interval (NaN where unknown)."""
+    """A row of the summary: a sampler's value in a metric with its 95% interval and wall clock (NaN where unknown)."""
 
     sampler: str
     grid: str
@@ -34,6 +34,7 @@ class Score:
     value: float
     low: float
     high: float
+    seconds: float = math.nan
 
     @property
     def is_twin_alone(self) -> bool:
@@ -156,14 +157,16 @@ def _score(run: Run, row: Any, i: int) -> Score:
     for key in ("sampler", "metric"):
         if not isinstance(row.get(key), str):
             raise run.wrong(_FILE, f"row {i} of `rows` has no {key}")
-    values = {key: number(row.get(key)) for key in ("steps", "nfe", "value", "low", "high")}
+    values = {key: number(row.get(key)) for key in ("steps", "nfe", "value", "low", "high", "seconds")}
     for key, value in values.items():
         if value is None or (key == "steps" and not math.isfinite(value)):
             raise run.wrong(_FILE, f"`{key}` in row {i} of `rows` is {row.get(key)!r}, not a number")
-    steps, nfe, value, low, high = (math.nan if v is None else v for v in values.values())
+    steps, nfe, value, low, high, seconds = (math.nan if v is None else v for v in values.values())
     grid = row.get("grid")
     nfe = nfe if math.isfinite(nfe) else steps
-    return Score(row["sampler"], "" if grid is None else str(grid), steps, nfe, row["metric"], value, low, high)
+    return Score(
+        row["sampler"], "" if grid is None else str(grid), steps, nfe, row["metric"], value, low, high, seconds
+    )
 
 
 def _floor(run: Run, key: str, value: Any) -> tuple[float, float, float]:
@@ -203,7 +206,10 @@ def board(run: Run) -> Board | None:
         return None
     if not isinstance(rows, list):
         raise run.wrong(_FILE, "`rows` is not a list")
-    floor = mapping(run, _FILE, "`floor`", run.summary.get("floor"))
+    floor = dict(mapping(run, _FILE, "`floor`", run.summary.get("floor")))
+    with_intervals = run.summary.get("floor_rows")
+    for row in with_intervals if isinstance(with_intervals, list) else []:  # the same values with their intervals
+        floor[str(mapping(run, _FILE, "a row of `floor_rows`", row).get("metric"))] = row
     return Board(
         tuple(_score(run, row, i) for i, row in enumerate(rows, 1)),
         {key: _floor(run, key, value) for key, value in floor.items()},

@@ -66,6 +66,7 @@ def scores_table(run: Run) -> Section | None:
         return None
     grids = sorted({score.grid for score in scores.scores if score.grid and not score.is_twin_alone})
     content = {"groups": groups(scores), "metrics": metrics_of(scores), "grids": grids}
+    content["timed"] = any(math.isfinite(score.seconds) for score in scores.scores)
     return Section("table", "All scores", "table.html.j2", content)
 
 

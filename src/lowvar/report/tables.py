@@ -28,6 +28,7 @@ class Line:
     label: str
     grid: str
     nfe: str
+    seconds: str
     is_peer: bool
     cells: tuple[Cell, ...]
 
@@ -51,11 +52,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Bar:
-    """A stacked bar: its name, its parts from left to right, its total in words."""
+    """A stacked bar: its name, its parts from left to right, its total with its interval."""
 
     label: str
     parts: tuple[Part, ...]
-    total: str
+    total: tuple[str, str]
     is_best: bool = False
 
 
@@ -75,7 +76,11 @@ def _line(board: Board, label: str, scores: Sequence[Score]) -> Line:
         cells.append(Cell(*shown, score is not None and best is not None and score.value == best.value))
     nfe = sorted({score.nfe for score in scores})
     shown_nfe = " – ".join(plain(n, 4).rstrip("0").rstrip(".") if n % 1 else f"{n:,.0f}" for n in nfe)
-    return Line(label, first.grid, shown_nfe, first.is_peer, tuple(cells))
+    return Line(label, first.grid, shown_nfe, _seconds(first), first.is_peer, tuple(cells))
+
+
+def _seconds(score: Score) -> str:
+    return plain(score.seconds, 2) if math.isfinite(score.seconds) else ""
 
 
 def _floor(board: Board) -> Line:
@@ -83,7 +88,7 @@ def _floor(board: Board) -> Line:
     for key in board.metrics:
         value, low, high = board.floor.get(key, (math.nan, math.nan, math.nan))
         cells.append(Cell(*bounds(value, low, high)))
-    return Line("floor: data against data", "", "", False, tuple(cells))
+    return Line("floor: data against data", "", "", "", False, tuple(cells))
 
 
 def groups(board: Board) -> list[Group]:
@@ -108,8 +113,8 @@ def _rank(scores: Iterable[Score], key: str) -> float:
     return min((s.value for s in scores if s.metric == key and math.isfinite(s.value)), default=math.inf)
 
 
-def bars(rows: Sequence[tuple[str, Sequence[tuple[str, float]], str]]) -> list[Bar]:
-    """Stacked bars on one scale from (label, [(tone, value)], total in words); negative parts have no width."""
+def bars(rows: Sequence[tuple[str, Sequence[tuple[str, float]], tuple[str, str]]]) -> list[Bar]:
+    """Stacked bars on one scale from (label, [(tone, value)], total as from `bounds`); negative parts have no width."""
     lengths = [sum(max(value, 0.0) for _, value in parts if math.isfinite(value)) for _, parts, _ in rows]
     longest = max(lengths, default=0.0) or 1.0
     least = min(lengths, default=0.0)

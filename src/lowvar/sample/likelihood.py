@@ -25,6 +25,9 @@ entries are taken as independent with the diagonal of S, which is a decoder of i
 `levels=None` the decoder is the density, and the bound is one on the differential entropy (comparable for continuous
 data only).
 
+Only at eta = 1 is the forward process a Markov chain, and the bound tight for the exact kernel; below it is a valid but
+looser bound, and none at eta = 0.
+
 Sources: Ho et al. 2020; Nichol & Dhariwal 2021, Sec. 2 (bits/dim, learned variances).
 """
 
@@ -182,8 +185,7 @@ def step_bits(
     before: Level | None = None,
     levels: int | None = None,
 ) -> Tensor:
-    """The bound's term for the step t -> s: the decoder where s is clean data, the KL elsewhere; bits a dimension,
-    (B,).
+    """The bound's term for the step t -> s, bits a dimension, (B,): the decoder where s is clean data, else the KL.
 
     Args:
         x0: data, (B, *event_shape).
@@ -243,10 +245,14 @@ def vlb(
         ValueError: if the grid does not end at 0 or the kernel has no density.
 
     Example:
-        >>> from lowvar.process import CosineVP, GaussianTwin, PixelBasis >>> from lowvar.process.grid import uniform
-        >>> schedule = CosineVP() >>> twin = GaussianTwin(torch.zeros(3), PixelBasis((3,)), torch.ones(3)) >>> bound =
-        vlb(twin.denoiser(schedule), ReverseKernel(last="decoder"), uniform(schedule, 4), torch.zeros(2, 3), None) >>>
-        tuple(bound.kl.shape) (2, 3)
+        >>> from lowvar.process import CosineVP, GaussianTwin, PixelBasis
+        >>> from lowvar.process.grid import uniform
+        >>> schedule = CosineVP()
+        >>> twin = GaussianTwin(torch.zeros(3), PixelBasis((3,)), torch.ones(3))
+        >>> kernel = ReverseKernel(last="decoder")
+        >>> bound = vlb(twin.denoiser(schedule), kernel, uniform(schedule, 4), torch.zeros(2, 3), levels=None)
+        >>> tuple(bound.kl.shape)
+        (2, 3)
     """
     if len(grid) < 2 or float(grid[-1]) != 0:
         raise ValueError("a likelihood needs a grid of at least one step that ends at t = 0")

@@ -3,7 +3,7 @@ r"""Samplers by name: a solver, the covariance it needs and the grid it is used 
 ddpm-*     ancestral kernel (eta = 1) with a choice of variance
 ddim-*     deterministic mean (eta = 0), optionally with calibrated noise kappa^2 C
 adams-*    exponential Adams predictor-corrector without a control variate
-twin-*     the same on what the Gaussian twin leaves over: ODE (tau = 0) or SDE (tau = 1)
+twin-*     the same on what the Gaussian twin leaves over: ODE (tau = 0) or SDE (tau > 0)
 """
 
 from __future__ import annotations
@@ -52,11 +52,13 @@ _ALL = [
     NamedSampler("ddim", "deterministic, first order", ReverseKernel(0.0, "small")),
     NamedSampler("ddim-basis", "DDIM mean, calibrated noise in the twin's basis", ReverseKernel(0.0), "basis"),
     NamedSampler("adams-ode", "predictor-corrector, no control variate", MultistepSolver(None, 2, 2)),
-    NamedSampler("adams-sde", "stochastic predictor-corrector, no control variate", MultistepSolver(None, 2, 2, 1.0)),
+    NamedSampler("adams-sde", "stochastic (tau = 1/2) predictor-corrector", MultistepSolver(None, 2, 2, 0.5)),
     NamedSampler("twin-ode-1", "twin, ODE, order 1", MultistepSolver(None, 1, 0), needs_twin=True),
-    NamedSampler("twin-ode", "twin, ODE, predictor-corrector", MultistepSolver(None, 2, 2), needs_twin=True),
-    NamedSampler("twin-sde-1", "twin, SDE, order 1", MultistepSolver(None, 1, 0, 1.0), needs_twin=True),
-    NamedSampler("twin-sde", "twin, SDE, predictor-corrector", MultistepSolver(None, 2, 2, 1.0), needs_twin=True),
+    NamedSampler("twin-ode", "twin, ODE, predictor-corrector", MultistepSolver(None, 2, 2, 0.0, 0.5), needs_twin=True),
+    NamedSampler("twin-sde-1", "twin, SDE (tau = 1), order 1", MultistepSolver(None, 1, 0, 1.0), needs_twin=True),
+    NamedSampler(
+        "twin-sde", "twin, SDE (tau = 1/2), predictor-corrector", MultistepSolver(None, 2, 2, 0.5, 0.5), needs_twin=True
+    ),
 ]
 SAMPLERS = {s.name: s for s in _ALL}
 

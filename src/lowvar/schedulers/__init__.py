@@ -85,7 +85,8 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: the training's table, as in
             diffusers' DDPMScheduler.
         prediction_type: epsilon, sample, v_prediction or flow_prediction.
-        clip_sample, clip_sample_range: limit x0_hat to [-range, range], and the covariance with it; off for latents.
+        clip_sample, clip_sample_range: limit x0_hat to [-range, range], and a head's covariance with it (a calibrated
+            one was measured around the clipped mean and stays); off for latents.
         timestep_spacing, steps_offset: leading, linspace or trailing timesteps of DDPMScheduler, where `grid` is None.
         schedule: what `Schedule.config` returned, for a schedule that is no beta table (cosine, linear, flow); the
             beta fields are then ignored.

@@ -58,7 +58,7 @@ class Reader:
         return self._denoiser.interpret(x, level, out, head)
 
     def attach(self, posterior: Posterior, covariance: Covariance | None) -> Posterior:
-        """The posterior with a calibrated covariance, limited as the mean is.
+        """The posterior with a calibrated covariance: as measured, around the clipped mean.
 
         Raises:
             UserError: if it is for events of another shape.
@@ -71,8 +71,7 @@ class Reader:
                 f"the calibration is for samples {tuple(covariance.event_shape)}, got {tuple(shape)}: calibrate at "
                 "this size"
             )
-        posterior = Posterior(posterior.mean, covariance, posterior.fraction)
-        return posterior if self._denoiser.clip is None else posterior.clip(self._denoiser.clip)
+        return Posterior(posterior.mean, covariance, posterior.fraction)
 
 
 def _nobody(*_: Any, **__: Any) -> Tensor:

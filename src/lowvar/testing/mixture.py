@@ -209,8 +209,11 @@ class MixtureTarget:
         source = noise or Independent(0)
         u = source.uniform(index, (1,), draw=draw, dtype=torch.float64)[:, 0]
         k = torch.searchsorted(torch.cumsum(self.weights, 0), u).clamp_max(len(self.weights) - 1)
-        z = source.normal(index, (self.d,), draw=draw, dtype=torch.float64)
-        x = self._flat_means[k] + torch.einsum("bij,bj->bi", self._vectors[k], self._values[k].sqrt() * z)
+        scaled = self._values[k].sqrt() * source.normal(index, (self.d,), draw=draw, dtype=torch.float64)
+        rows = max(1, 2**22 // self.d**2)  # one product a sample, so that its digits do not depend on the batch
+        parts = zip(k.split(rows), scaled.split(rows), strict=True)
+        rotated = torch.cat([torch.einsum("bij,bj->bi", self._vectors[c], y) for c, y in parts])
+        x = self._flat_means[k] + rotated
         return x.to(dtype).reshape(-1, *self.event_shape)
 
     def noisy(self, index: Sequence[int] | Tensor, level: Level, noise: NoiseSource | None = None) -> Tensor:

@@ -69,7 +69,7 @@ class TrainConfig:
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.995
-    prediction: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    prediction: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
     head: Literal["range", "logvar", "none"] = "range"
     head_weight: Annotated[float, Field(gt=0)] | None = None
     weighting: Literal["simple", "min-snr", "p2", "edm"] = "simple"

@@ -35,7 +35,10 @@ def _times(schedule: Schedule) -> Tensor:
         [torch.tensor([1e-6, 1e-4, 1e-3], dtype=torch.float64), inner, torch.tensor([0.999], dtype=torch.float64)]
     )
     t = t.sort().values
-    return t[schedule.logsnr(t) > schedule.logsnr(1.0)]
+    t = t[schedule.logsnr(t) > schedule.logsnr(1.0)]
+    if len(t) < 300:
+        raise AssertionError("logsnr is not above its value at t = 1 on most of (0, 1)")
+    return t
 
 
 def check_decreasing(schedule: Schedule) -> None:

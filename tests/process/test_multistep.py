@@ -1,0 +1,292 @@
+"""The twin's solver: its order on a mixture, its weights, its limits (DPM-Solver++), its noise.
+
+Exactness on Gaussian data is in test_gaussian_exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import quad, solve_ivp
+from torch import Tensor
+
+from lowvar.process.basis import PixelBasis
+from lowvar.process.kernel import ReverseKernel
+from lowvar.process.multistep import MultistepPlan, MultistepSolver
+from lowvar.process.noise import Independent
+from lowvar.process.schedule import VE, CosineVP, Flow, Level, Schedule
+from lowvar.process.solver import Solver
+from lowvar.process.twin import GaussianTwin
+from lowvar.sample import trajectory
+from lowvar.testing import mixture2
+
+TARGET = mixture2()
+X = Independent(3).normal(range(6), (2,), dtype=torch.float64)
+
+
+# ------------------------------------------------------------------------------------------------- order of convergence
+
+
+def grid_in_l(schedule: Schedule, l_t: float, l_s: float, steps: int) -> Tensor:
+    return schedule.time(2 * torch.linspace(l_t, l_s, steps + 1, dtype=torch.float64))
+
+
+def exact_ode(schedule: Schedule, x: Tensor, l_t: float, l_s: float) -> Tensor:
+    """dy/dl = e^l x0_hat, y = x / sigma, by an adaptive Runge-Kutta method of order 8."""
+
+    def rate(l: float, y: np.ndarray) -> np.ndarray:
+        level = schedule.level(2 * l)
+        state = torch.from_numpy(y).reshape(x.shape) * level.sigma
+        return (math.exp(l) * TARGET.posterior(state, level, None).mean).flatten().numpy()
+
+    start = (x / schedule.level(2 * l_t).sigma).flatten().numpy()
+    solution = solve_ivp(rate, (l_t, l_s), start, method="DOP853", rtol=1e-12, atol=1e-12)
+    return torch.from_numpy(solution.y[:, -1]).reshape(x.shape) * schedule.level(2 * l_s).sigma
+
+
+def final(schedule: Schedule, solver: Solver, x: Tensor, grid: Tensor) -> Tensor:
+    for state, _ in trajectory(TARGET.denoiser(schedule, None), solver, grid, x):
+        x = state.x
+    return x
+
+
+def slope(schedule: Schedule, solver: Solver, l_t: float, l_s: float, steps: tuple[int, ...], truth: Tensor) -> float:
+    """Least-squares slope of log error against log step size."""
+    errors = [float((final(schedule, solver, X, grid_in_l(schedule, l_t, l_s, n)) - truth).norm()) for n in steps]
+    return float(-np.polyfit(np.log(steps), np.log(errors), 1)[0])
+
+
+PAIRS = [(1, 0), (2, 0), (3, 0), (1, 2), (2, 2), (2, 3), (3, 4)]
+FAR = (-4.0, 2.0)  # from almost pure noise, where the remainder of the twin vanishes
+NEAR = (-1.0, 2.0)  # from the middle of the process
+
+
+@pytest.fixture(scope="module")
+def truths() -> Callable[[Schedule, tuple[float, float]], Tensor]:
+    kept: dict[tuple[Schedule, tuple[float, float]], Tensor] = {}
+
+    def find(schedule: Schedule, span: tuple[float, float]) -> Tensor:
+        if (schedule, span) not in kept:
+            kept[schedule, span] = exact_ode(schedule, X, *span)
+        return kept[schedule, span]
+
+    return find
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("q", "c"), PAIRS)
+def test_declared_order(q: int, c: int, decay: float, truths) -> None:
+    schedule = CosineVP()
+    solver = MultistepSolver(TARGET.twin, q, c, decay=decay)
+    measured = slope(schedule, solver, *FAR, (80, 160), truths(schedule, FAR))
+    assert measured > solver.order - 0.15
+
+
+@pytest.mark.parametrize(("q", "c"), PAIRS)
+def test_order_with_start_up(q: int, c: int, truths) -> None:
+    """From a state whose remainder is not small, the first steps count: one step of order 1 leaves an error of h^2, and
+    with a corrector (whose first use has two values) h^3. So orders above 2, and above 3 with a corrector, show only
+    where the chain starts near pure noise, as reverse processes do."""
+    schedule = CosineVP()
+    solver = MultistepSolver(TARGET.twin, q, c)
+    measured = slope(schedule, solver, *NEAR, (60, 120), truths(schedule, NEAR))
+    assert measured > min(solver.order, 3 if c else 2) - 0.15
+
+
+@pytest.mark.parametrize("schedule", [VE(), Flow(3.0)], ids=lambda s: s.family)
+@pytest.mark.parametrize(("q", "c"), [(2, 0), (2, 3)])
+def test_declared_order_of_other_families(schedule: Schedule, q: int, c: int, truths) -> None:
+    solver = MultistepSolver(TARGET.twin, q, c)
+    span = (-3.0, 2.0)
+    assert slope(schedule, solver, *span, (60, 120), truths(schedule, span)) > solver.order - 0.15
+
+
+@pytest.mark.parametrize(("q", "c"), [(1, 0), (2, 0), (1, 2), (2, 3)])
+def test_declared_order_without_twin(q: int, c: int, truths) -> None:
+    schedule = CosineVP()
+    solver = MultistepSolver(None, q, c)
+    assert slope(schedule, solver, *NEAR, (60, 120), truths(schedule, NEAR)) > solver.order - 0.15
+
+
+def test_ddim_has_order_one(truths) -> None:
+    schedule = CosineVP()
+    kernel = ReverseKernel(0.0, "small")
+    measured = slope(schedule, kernel, *NEAR, (60, 120), truths(schedule, NEAR))
+    assert abs(measured - kernel.order) < 0.1
+
+
+def test_twin_lowers_the_error_constant(truths) -> None:
+    schedule = CosineVP()
+    truth, grid = truths(schedule, FAR), grid_in_l(schedule, *FAR, 12)
+    errors = {
+        (twin is not None, q): float((final(schedule, MultistepSolver(twin, q), X, grid) - truth).norm())
+        for twin in (None, TARGET.twin)
+        for q in (1, 2)
+    }
+    assert errors[True, 1] < errors[False, 1] / 2
+    assert errors[True, 2] < errors[False, 2]
+
+
+# ---------------------------------------------------------------------------------------------------- weights and noise
+
+
+def check_weights(solver: MultistepSolver, levels: Level, plan: MultistepPlan, k: int, tolerance: float = 1e-9) -> None:
+    """Step k's weights against adaptive quadrature of the formula in the solver's module, direction by direction."""
+    step = plan.steps[k]
+    assert step is not None
+    spectrum = torch.zeros(1) if solver.twin is None else solver.twin.spectrum.flatten()
+    l = [float(v) / 2 for v in levels.logsnr]
+    tau2, p = solver.tau**2, solver.decay
+    old = l[k::-1]
+    knots = {"predictor": old[: solver.predictor], "corrector": [l[k + 1], *old[: max(solver.corrector - 1, 0)]]}
+    for name, nodes in knots.items():
+        weights = getattr(step, name)
+        if weights is None or (name == "corrector" and not solver.corrector):
+            continue
+        rows = weights.reshape(len(weights), -1)
+        assert len(rows) == len(nodes)
+        for i, node in enumerate(nodes):
+            for j, c in enumerate(spectrum.tolist()):
+
+                def v(s: float, c: float = c) -> float:
+                    return 1 + c * math.exp(2 * s)
+
+                def integrand(
+                    s: float, i: int = i, nodes: list[float] = nodes, v: Callable[[float], float] = v
+                ) -> float:
+                    phi = math.exp(-tau2 * (l[k + 1] - s)) * (v(l[k + 1]) / v(s)) ** ((1 + tau2) / 2)
+                    lagrange = math.prod((s - o) / (nodes[i] - o) for m, o in enumerate(nodes) if m != i)
+                    return (1 + tau2) * phi * math.exp(s) * v(s) ** -p * lagrange
+
+                expected = v(node) ** p * quad(integrand, l[k], l[k + 1], epsabs=1e-13, epsrel=1e-12, limit=200)[0]
+                assert float(rows[i, j]) == pytest.approx(expected, rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+@pytest.mark.parametrize("schedule", [CosineVP(), VE(), Flow()], ids=lambda s: s.family)
+def test_weights_are_the_integrals(schedule: Schedule, tau: float, decay: float) -> None:
+    twin = GaussianTwin(torch.zeros(3), PixelBasis((3,)), torch.tensor([0.0, 1.0, 25.0], dtype=torch.float64))
+    levels = schedule.at(torch.tensor([0.95, 0.8, 0.55, 0.3, 0.1], dtype=torch.float64))
+    for q, c in ((1, 0), (2, 2), (3, 4)):
+        solver = MultistepSolver(twin, q, c, tau, decay)
+        plan = solver.prepare(levels)
+        for k in range(3):
+            check_weights(solver, levels, plan, k)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0])
+def test_transition_and_noise_solve_the_linear_sde(tau: float) -> None:
+    """dy = A y dl + sqrt(2) tau dW, A = -tau^2 + (1 + tau^2)(v - 1)/v: Phi and Var by a Runge-Kutta method; and the
+    twin's own marginal variance v is kept: Var + Phi^2 v_t = v_s."""
+    c, schedule = 3.0, CosineVP()
+    twin = GaussianTwin(torch.zeros(1), PixelBasis((1,)), torch.tensor([c], dtype=torch.float64))
+    levels = schedule.at(torch.tensor([0.8, 0.3, 0.0], dtype=torch.float64))
+    l_t, l_s = (float(v) / 2 for v in levels.logsnr[:2])
+
+    def rate(l: float, state: np.ndarray) -> np.ndarray:
+        v = 1 + c * math.exp(2 * l)
+        A = -(tau**2) + (1 + tau**2) * (v - 1) / v
+        return np.array([A * state[0], 2 * A * state[1] + 2 * tau**2])
+
+    phi, variance = solve_ivp(rate, (l_t, l_s), [1.0, 0.0], rtol=1e-11, atol=1e-13).y[:, -1]
+    step = MultistepSolver(twin, 1, 0, tau).prepare(levels).steps[0]
+    assert step is not None
+    assert float(step.phi) == pytest.approx(phi, rel=1e-8)
+    assert float(step.std) ** 2 == pytest.approx(variance, rel=1e-8, abs=1e-12)
+    v_t, v_s = 1 + c * math.exp(2 * l_t), 1 + c * math.exp(2 * l_s)
+    assert float(step.std) ** 2 + float(step.phi) ** 2 * v_t == pytest.approx(v_s, rel=1e-12)
+
+
+def test_sde_solver_without_twin_is_the_ancestral_kernel() -> None:
+    """tau = 1, order 1, no twin: the mean and noise of SDE-DPM-Solver++(1) = DDPM with beta_tilde (mean part)."""
+    schedule = CosineVP()
+    grid = torch.tensor([0.7, 0.4], dtype=torch.float64)
+    z = Independent(1).normal(range(len(X)), (2,), dtype=torch.float64)
+    levels = schedule.at(grid)
+    posterior = TARGET.posterior(X, levels[0], None)
+    solver, kernel = MultistepSolver(None, 1, 0, 1.0), ReverseKernel(1.0, "small")
+    one, _ = solver.step(solver.prepare(levels), 0, solver.start(X), posterior, z)
+    two, _ = kernel.step(kernel.prepare(levels), 0, kernel.start(X), posterior, z)
+    torch.testing.assert_close(one.x, two.x, rtol=1e-10, atol=1e-10)
+
+
+def test_step_to_clean_data_is_the_posterior_mean() -> None:
+    schedule = CosineVP()
+    for tau in (0.0, 1.0):
+        grid = torch.tensor([0.6, 0.3, 0.0], dtype=torch.float64)
+        *_, (state, info) = trajectory(TARGET.denoiser(schedule), MultistepSolver(TARGET.twin, 2, 2, tau), grid, X)
+        assert torch.equal(state.x, info.posterior.mean)
+
+
+def test_long_chains_use_the_newest_remainders() -> None:
+    """Ten steps of order 1 are ten single steps (history must not leak)."""
+    schedule = CosineVP()
+    solver = MultistepSolver(TARGET.twin, 1, 0)
+    grid = torch.linspace(0.95, 0.05, 11, dtype=torch.float64)
+    x = X
+    for k in range(10):
+        x = final(schedule, solver, x, grid[k : k + 2])
+    torch.testing.assert_close(final(schedule, solver, X, grid), x, rtol=1e-12, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------ limits: DPM-Solver++
+
+
+def dpm_solver(schedule: Schedule, grid: Tensor, x: Tensor, order: int) -> Tensor:
+    """diffusers' own update functions in float64 on the same sigmas (`solver_type="heun"`, no Euler step at last)."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    peer = DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", solver_type="heun", lower_order_final=False)
+    levels = schedule.at(grid)
+    peer.sigmas = torch.exp(-levels.logsnr / 2)
+    outputs: list[Tensor] = []
+    for k in range(len(grid) - 1):
+        peer._step_index = k
+        outputs.append(TARGET.posterior(x, levels[k], None).mean)
+        if order == 1 or k == 0:
+            x = peer.dpm_solver_first_order_update(outputs[-1], sample=x)
+        else:
+            x = peer.multistep_dpm_solver_second_order_update(outputs[-2:], sample=x)
+    return x
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("spectrum", [None, 0.0, 1e-12])
+def test_vanishing_twin_is_dpm_solver(order: int, spectrum: float | None) -> None:
+    schedule = CosineVP()
+    mean = torch.tensor([0.3, -0.7], dtype=torch.float64)
+    twin = None if spectrum is None else GaussianTwin(mean, PixelBasis((2,)), torch.full((2,), spectrum).double())
+    grid = torch.linspace(0.98, 0.02, 9, dtype=torch.float64)
+    ours = final(schedule, MultistepSolver(twin, order, 0), X, grid)
+    torch.testing.assert_close(ours, dpm_solver(schedule, grid, X, order), rtol=1e-9, atol=1e-9)
+
+
+def test_order_one_without_twin_is_ddim() -> None:
+    for schedule in (CosineVP(), VE(), Flow()):
+        grid = torch.tensor([0.95, 0.6, 0.2, 0.0], dtype=torch.float64)
+        one = final(schedule, MultistepSolver(None, 1), X, grid)
+        torch.testing.assert_close(one, final(schedule, ReverseKernel(0.0, "small"), X, grid), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("tau", [0.0, 1.0])
+def test_starts_from_pure_noise(tau: float) -> None:
+    """alpha_1 = 0, where l = -inf: order 1 is the limit of starts just below; higher orders leave that knot out."""
+    schedule = Flow()
+    grids = [torch.tensor([t, 0.6, 0.3, 0.1], dtype=torch.float64) for t in (1.0, 1 - 1e-7)]
+    one, two = (final(schedule, MultistepSolver(TARGET.twin, 1, 0, tau), X, grid) for grid in grids)
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+    assert torch.isfinite(final(schedule, MultistepSolver(TARGET.twin, 3, 4, tau), X, grids[0])).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"predictor": 0}, "1, 2, 3"), ({"corrector": 5}, "0 .none. to 4"), ({"tau": 1.5}, "ODE.* to 1")],
+)
+def test_errors_name_what_is_allowed(arguments: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MultistepSolver(**arguments)  # pyright: ignore[reportArgumentType]
