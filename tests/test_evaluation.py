@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_clipping_reaches_the_peer(name: str) -> None:
 
 
 def test_peers_that_cannot_be_run() -> None:
-    with pytest.raises(UserError, match="peer is 'euler'; allowed: ddpm"):
+    with pytest.raises(UserError, match="peer is 'diffusers:euler'; allowed: ddpm"):
         peer_named("diffusers:euler")
     with pytest.raises(UserError, match=r"for this model there are .*flow-euler"):
         make_peer(PEERS["ddim"], denoiser(Flow(), "flow"))
@@ -213,7 +214,7 @@ def test_cells_that_cannot_be_run_are_found_first(cell: Cell, said: str) -> None
 
 
 def test_recommended_is_the_cheapest_that_is_not_worse() -> None:
-    def row(sampler: str, nfe: int, value: float, reach: float = 0.5) -> dict[str, object]:
+    def row(sampler: str, nfe: int, value: float, reach: float = 0.5) -> dict[str, Any]:
         columns = {"sampler": sampler, "grid": "trailing", "steps": nfe, "nfe": nfe, "metric": "frechet"}
         return columns | {"value": value, "low": value - reach, "high": value + reach}
 

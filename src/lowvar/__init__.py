@@ -7,7 +7,8 @@ The package is a tower of floors, each importing only what lies below it:
 3. `calibrate`, `sample`, `gradients`: fitting a reverse covariance, running the reverse process, stochastic gradients
 4. `train`, `expect`, `reward`: learning the process, expectations over its samples, tuning by reward
 5. `profile`, `report`, `schedulers`, `testing`: sources of variance, reports, adapters to diffusers, exact targets
-6. `cli`: the command `lowvar`
+6. `pipelines`, `evaluation`: opening model folders, running and scoring samplers and peers on them
+7. `cli`: the command `lowvar`
 
 `errors`, which all but `process` may import, is the ground they stand on.
 
@@ -35,7 +36,9 @@ __all__ = [
     "cli",
     "data",
     "errors",
+    "evaluation",
     "metrics",
+    "pipelines",
     "process",
     "report",
     "sample",

@@ -21,6 +21,7 @@ from lowvar.process import (
     Independent,
     Level,
     LinearVP,
+    MatrixBasis,
     PixelBasis,
     Posterior,
     Schedule,
@@ -35,16 +36,15 @@ LOGSNR = torch.tensor([-6.0, -2.0, 0.0, 2.0, 6.0], dtype=torch.float64)
 def gaussian() -> tuple[GaussianTarget, GaussianTwin, Tensor]:
     target = anisotropic_gaussian((1, 2, 3), ratio=50.0, seed=1)
     values, vectors = torch.linalg.eigh(target.covariance)
-    from lowvar.process import MatrixBasis
-
     twin = GaussianTwin(target.mean, MatrixBasis(vectors, (1, 2, 3)), values.clamp_min(0).reshape(1, 2, 3))
     return target, twin, target.sample(range(N), Independent(4))
 
 
 @pytest.mark.parametrize("schedule", [CosineVP(), Flow()])
 def test_moments_are_the_posterior_variances(schedule: Schedule) -> None:
-    """Exact denoiser: residual tables equal diag C in pixels and in the basis within 4 standard errors, and the standard
-    errors themselves are those of a chi-square."""
+    """Exact denoiser: tables equal diag C in pixels and along the basis within 4 standard errors, and the standard
+    errors themselves are those of a chi-square.
+    """
     _, twin, data = gaussian()
     level = schedule.level(LOGSNR)
     moments = residual_moments(twin.denoiser(schedule), data.split(512), level, Independent(9), twin.basis)
@@ -53,7 +53,8 @@ def test_moments_are_the_posterior_variances(schedule: Schedule) -> None:
         assert covariance is not None
         exact = covariance.diagonal()[0]
         assert float(((moments.pixel[k] - exact) / moments.pixel_se[k]).abs().max()) < 4
-        assert moments.basis is not None and moments.basis_se is not None
+        assert moments.basis is not None
+        assert moments.basis_se is not None
         along = twin.spectrum * level[k].sigma ** 2 / (level[k].alpha ** 2 * twin.spectrum + level[k].sigma ** 2)
         assert float(((moments.basis[k] - along) / moments.basis_se[k]).abs().max()) < 4
         torch.testing.assert_close(moments.basis_se[k], along * (2 / N) ** 0.5, rtol=0.15, atol=0)
@@ -89,7 +90,8 @@ class _Biased(Denoiser):
 
 def test_residuals_include_the_networks_own_error() -> None:
     """A wrong mean raises the table by its square: the calibrated covariance standardises the residuals all the same,
-    where the exact posterior covariance does not (the negative of the same check)."""
+    where the exact posterior covariance does not (the negative of the same check).
+    """
     _, twin, data = gaussian()
     schedule = LinearVP()
     wrong = _Biased(twin, schedule, 0.3)
@@ -100,7 +102,7 @@ def test_residuals_include_the_networks_own_error() -> None:
         check = standardised_residuals(calibration.attach(wrong, structure), held_out, level, Independent(5))
         assert bool(((check.value - 1).abs() < 0.1).all()), (structure, check.value)
     uncalibrated = standardised_residuals(wrong, held_out, level, Independent(5))
-    assert bool((uncalibrated.value > 1.1).all())
+    assert bool((uncalibrated.value[-3:] > 1.4).all()), uncalibrated.value
 
 
 def test_batches_do_not_change_the_result() -> None:
@@ -116,8 +118,7 @@ def test_batches_do_not_change_the_result() -> None:
 
 
 def _calibration(schedule: Schedule, shape: tuple[int, ...] = (1, 2, 3)) -> Calibration:
-    target = anisotropic_gaussian(shape, ratio=10.0, seed=2)
-    data = target.sample(range(64), Independent(4))
+    data = Independent(4).normal(range(64), shape) * torch.linspace(0.1, 1, shape[-1])
     twin = GaussianTwin(torch.zeros(shape), PixelBasis(shape), torch.ones(shape))
     return calibrate(twin.denoiser(schedule), lambda: [data], logsnr=default_logsnr(schedule, 9), replicates=1)
 
@@ -130,7 +131,8 @@ def test_another_schedule_is_refused() -> None:
     twin = calibration.twin
     with pytest.raises(UserError, match="calibrate again") as error:
         calibration.attach(twin.denoiser(linear))
-    assert cosine.fingerprint in str(error.value) and linear.fingerprint in str(error.value)
+    assert cosine.fingerprint in str(error.value)
+    assert linear.fingerprint in str(error.value)
     with pytest.raises(UserError, match="calibrate again"):
         calibration.grid(linear, 5)
 
@@ -145,13 +147,15 @@ def test_json_round_trip() -> None:
     for structure in ("isotropic", "pixel", "basis", "analytic"):
         a, b = (c.table(structure)(x, level).diagonal() for c in (calibration, again))
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
-    assert again.fingerprint == calibration.fingerprint and again.n == 64
+    assert again.fingerprint == calibration.fingerprint
+    assert again.n == 64
 
 
 def test_large_tables_leave_the_json() -> None:
     calibration = _calibration(CosineVP(), (3, 64, 64))  # 9 knots x 12,288 numbers
     fields, tensors = calibration.to_json()
-    assert calibration.twin.basis.name == "dct" and "basis" not in tensors
+    assert calibration.twin.basis.name == "dct"
+    assert "basis" not in tensors
     assert {"variance.pixel", "variance.basis"} <= set(tensors)
     again = Calibration.from_json(fields, tensors)
     torch.testing.assert_close(again.table("pixel").variance.float(), calibration.table("pixel").variance.float())

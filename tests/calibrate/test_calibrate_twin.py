@@ -13,7 +13,9 @@ from lowvar.testing import anisotropic_gaussian
 
 def events(n: int = 200, shape: tuple[int, ...] = (2, 3, 4)) -> Tensor:
     target = anisotropic_gaussian(shape, ratio=1e4, seed=3)
-    return target.sample(range(n), Independent(1)).double() + 1e3  # a mean far from 0: naive sums of squares lose digits
+    return (
+        target.sample(range(n), Independent(1)).double() + 1e3
+    )  # a mean far from 0: naive sums of squares lose digits
 
 
 def dense(x: Tensor) -> Tensor:
@@ -43,8 +45,10 @@ def test_dct_twin_keeps_the_diagonal(size: int) -> None:
 
 
 def test_linear_denoiser_identity_on_any_data() -> None:
-    """E ||x0 - D_lin||^2 is the twin's mmse for the very data it was fitted to, whatever their law (Gauss-Hermite in
-    the noise is not needed: the error is quadratic in it)."""
+    """E ||x0 - D_lin||^2 is the twin's mmse for the very data it was fitted to, whatever their law.
+
+    The error is quadratic in the noise, so the 2 d points +-sqrt(d) e_i integrate it exactly.
+    """
     x = torch.sign(events(64, (5,)) - 1e3)  # binary data, nothing Gaussian about them
     twin = fit_twin([x], "pca")
     level = CosineVP().at(0.6)
@@ -63,7 +67,9 @@ def test_auto_takes_the_dct_above_the_limit() -> None:
     assert fit_twin([x[:, :, :8, :8]]).basis.name == "pca"
 
 
-@pytest.mark.parametrize(("batches", "basis", "words"), [([], "auto", "two events"), ([torch.zeros(1, 2)], "pca", "two")])
+@pytest.mark.parametrize(
+    ("batches", "basis", "words"), [([], "auto", "two events"), ([torch.zeros(1, 2)], "pca", "two")]
+)
 def test_too_few_events(batches: list[Tensor], basis: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         fit_twin(batches, basis)  # pyright: ignore[reportArgumentType]

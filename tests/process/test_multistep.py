@@ -144,9 +144,13 @@ def check_weights(solver: MultistepSolver, levels: Level, plan: MultistepPlan, k
     old = l[k::-1]
     knots = {"predictor": old[: solver.predictor], "corrector": [l[k + 1], *old[: max(solver.corrector - 1, 0)]]}
     for name, nodes in knots.items():
-        weights = getattr(step, name)
-        if weights is None or (name == "corrector" and not solver.corrector):
-            continue
+        weights = step.predictor
+        if name == "corrector":
+            if step.correction is None:
+                continue
+            weights = step.correction.clone()  # corrector minus predictor, the new value first
+            weights[1 : 1 + len(step.predictor)] += step.predictor
+            weights = weights[: len(nodes)]
         rows = weights.reshape(len(weights), -1)
         assert len(rows) == len(nodes)
         for i, node in enumerate(nodes):

@@ -338,7 +338,14 @@ def test_two_processes_end_where_one_does(tmp_path: Path) -> None:
 
     Biases in front of a group normalisation have no gradient but rounding, which Adam scales up: they are left out.
     """
-    settings = BASE | {"times": "loss-second-moment", "train_timesteps": 4, "updates": 14, "warmup": 0, "lr": 1e-4}
+    settings = BASE | {
+        "times": "loss-second-moment",
+        "train_timesteps": 4,
+        "updates": 14,
+        "warmup": 0,
+        "lr": 1e-4,
+        "network": {"width": 16},  # two channels a group: with one the time embedding has no gradient either
+    }
     script = tmp_path / "script.py"
     script.write_text(
         "import sys, torch; torch.set_num_threads(1)\n"

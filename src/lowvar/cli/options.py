@@ -38,11 +38,11 @@ __all__ = [
 ]
 
 
-_unset = {"help_behavior_hint": ""}  # what leaving a flag out means is said in its help
-MaybeText = Annotated[str | None, tyro.conf.arg(metavar="NAME", **_unset)]
-MaybeInt = Annotated[int | None, tyro.conf.arg(metavar="INT", **_unset)]
-MaybeFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", **_unset)]
-MaybePath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", **_unset)]
+# What leaving such a flag out means is said in its help.
+MaybeText = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
+MaybeInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+MaybeFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+MaybePath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 
 
 @dataclass(frozen=True, kw_only=True)

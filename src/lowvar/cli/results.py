@@ -120,7 +120,8 @@ def write_run(
         write_json(folder / "figures.json", figures)
     if grids:
         with (folder / "grids.npz").open("wb") as file:
-            np.savez_compressed(file, **{name: x.numpy() for name, x in grids.items()})
+            arrays: dict[str, Any] = {name: x.numpy() for name, x in grids.items()}
+            np.savez_compressed(file, **arrays)
     from lowvar.report import build
 
     build(folder)

@@ -62,12 +62,12 @@ class _Step:
 
     phi: Tensor
     std: Tensor
-    predictor: Tensor  # (q, *event or scalars): values r_k, r_{k-1}, ...
-    corrector: Tensor | None  # (q', ...): values r_{k+1}, r_k, ...
+    predictor: Tensor  # of r_k, r_{k-1}, ...
+    correction: Tensor | None  # corrector minus predictor, of r_{k+1}, r_k, ...: what is added to y_{k+1} afterwards
 
     def to(self, like: Tensor) -> _Step:
-        corrector = None if self.corrector is None else self.corrector.to(like)
-        return _Step(self.phi.to(like), self.std.to(like), self.predictor.to(like), corrector)
+        correction = None if self.correction is None else self.correction.to(like)
+        return _Step(self.phi.to(like), self.std.to(like), self.predictor.to(like), correction)
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,6 @@ class MultistepPlan:
             [v.to(like) for v in self.gain],
             [None if step is None else step.to(like) for step in self.steps],
         )
-
-
-@dataclass(frozen=True)
-class _Memory:
-    """History: remainders (newest first), and the last step's base Phi y + noise, for its correction."""
-
-    remainders: tuple[Tensor, ...] = ()
-    base: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -195,12 +187,15 @@ class MultistepSolver(Solver):
         old = [float(levels.logsnr[j]) / 2 for j in history]
         old_v = [1 + c * (levels.alpha[j] / levels.sigma[j]) ** 2 for j in history]
         predictor = self._project(l, weight, old[: self.predictor], old_v)
-        corrector = None
+        correction = None
         if self.corrector and k + 2 < len(levels):
             usable = [j for j, knot in enumerate(old) if math.isfinite(knot)][: self.corrector - 1]
             nodes = [float(l_s), *(old[j] for j in usable)]
-            corrector = self._project(l, weight, nodes, [v_s, *(old_v[j] for j in usable)])
-        return _Step(phi, std, predictor, corrector)
+            better = self._project(l, weight, nodes, [v_s, *(old_v[j] for j in usable)])
+            correction = torch.zeros(max(len(better), 1 + len(predictor)), *c.shape, dtype=torch.float64)
+            correction[: len(better)] += better
+            correction[1 : 1 + len(predictor)] -= predictor
+        return _Step(phi, std, predictor, correction)
 
     def _project(self, l: Tensor, weight: Tensor, nodes: list[float], v: list[Tensor]) -> Tensor:
         """Integrals of weight x Lagrange polynomials, times the trend at the nodes: (len(nodes), *event)."""
@@ -215,7 +210,7 @@ class MultistepSolver(Solver):
 
     def start(self, x: Tensor) -> State:
         """See the base class."""
-        return State(x, _Memory())
+        return State(x, ())
 
     def _rotate(self, x: Tensor) -> Tensor:
         return x if self.twin is None else self.twin.basis.forward(x)
@@ -229,25 +224,29 @@ class MultistepSolver(Solver):
         """See the base class; `info.law` is None (the state's law is Gaussian given the history, not x alone)."""
         step, info = plan.steps[k], StepInfo(k, posterior)
         if step is None:
-            return State(posterior.mean, _Memory()), info
+            return State(posterior.mean, ()), info
         x, x0 = state.x, posterior.mean
         centred = self._rotate(x - plan.shift[k].to(x))
         remainder = x0 if self.twin is None else self._rotate(x0 - plan.mean.to(x0))
         remainder = remainder - plan.gain[k].to(x) * centred
-        values = (remainder, *state.memory.remainders)[:4]
+        values = (remainder, *state.memory)[:4]
         y = centred / plan.sigma[k]
         previous = plan.steps[k - 1] if k else None
-        if state.memory.base is not None and previous is not None and previous.corrector is not None:
-            y = _combine(state.memory.base, previous.corrector, values)
-        base = step.phi.to(y) * y
+        if previous is not None and previous.correction is not None:
+            y = _add(y, previous.correction, values)
+        y_s = _add(step.phi.to(y) * y, step.predictor, values)
         if self.tau and z is not None:
-            base = base + step.std.to(y) * self._rotate(z)
-        y_s = _combine(base, step.predictor, values)
+            y_s = y_s + step.std.to(y) * self._rotate(z)
         x_s = self._unrotate(plan.sigma[k + 1] * y_s) + plan.shift[k + 1].to(x)
-        return State(x_s, _Memory(values, base)), info
+        return State(x_s, values), info
 
 
-def _combine(base: Tensor, weights: Tensor, values: tuple[Tensor, ...]) -> Tensor:
-    for w, r in zip(weights, values, strict=False):
-        base = base + w.to(base) * r
-    return base
+def _add(y: Tensor, weights: Tensor, remainders: tuple[Tensor, ...]) -> Tensor:
+    if len(remainders) < len(weights):
+        raise ValueError(
+            f"a step that uses {len(weights)} remainders has {len(remainders)}: run a plan from its first step, or prepare "
+            "one for the remaining levels"
+        )
+    for w, r in zip(weights, remainders, strict=False):
+        y = y + w.to(y) * r
+    return y
