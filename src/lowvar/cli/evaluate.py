@@ -51,7 +51,7 @@ class Evaluate(DataFlags, Sampling):
         steps = parse_steps(self.steps)
         check_free(self.out, overwrite=self.overwrite)
         from lowvar.cli.models import default_samplers, open_model, require_shape
-        from lowvar.cli.results import about_data, summarise, write_run
+        from lowvar.cli.results import about_data, summarise, titled, write_run
         from lowvar.errors import UserError
         from lowvar.evaluation import Cell, check_cell, evaluate, peer_named
         from lowvar.metrics import METRICS, Scorer
@@ -108,7 +108,7 @@ class Evaluate(DataFlags, Sampling):
             scores=found.description,
         )
         with new_folder(self.out, overwrite=self.overwrite) as folder:
-            grids = {"data": data.test.images(range(min(64, len(data.test)))), **found.shown}
+            grids = {"data": data.test.images(range(min(64, len(data.test)))), **titled(found, cells)}
             write_run(folder, summary, records=found.rows, figures={"about": about}, grids=grids)
         console.result(score_table(found.rows, found.floor, metrics[:3]))
         console.result(str(self.out / "report.html"))

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lowvar.data import Data
+    from lowvar.evaluation import Cell, Evaluation
 
-__all__ = ["about_data", "environment", "plain", "summarise", "write_json", "write_run"]
+__all__ = ["about_data", "environment", "plain", "summarise", "titled", "write_json", "write_run"]
 
 
 def plain(value: Any) -> Any:
@@ -79,6 +80,12 @@ def about_data(data: Data) -> dict[str, Any]:
     """What stands in a summary about a data set."""
     sizes = {name: len(getattr(data, name)) for name in ("train", "calibration", "test")}
     return {"name": data.name, "shape": data.shape, "fingerprint": data.fingerprint, "levels": data.levels, **sizes}
+
+
+def titled(found: Evaluation, cells: Sequence[Cell]) -> dict[str, Tensor]:
+    """The samples that an evaluation shows, named `sampler@steps`."""
+    titles = {cell.label: cell.title for cell in cells}
+    return {titles.get(label, label): x for label, x in found.shown.items()}
 
 
 def write_json(path: Path, value: Any) -> None:
