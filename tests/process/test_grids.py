@@ -89,7 +89,7 @@ def test_custom_and_errors() -> None:
     with pytest.raises(ValueError, match="trailing"):
         grids.make_grid("nope", Flow(), 3)
     with pytest.raises(ValueError, match="three points"):
-        grids.variance_matched(Flow(), 3, torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.5]), 1)
+        grids.variance_matched(Flow(), 3, torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.5]))
 
 
 # ----------------------------------------------------------------------------------------------------- variance-matched
@@ -132,7 +132,7 @@ def test_variance_matched_takes_equal_shares() -> None:
     mmse, square = moments_1d(one_dimensional())
     mass = cumulative(torch.exp(LOGSNR) * (square - mmse**2).clamp_min(0).sqrt())
     schedule, K = CosineVP(), 8
-    grid = grids.variance_matched(schedule, K, LOGSNR, mmse, 1, t_end=float(schedule.time(10.0)))
+    grid = grids.variance_matched(schedule, K, LOGSNR, mmse, t_end=float(schedule.time(10.0)))
     knots = interpolate(schedule.logsnr(grid[1:-1]), mass)
     total = interpolate(torch.tensor([10.0], dtype=torch.float64), mass)
     shares = torch.cat([knots, total]).diff(prepend=torch.zeros(1, dtype=torch.float64)) / total
@@ -161,7 +161,7 @@ def test_variance_matched_has_the_smallest_path_kl() -> None:
     schedule, target, K = CosineVP(), mixture2(), 10
     mmse = torch.tensor([target.mmse(schedule.level(v), n=2048)[0] for v in LOGSNR], dtype=torch.float64)
     first, last = float(schedule.time(-6.0)), float(schedule.time(7.0))
-    matched = grids.variance_matched(schedule, K, LOGSNR, mmse, 2, t_start=first, t_end=last)
+    matched = grids.variance_matched(schedule, K, LOGSNR, mmse, t_start=first, t_end=last)
     end = torch.tensor([last], dtype=torch.float64)
     root = torch.linspace(math.exp(3 / 7), math.exp(-3.5 / 7), K + 1, dtype=torch.float64)
     costs = {

@@ -220,12 +220,12 @@ def test_stale_history_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     check()
     from lowvar.process import multistep
 
-    true_combine = multistep._combine
+    true_add = multistep._add
 
-    def stale(base: Tensor, weights: Tensor, values: tuple[Tensor, ...]) -> Tensor:
-        return true_combine(base, weights, values[-len(weights) :])
+    def stale(y: Tensor, weights: Tensor, remainders: tuple[Tensor, ...]) -> Tensor:
+        return true_add(y, weights, remainders[-len(weights) :])
 
-    monkeypatch.setattr(multistep, "_combine", stale)
+    monkeypatch.setattr(multistep, "_add", stale)
     with caught():
         check()
 

@@ -269,7 +269,7 @@ def test_refusals(data: Data, tmp_path: Path) -> None:
     run(Trainer(data, config, tmp_path, device="cpu"))
     with pytest.raises(UserError, match=r"holds checkpoints of a run; go on with --resume"):
         Trainer(data, config, tmp_path, device="cpu")
-    with pytest.raises(UserError, match=r"made with lr 0.001, now it is 0.1; resume with the same settings"):
+    with pytest.raises(UserError, match=r"made with lr 0.002, now it is 0.1; resume with the same settings"):
         Trainer(data, config_from(BASE | {"updates": 3, "lr": 0.1}), tmp_path, resume=True, device="cpu")
     with pytest.raises(UserError, match="nothing to resume"):
         Trainer(data, config, resume=True, device="cpu")

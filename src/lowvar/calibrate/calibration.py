@@ -124,7 +124,7 @@ class Calibration:
         """
         self.require(schedule)
         mmse = torch.minimum(self.mmse, self.twin.mmse(schedule.level(self.logsnr)))
-        return variance_matched(schedule, steps, self.logsnr, mmse, self.event_shape.numel())
+        return variance_matched(schedule, steps, self.logsnr, mmse)
 
     def to_json(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """JSON-ready fields, and the tensors that do not belong there (float32; curves stay float64 in the fields)."""

@@ -29,6 +29,7 @@ __all__ = ["budget", "calibrate_on", "mmse_figure", "standardised", "with_progre
 
 _KNOTS = 25
 _TWIN_IMAGES = 20_000
+_NO_VARIANCE = 1e6
 
 
 def with_progress(
@@ -99,14 +100,22 @@ def standardised(
     device: torch.device,
     bar: Progress | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Standardised residuals on the held-out split at every second knot, {structure: {logsnr, value, se}}."""
+    """Standardised residuals on the held-out split at every second knot, {structure: {logsnr, value, se}}.
+
+    Where an estimate is a variance of 0 (the analytic one at high noise) there is no residual to speak of: NaN.
+    """
     level = denoiser.schedule.level(calibration.logsnr[::2])
     found = {}
     for structure in structures:
         attached = calibration.attach(denoiser, structure)
         batches = with_progress(data.test, most, batch_size, device, bar, len(level))
         r = standardised_residuals(attached, batches, level, Independent(seed + 2))
-        found[structure] = {"logsnr": r.logsnr, "value": r.value, "se": r.se}
+        sensible = r.value < _NO_VARIANCE
+        found[structure] = {
+            "logsnr": r.logsnr,
+            "value": torch.where(sensible, r.value, torch.nan),
+            "se": torch.where(sensible, r.se, torch.nan),
+        }
     return found
 
 

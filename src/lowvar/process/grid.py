@@ -142,7 +142,6 @@ def variance_matched(
     steps: int,
     logsnr: Tensor,
     mmse: Tensor,
-    d: int,
     t_start: float = 1.0,
     t_end: float | None = None,
 ) -> Tensor:
@@ -153,7 +152,6 @@ def variance_matched(
         steps: K.
         logsnr: increasing logsnr values of the calibrated curve, (n,), at least 3.
         mmse: mmse a dimension at these, (n,); made non-increasing before use.
-        d: number of dimensions (it scales R, not the knots).
         t_start: first time.
         t_end: time of the last evaluation (default: where the curve or the schedule's t_min ends).
 
@@ -163,7 +161,7 @@ def variance_matched(
     Example:
         >>> from lowvar.process.schedule import CosineVP
         >>> l = torch.linspace(-8, 8, 33, dtype=torch.float64)
-        >>> grid = variance_matched(CosineVP(), 5, l, 0.5 * torch.sigmoid(-l), d=2)
+        >>> grid = variance_matched(CosineVP(), 5, l, 0.5 * torch.sigmoid(-l))
         >>> len(grid), bool((grid.diff() < 0).all())
         (6, True)
     """

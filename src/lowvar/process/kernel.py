@@ -17,8 +17,8 @@ choices of variance that others make are special cases (Cov(noise) for eta = 1):
     posterior   lambda^2 I + kappa^2 C                               (any covariance, any eta)
 
 The last step has s = 0: sigma_s = 0, lambda = 0, kappa = 1, mean = x0_hat. Its policy is explicit: `last="mean"` adds
-no noise (sampling); `last="decoder"` keeps a density for likelihoods, kappa^2 C or the rule's beta, where beta_tilde
-= 0 is replaced by the beta_tilde of the step before (as improved-diffusion does).
+no noise (sampling); `last="decoder"` keeps a density for likelihoods: kappa^2 C, or beta_tilde of the step before for
+`small`, for `large` and as the lower end of `learned` (as Ho et al. and improved-diffusion do).
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class StepCoefficients:
         lambda2: variance of the injected noise, lambda^2.
         kappa2: factor of C in the noise: kappa^2, or 0 where the policy of the last step adds no noise.
         small: beta_tilde = lambda^2, replaced at s = 0 by the policy of the last step.
-        beta: sigma_t^2 r, likewise.
+        large: beta = sigma_t^2 r, likewise.
+        beta: sigma_t^2 r, the upper end of a learned variance, at every step.
     """
 
     a: Any
@@ -90,6 +91,7 @@ class StepCoefficients:
     lambda2: Any
     kappa2: Any
     small: Any
+    large: Any
     beta: Any
 
 
@@ -123,10 +125,11 @@ def step_coefficients(
     if last == "mean":
         zero = torch.zeros_like(beta)
         return StepCoefficients(
-            a, kappa, lambda2, torch.where(clean, zero, kappa2), lambda2, torch.where(clean, zero, beta)
+            a, kappa, lambda2, torch.where(clean, zero, kappa2), lambda2, torch.where(clean, zero, beta), beta
         )
     floor = beta if before is None else step_coefficients(before, t, eta).lambda2
-    return StepCoefficients(a, kappa, lambda2, kappa2, torch.where(clean, floor, lambda2), beta)
+    small, large = torch.where(clean, floor, lambda2), torch.where(clean, floor, beta)
+    return StepCoefficients(a, kappa, lambda2, kappa2, small, large, beta)
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ class ReverseKernel(Solver):
         if self.variance == "small":
             return Isotropic(_number(c.small, x.device).to(x.dtype), x.shape[1:])
         if self.variance == "large":
-            return Isotropic(_number(c.beta, x.device).to(x.dtype), x.shape[1:])
+            return Isotropic(_number(c.large, x.device).to(x.dtype), x.shape[1:])
         if self.variance == "learned":
             if posterior.fraction is None:
                 raise ValueError("variance 'learned' needs a network with a learned-range head (head='range')")

@@ -1,8 +1,7 @@
 r"""The control variate of the reverse process: integrate the Gaussian twin exactly, discretise only the remainder.
 
-With y = (x - alpha m) / sigma in the twin's basis, l = log(alpha / sigma), u = e^l, v = 1 + c u^2 and the remainder r
-= x0_hat - D_lin, the reverse process of stochasticity tau (0: probability-flow ODE, 1: reverse SDE) is, per
-direction,
+With y = (x - alpha m) / sigma in the twin's basis, l = log(alpha / sigma), u = e^l, v = 1 + c u^2 and the remainder
+r = x0_hat - D_lin, the reverse process of stochasticity tau (0: probability-flow ODE, 1: reverse SDE) is, per direction,
 
     dy = [-tau^2 + (1 + tau^2) (v - 1) / v] y dl + (1 + tau^2) u r dl + sqrt(2) tau dW,
 
@@ -134,7 +133,11 @@ class MultistepSolver(Solver):
 
     @property
     def order(self) -> int:
-        """min(q', q + 1) with a corrector of q' values, q without."""
+        """min(q', q + 1) with a corrector of q' values, q without.
+
+        For chains that start near pure noise, where the remainder vanishes. Started in mid-process, the first step has
+        no history, and its error caps the order at 2 without a corrector and 3 with one.
+        """
         return min(self.corrector, self.predictor + 1) if self.corrector else self.predictor
 
     @property

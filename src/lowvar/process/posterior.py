@@ -28,9 +28,8 @@ class Posterior:
         mean: x0_hat, (B, *event_shape).
         covariance: C, or None where the network says nothing about it and no calibration is attached.
         fraction: f of a learned-range head (Nichol & Dhariwal 2021, Eq. 15), (B, *event_shape), nominally in [0, 1]:
-        the
-            variance of a reverse step is exp(f log beta + (1 - f) log beta_tilde). It is a property of a step, not of
-            C, so kernels read it only when asked for `variance="learned"`.
+            the variance of a reverse step is exp(f log beta + (1 - f) log beta_tilde). It is a property of a step, not
+            of C, so kernels read it only when asked for `variance="learned"`.
 
     Example:
         >>> import torch

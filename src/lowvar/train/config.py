@@ -61,9 +61,9 @@ class TrainConfig:
         64
     """
 
-    updates: Annotated[int, Field(ge=1)] = 3000
+    updates: Annotated[int, Field(ge=1)] = 2500
     batch_size: Annotated[int, Field(ge=1)] = 64
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: Annotated[float, Field(gt=0)] = 2e-3
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Annotated[int, Field(ge=0)] = 100
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
