@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ALWAYS = {"command", "version", "seed", "seconds", "config"}
 ROW = {"sampler", "grid", "steps", "nfe", "metric", "value", "low", "high"}
-TINY = "network: {width: 8}\nwarmup: 0\nbatch_size: 4\nvalidate_every: 3\ncheckpoint_every: 2\n"
+TINY = "network: {width: 8}\nwarmup: 0\nlr: 0.003\nbatch_size: 4\nvalidate_every: 3\ncheckpoint_every: 2\n"
 
 
 def load_samples(file: Path) -> np.ndarray:
@@ -180,7 +180,7 @@ def test_train(lowvar: Lowvar, config: Path, tmp_path: Path) -> None:
     assert (done.json["updates"], done.json["seed"]) == (4, 2)
     assert done.json["low"] < done.json["validation_loss"] < done.json["high"]
     resolved = yaml.safe_load((out / "config.yaml").read_text())
-    assert (resolved["updates"], resolved["seed"], resolved["network"]["width"], resolved["lr"]) == (4, 2, 8, 0.001)
+    assert (resolved["updates"], resolved["seed"], resolved["network"]["width"], resolved["lr"]) == (4, 2, 8, 3e-3)
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
     assert {"model_index.json", "unet", "scheduler", "report.html"} <= {path.name for path in out.iterdir()}
     assert not (out / "checkpoints").exists()

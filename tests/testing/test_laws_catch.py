@@ -108,7 +108,7 @@ def test_noise_at_the_last_step_is_caught(monkeypatch: pytest.MonkeyPatch) -> No
     with caught():
         kernel_laws.check_clean_step(kernel, x, posterior, t, clean)
     large = ReverseKernel(1.0, "large")
-    monkeypatch.setattr(kernel_module, "step_coefficients", wrong(lambda c, t, s, eta: replace(c, beta=t.sigma**2)))
+    monkeypatch.setattr(kernel_module, "step_coefficients", wrong(lambda c, t, s, eta: replace(c, large=t.sigma**2)))
     with caught():
         kernel_laws.check_clean_step(large, x, posterior, t, clean)
 
