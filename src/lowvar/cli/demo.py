@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowvar.cli.console import Console, score_table
 from lowvar.cli.folders import check_free, publish
-from lowvar.cli.options import Sampling, at_least, choose_device
+from lowvar.cli.options import MaybeInt, Sampling, at_least, choose_device
 from lowvar.cli.train import clear_partial, partial_of, run_training, save_trained
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ class Demo(Sampling):
 
     out: Path = Path("runs/demo")
     """folder to write"""
-    updates: int = 3000
-    """training updates"""
+    updates: MaybeInt = None
+    """training updates; default: those of `lowvar train`"""
     n: int = 1024
     """samples a row of the table"""
     quick: bool = False
@@ -47,7 +47,10 @@ class Demo(Sampling):
     def run(self, console: Console) -> dict[str, Any]:
         """See the base class."""
         begun = time.perf_counter()
-        for flag, value in (("--updates", self.updates), ("--batch-size", self.batch_size)):
+        for flag, value in (
+            ("--updates", 1 if self.updates is None else self.updates),
+            ("--batch-size", self.batch_size),
+        ):
             at_least(flag, value)
         at_least("--n", self.n, 64)
         check_free(self.out, overwrite=self.overwrite, replaces_runs=True)
@@ -82,7 +85,8 @@ class Demo(Sampling):
         from lowvar.train.config import config_from
 
         if not self.quick:
-            return config_from({"updates": self.updates, "seed": self.seed})
+            given = {} if self.updates is None else {"updates": self.updates}
+            return config_from({**given, "seed": self.seed})
         tiny = {"width": 8, "levels": 2}
         return config_from({"updates": 30, "batch_size": 16, "warmup": 5, "seed": self.seed, "network": tiny})
 

@@ -42,13 +42,13 @@ class Train(DataFlags, Common):
     config: MaybePath = None
     """YAML file of settings; flags given beside it win; a run's config.yaml is such a file"""
     updates: MaybeInt = None
-    """optimiser updates; default: the config's, else 3000"""
+    """optimiser updates; default: the config's"""
     batch_size: MaybeInt = None
-    """images an update; default: the config's, else 64"""
+    """images an update; default: the config's"""
     seed: MaybeInt = None
-    """of weights, data order, times and noise; default: the config's, else 0"""
+    """of weights, data order, times and noise; default: the config's"""
     checkpoint_every: MaybeInt = None
-    """updates between checkpoints; default: the config's, else 500"""
+    """updates between checkpoints; default: the config's"""
     resume: bool = False
     """go on in OUT.partial; from the start if there is none"""
 
