@@ -156,7 +156,7 @@ def test_records_and_files(data: Data, tmp_path: Path) -> None:
     record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert record["low"] < record["validation_loss"] < record["high"]
     assert len(record["bins"]) == 8
-    assert {"logsnr_low", "logsnr_high", "n", "loss", "loss_se"} <= record["bins"][0].keys()
+    assert {"logsnr", "logsnr_low", "logsnr_high", "n", "loss", "se"} <= record["bins"][0].keys()
     assert record["images_per_second"] > 0
     rates = [r.lr for r in records if isinstance(r, Update)]
     assert rates[0] == 0.0  # diffusers' warm-up begins at 0

@@ -165,13 +165,29 @@ def kl_bits(x0: Tensor, posterior: Posterior, covariance: Covariance, kappa: Ten
     return _bits(0.5 * (covariance.inverse_quadratic(gap) + mismatch), _dimensions(x0))
 
 
-def decoder_bits(x0: Tensor, mean: Tensor, covariance: Covariance, levels: int | None) -> Tensor:
-    """-log p(x_0 | x_t) of the last step, bits a dimension, (B,): bin probabilities, or the density for levels None."""
+def decoder_bits(
+    x0: Tensor, mean: Tensor, covariance: Covariance, levels: int | None, where: Tensor | None = None
+) -> Tensor:
+    """-log p(x_0 | x_t) of the last step, bits a dimension, (B,): bin probabilities, or the density for levels None.
+
+    Args:
+        x0: data, (B, *event_shape).
+        mean, covariance: of the decoder.
+        levels: grey levels of the data, or None.
+        where: (B,), samples whose step is the last; the others get a value without meaning, and no gradient.
+
+    Bin probabilities are computed in float64: the float32 derivative of log Phi is wrong below about -1e3, which a step's
+    small variance reaches, and would put NaN into a training gradient.
+    """
     if levels is None:
         quadratic = covariance.inverse_quadratic(x0 - mean)
         nats = 0.5 * (quadratic + covariance.logdet() + covariance.d * math.log(2 * math.pi))
         return _bits(nats, _dimensions(x0))
-    log_prob = discretised_log_prob(x0, mean, covariance.diagonal().sqrt(), levels)
+    variance = covariance.diagonal()
+    if where is not None:
+        chosen = where.to(x0.device).reshape(-1, *([1] * (x0.ndim - 1)))
+        mean, variance = torch.where(chosen, mean, x0), torch.where(chosen, variance, torch.ones_like(variance))
+    log_prob = discretised_log_prob(x0.double(), mean.double(), variance.double().sqrt(), levels)
     return _bits(-log_prob.flatten(1).sum(1), _dimensions(x0))
 
 
@@ -212,7 +228,7 @@ def step_bits(
         return kl_bits(x0, posterior, law.covariance, c.kappa, c.lambda2)
     safe = torch.where(clean, torch.ones_like(c.lambda2), c.lambda2)
     kl = kl_bits(x0, posterior, law.covariance, c.kappa, safe)
-    return torch.where(clean.to(x0.device), decoder_bits(x0, posterior.mean, law.covariance, levels), kl)
+    return torch.where(clean.to(x0.device), decoder_bits(x0, posterior.mean, law.covariance, levels, clean), kl)
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ class Validation:
             "high": v.high,
             "validation_error": v.error,
             "validation_variance": v.variance,
-            "bins": [dataclasses.asdict(b) for b in v.bins],
+            "bins": [{"logsnr": b.logsnr} | dataclasses.asdict(b) for b in v.bins],
             "seconds": round(self.seconds, 3),
             "images_per_second": round(self.images_per_second, 1),
         }

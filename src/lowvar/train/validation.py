@@ -48,7 +48,7 @@ class Bin:
     Attributes:
         logsnr_low, logsnr_high: the range.
         n: evaluations.
-        loss, loss_se: mean and standard error.
+        loss, se: mean and standard error.
         variance, variance_se: of the head's term in bits a dimension; None without head.
     """
 
@@ -56,9 +56,14 @@ class Bin:
     logsnr_high: float
     n: int
     loss: float
-    loss_se: float
+    se: float
     variance: float | None = None
     variance_se: float | None = None
+
+    @property
+    def logsnr(self) -> float:
+        """The middle of the range."""
+        return (self.logsnr_low + self.logsnr_high) / 2
 
 
 @dataclass(frozen=True)
