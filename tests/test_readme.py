@@ -9,6 +9,8 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 
+from lowvar.calibrate import Calibration
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -37,4 +39,6 @@ def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(images) == 16
     again = DiffusionPipeline.from_pretrained("calibrated")
     assert type(again.scheduler).__name__ == "ReverseVarianceScheduler"
-    assert again.scheduler.calibration.fingerprint == found["calibration"].fingerprint  # pyright: ignore
+    calibration = found["calibration"]
+    assert isinstance(calibration, Calibration)
+    assert again.scheduler.calibration.fingerprint == calibration.fingerprint

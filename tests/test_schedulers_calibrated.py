@@ -17,11 +17,11 @@ from lowvar.calibrate import Calibration, calibrate
 from lowvar.errors import UserError
 from lowvar.process.basis import DCTBasis
 from lowvar.process.denoiser import Denoiser, NetworkDenoiser, WithCovariance
+from lowvar.process.discrete import schedule_from_diffusers
 from lowvar.process.grid import make_grid
 from lowvar.process.kernel import ReverseKernel
 from lowvar.process.multistep import MultistepSolver
 from lowvar.process.noise import Independent
-from lowvar.process.schedule import schedule_from_diffusers
 from lowvar.process.solver import Solver
 from lowvar.process.twin import GaussianTwin
 from lowvar.sample.trajectory import trajectory

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from lowvar.errors import UserError
 from lowvar.process.denoiser import Head, NetworkDenoiser, Prediction
-from lowvar.process.schedule import Schedule, schedule_from_diffusers
+from lowvar.process.discrete import schedule_from_diffusers
+from lowvar.process.schedule import Schedule
 from lowvar.schedulers import ReverseVarianceScheduler
 
 __all__ = ["denoiser_of", "network_of", "open_pipeline", "schedule_of"]

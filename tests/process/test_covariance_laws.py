@@ -7,15 +7,8 @@ import torch
 from torch import Tensor
 
 from lowvar.process.basis import Basis, DCTBasis, MatrixBasis, PixelBasis
-from lowvar.process.covariance import (
-    BasisDiagonal,
-    Covariance,
-    Dense,
-    Diagonal,
-    Implicit,
-    Isotropic,
-    LowRankPlusDiagonal,
-)
+from lowvar.process.covariance import BasisDiagonal, Covariance, Diagonal, Isotropic, LowRankPlusDiagonal
+from lowvar.process.matrix import Dense, Implicit
 from lowvar.process.noise import Independent
 from lowvar.testing import rotation
 from lowvar.testing.laws.covariance import CovarianceLaws, check_inverse_trace, check_root

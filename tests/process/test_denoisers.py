@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowvar.process.basis import PixelBasis
-from lowvar.process.covariance import BasisDiagonal, Dense, Diagonal, Isotropic, LowRankPlusDiagonal
+from lowvar.process.covariance import BasisDiagonal, Diagonal, Isotropic, LowRankPlusDiagonal
 from lowvar.process.denoiser import (
     Denoiser,
     Guided,
@@ -20,9 +20,11 @@ from lowvar.process.denoiser import (
     from_prediction,
     to_target,
 )
+from lowvar.process.discrete import schedule_from_diffusers
+from lowvar.process.matrix import Dense
 from lowvar.process.noise import Independent
 from lowvar.process.posterior import Posterior
-from lowvar.process.schedule import VE, CosineVP, Flow, Schedule, schedule_from_diffusers
+from lowvar.process.schedule import VE, CosineVP, Flow, Schedule
 from lowvar.testing import mixture2, mixture8
 
 SCHEDULES: list[Schedule] = [CosineVP(), VE(), Flow(), Flow(3.0), schedule_from_diffusers({})]

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from lowvar.process.covariance import Diagonal, Isotropic
 from lowvar.process.denoiser import WithCovariance
+from lowvar.process.discrete import schedule_from_diffusers
 from lowvar.process.grid import trailing, uniform
 from lowvar.process.kernel import ReverseKernel
 from lowvar.process.multistep import MultistepSolver
 from lowvar.process.noise import Independent
-from lowvar.process.schedule import VE, CosineVP, Flow, LinearVP, Schedule, schedule_from_diffusers
+from lowvar.process.schedule import VE, CosineVP, Flow, LinearVP, Schedule
 from lowvar.sample import trajectory
 from lowvar.testing import Moments, affine_law, anisotropic_gaussian, kernel_chain
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lowvar.process import grid as grids
-from lowvar.process.schedule import VE, CosineVP, Flow, LinearVP, Schedule, schedule_from_diffusers
+from lowvar.process.discrete import schedule_from_diffusers
+from lowvar.process.schedule import VE, CosineVP, Flow, LinearVP, Schedule
 from lowvar.testing import MixtureTarget, mixture2
 
 SCHEDULES: dict[str, Schedule] = {

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from lowvar.process.covariance import Covariance, Diagonal, Isotropic
+from lowvar.process.discrete import DiscreteVP, schedule_from_diffusers
 from lowvar.process.kernel import Gaussian, ReverseKernel, step_coefficients
 from lowvar.process.noise import Independent
 from lowvar.process.posterior import Posterior
-from lowvar.process.schedule import VE, CosineVP, DiscreteVP, Flow, LinearVP, Schedule, schedule_from_diffusers
+from lowvar.process.schedule import VE, CosineVP, Flow, LinearVP, Schedule
 from lowvar.testing import mixture8
 from lowvar.testing.laws.kernel import KernelLaws, check_coefficients, direct_step
 

@@ -7,16 +7,8 @@ import itertools
 import pytest
 import torch
 
-from lowvar.process.schedule import (
-    VE,
-    CosineVP,
-    DiscreteVP,
-    Flow,
-    LinearVP,
-    Schedule,
-    schedule_from_config,
-    schedule_from_diffusers,
-)
+from lowvar.process.discrete import DiscreteVP, schedule_from_config, schedule_from_diffusers
+from lowvar.process.schedule import VE, CosineVP, Flow, LinearVP, Schedule
 from lowvar.testing.laws.schedule import ScheduleLaws
 
 DIFFUSERS = {

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from lowvar.process import kernel as kernel_module
-from lowvar.process.covariance import Covariance, Dense, Diagonal, LowRankPlusDiagonal
+from lowvar.process.covariance import Covariance, Diagonal, LowRankPlusDiagonal
+from lowvar.process.discrete import DiscreteVP, schedule_from_diffusers
 from lowvar.process.grid import trailing
 from lowvar.process.kernel import ReverseKernel, StepCoefficients
+from lowvar.process.matrix import Dense
 from lowvar.process.multistep import MultistepSolver, _Step
 from lowvar.process.noise import Antithetic, Independent, NoiseSource, TorchGenerators, philox
 from lowvar.process.posterior import Posterior
-from lowvar.process.schedule import CosineVP, DiscreteVP, Flow, Level, Schedule, schedule_from_diffusers
+from lowvar.process.schedule import CosineVP, Flow, Level, Schedule
 from lowvar.testing import Moments, affine_law, anisotropic_gaussian, mixture8
 from lowvar.testing.laws import covariance as covariance_laws
 from lowvar.testing.laws import kernel as kernel_laws

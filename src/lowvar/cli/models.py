@@ -15,8 +15,8 @@ from lowvar.errors import UserError
 from lowvar.evaluation import check_steps
 from lowvar.pipelines import denoiser_of, open_pipeline
 from lowvar.process.denoiser import NetworkDenoiser
+from lowvar.process.discrete import DiscreteVP
 from lowvar.process.noise import NoiseSource
-from lowvar.process.schedule import DiscreteVP
 from lowvar.sample import SAMPLERS
 from lowvar.schedulers import ReverseVarianceScheduler
 

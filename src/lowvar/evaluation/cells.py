@@ -17,11 +17,12 @@ from lowvar.calibrate import Calibration
 from lowvar.errors import UserError
 from lowvar.evaluation.peers import Spacing, make_peer, peer_named, run_peer
 from lowvar.process.denoiser import Denoiser, NetworkDenoiser
+from lowvar.process.discrete import DiscreteVP
 from lowvar.process.grid import GRIDS, make_grid
 from lowvar.process.kernel import ReverseKernel
 from lowvar.process.multistep import MultistepSolver
 from lowvar.process.noise import Independent, NoiseSource
-from lowvar.process.schedule import DiscreteVP, Schedule
+from lowvar.process.schedule import Schedule
 from lowvar.sample import SAMPLERS, NamedSampler, generate, named_sampler
 
 __all__ = ["Cell", "Drawn", "check_cell", "check_steps", "draw", "resolve", "sampling_grid", "teaching"]

@@ -31,8 +31,9 @@ from torch import Tensor
 
 from lowvar.errors import UserError
 from lowvar.process.denoiser import NetworkDenoiser
+from lowvar.process.discrete import DiscreteVP
 from lowvar.process.noise import NoiseSource
-from lowvar.process.schedule import VE, DiscreteVP, Flow, Schedule
+from lowvar.process.schedule import VE, Flow, Schedule
 
 __all__ = ["PEERS", "Peer", "Spacing", "make_peer", "peer_named", "run_peer"]
 

@@ -1,31 +1,15 @@
 """What a reverse process is: schedules, posteriors, covariances, kernels, solvers, grids, noise. Torch only, no I/O."""
 
 from lowvar.process.basis import Basis, DCTBasis, MatrixBasis, PixelBasis
-from lowvar.process.covariance import (
-    BasisDiagonal,
-    Covariance,
-    Dense,
-    Diagonal,
-    Implicit,
-    Isotropic,
-    LowRankPlusDiagonal,
-)
+from lowvar.process.covariance import BasisDiagonal, Covariance, Diagonal, Isotropic, LowRankPlusDiagonal
 from lowvar.process.denoiser import Denoiser, Guided, JacobianCovariance, NetworkDenoiser, WithCovariance
+from lowvar.process.discrete import DiscreteVP, schedule_from_config, schedule_from_diffusers
 from lowvar.process.kernel import Gaussian, ReverseKernel
+from lowvar.process.matrix import Dense, Implicit
 from lowvar.process.multistep import MultistepSolver
 from lowvar.process.noise import Antithetic, Common, Independent, NoiseSource, TorchGenerators
 from lowvar.process.posterior import Posterior
-from lowvar.process.schedule import (
-    VE,
-    CosineVP,
-    DiscreteVP,
-    Flow,
-    Level,
-    LinearVP,
-    Schedule,
-    schedule_from_config,
-    schedule_from_diffusers,
-)
+from lowvar.process.schedule import VE, CosineVP, Flow, Level, LinearVP, Schedule
 from lowvar.process.solver import Solver, State, StepInfo
 from lowvar.process.twin import GaussianTwin
 

@@ -16,30 +16,30 @@ Conventions: events have shape (B, *event_shape); variances may have batch size 
 Everything is computed in float32 or wider. **Variances below zero cannot come out**: constructors set negative entries
 (noise of an estimate, rounding) to 0, as the nearest positive semi-definite matrix in the member's own basis.
 
-Sources: Lanczos root: Higham 2008, ch. 13; determinant lemma and Woodbury identity for low rank.
+Sources: the determinant lemma and the Woodbury identity for low rank. `Dense` and `Implicit` are in `matrix`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lowvar.process.basis import Basis
 
-__all__ = ["BasisDiagonal", "Covariance", "Dense", "Diagonal", "Implicit", "Isotropic", "LowRankPlusDiagonal"]
+__all__ = ["BasisDiagonal", "Covariance", "Diagonal", "Isotropic", "LowRankPlusDiagonal"]
 
 Scalar = Tensor | float
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """Float32 at least."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def _per_sample(value: Scalar, like: Tensor) -> Tensor:
+def per_sample(value: Scalar, like: Tensor) -> Tensor:
     """A number, or one number a sample (B,), shaped to multiply `like` (B, ...)."""
     if not isinstance(value, Tensor):
         return torch.full((), value, dtype=like.dtype, device=like.device)  # made where it is used, not copied there
@@ -47,7 +47,7 @@ def _per_sample(value: Scalar, like: Tensor) -> Tensor:
     return value.reshape(-1, *([1] * (like.ndim - 1))) if value.ndim else value
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
+def dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).flatten(1).sum(1)
 
 
@@ -126,7 +126,7 @@ class Isotropic(Covariance):
 
     def __init__(self, variance: Scalar, event_shape: Sequence[int]) -> None:
         self.event_shape = torch.Size(event_shape)
-        self.variance = _wide(torch.as_tensor(variance)).reshape(-1).clamp_min(0)
+        self.variance = wide(torch.as_tensor(variance)).reshape(-1).clamp_min(0)
 
     def diagonal(self) -> Tensor:
         """See the base class."""
@@ -138,15 +138,15 @@ class Isotropic(Covariance):
 
     def matvec(self, v: Tensor) -> Tensor:
         """See the base class."""
-        return _per_sample(self.variance, v) * v
+        return per_sample(self.variance, v) * v
 
     def sqrt_matvec(self, z: Tensor) -> Tensor:
         """See the base class."""
-        return _per_sample(self.variance.sqrt(), z) * z
+        return per_sample(self.variance.sqrt(), z) * z
 
     def inverse_quadratic(self, v: Tensor) -> Tensor:
         """See the base class."""
-        return _dot(v, v) / self.variance.to(v)
+        return dot(v, v) / self.variance.to(v)
 
     def logdet(self) -> Tensor:
         """See the base class."""
@@ -154,9 +154,7 @@ class Isotropic(Covariance):
 
     def affine(self, a: Scalar, b: Scalar) -> Isotropic:
         """See the base class."""
-        return Isotropic(
-            _per_sample(a, self.variance) + _per_sample(b, self.variance) * self.variance, self.event_shape
-        )
+        return Isotropic(per_sample(a, self.variance) + per_sample(b, self.variance) * self.variance, self.event_shape)
 
     def bounded(self, limit: Tensor) -> Isotropic:
         """See the base class."""
@@ -176,7 +174,7 @@ class Diagonal(Covariance):
 
     def __init__(self, variance: Tensor) -> None:
         self.event_shape = variance.shape[1:]
-        self.variance = _wide(variance).clamp_min(0)
+        self.variance = wide(variance).clamp_min(0)
 
     def diagonal(self) -> Tensor:
         """See the base class."""
@@ -204,7 +202,7 @@ class Diagonal(Covariance):
 
     def affine(self, a: Scalar, b: Scalar) -> Diagonal:
         """See the base class."""
-        return Diagonal(_per_sample(a, self.variance) + _per_sample(b, self.variance) * self.variance)
+        return Diagonal(per_sample(a, self.variance) + per_sample(b, self.variance) * self.variance)
 
     def bounded(self, limit: Tensor) -> Diagonal:
         """See the base class."""
@@ -232,7 +230,7 @@ class BasisDiagonal(Covariance):
     def __init__(self, basis: Basis, variance: Tensor) -> None:
         self.event_shape = variance.shape[1:]
         self.basis = basis
-        self.variance = _wide(variance).clamp_min(0)
+        self.variance = wide(variance).clamp_min(0)
 
     def diagonal(self) -> Tensor:
         """See the base class; d^2 for a dense basis."""
@@ -260,12 +258,12 @@ class BasisDiagonal(Covariance):
 
     def affine(self, a: Scalar, b: Scalar) -> BasisDiagonal:
         """See the base class."""
-        variance = _per_sample(a, self.variance) + _per_sample(b, self.variance) * self.variance
+        variance = per_sample(a, self.variance) + per_sample(b, self.variance) * self.variance
         return BasisDiagonal(self.basis, variance)
 
     def bounded(self, limit: Tensor) -> BasisDiagonal:
         """See the base class."""
-        return BasisDiagonal(self.basis, _per_sample(self._scale_to(limit), self.variance) * self.variance)
+        return BasisDiagonal(self.basis, per_sample(self._scale_to(limit), self.variance) * self.variance)
 
     def inverse_trace(self, other: Covariance) -> Tensor:
         """See the base class; d within one basis or against a multiple of I, d^3 otherwise."""
@@ -286,8 +284,8 @@ class LowRankPlusDiagonal(Covariance):
 
     def __init__(self, variance: Tensor, factors: Tensor) -> None:
         self.event_shape = variance.shape[1:]
-        self.variance = _wide(variance).clamp_min(0)
-        self.factors = _wide(factors)
+        self.variance = wide(variance).clamp_min(0)
+        self.factors = wide(factors)
 
     def _capacity(self) -> tuple[Tensor, Tensor]:
         """W = diag(v)^-1/2 U (B, d, r) and I + W^T W (B, r, r)."""
@@ -333,186 +331,11 @@ class LowRankPlusDiagonal(Covariance):
 
     def affine(self, a: Scalar, b: Scalar) -> LowRankPlusDiagonal:
         """See the base class."""
-        variance = _per_sample(a, self.variance) + _per_sample(b, self.variance) * self.variance
-        return LowRankPlusDiagonal(variance, _per_sample(b, self.factors) ** 0.5 * self.factors)
+        variance = per_sample(a, self.variance) + per_sample(b, self.variance) * self.variance
+        return LowRankPlusDiagonal(variance, per_sample(b, self.factors) ** 0.5 * self.factors)
 
     def bounded(self, limit: Tensor) -> LowRankPlusDiagonal:
         """See the base class."""
         scale = self._scale_to(limit)
-        variance = _per_sample(scale, self.variance) * self.variance
-        return LowRankPlusDiagonal(variance, _per_sample(scale, self.factors) ** 0.5 * self.factors)
-
-
-class Dense(Covariance):
-    """Any symmetric matrix; negative eigenvalues are set to 0.
-
-    Args:
-        matrix: (B or 1, d, d); its symmetric part is taken.
-        event_shape: shape of an event of d numbers.
-    """
-
-    def __init__(self, matrix: Tensor, event_shape: Sequence[int]) -> None:
-        self.event_shape = torch.Size(event_shape)
-        matrix = _wide(matrix)
-        if matrix.ndim != 3 or matrix.shape[-2:] != (self.d, self.d):
-            raise ValueError(
-                f"matrix has shape {tuple(matrix.shape)}; events of {self.d} numbers need (B, {self.d}, {self.d})"
-            )
-        values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
-        self._values, self._vectors = values.clamp_min(0), vectors
-
-    @classmethod
-    def _of(cls, values: Tensor, vectors: Tensor, event_shape: torch.Size) -> Dense:
-        new = cls.__new__(cls)
-        new.event_shape, new._values, new._vectors = event_shape, values.clamp_min(0), vectors
-        return new
-
-    def _function(self, values: Tensor, v: Tensor) -> Tensor:
-        inner = torch.einsum("bij,bi->bj", self._vectors.expand(v.shape[0], -1, -1), v.flatten(1))
-        return torch.einsum("bij,bj->bi", self._vectors.expand(v.shape[0], -1, -1), values * inner).reshape(v.shape)
-
-    def dense(self) -> Tensor:
-        """See the base class."""
-        return (self._vectors * self._values[:, None]) @ self._vectors.mT
-
-    def diagonal(self) -> Tensor:
-        """See the base class."""
-        return (self._vectors**2 @ self._values[..., None])[..., 0].reshape(-1, *self.event_shape)
-
-    def trace(self) -> Tensor:
-        """See the base class."""
-        return self._values.sum(-1)
-
-    def matvec(self, v: Tensor) -> Tensor:
-        """See the base class."""
-        return self._function(self._values, v)
-
-    def sqrt_matvec(self, z: Tensor) -> Tensor:
-        """See the base class: the symmetric root."""
-        return self._function(self._values.sqrt(), z)
-
-    def inverse_quadratic(self, v: Tensor) -> Tensor:
-        """See the base class."""
-        inner = torch.einsum("bij,bi->bj", self._vectors.expand(v.shape[0], -1, -1), v.flatten(1))
-        return (inner**2 / self._values).sum(-1)
-
-    def logdet(self) -> Tensor:
-        """See the base class."""
-        return torch.log(self._values).sum(-1)
-
-    def affine(self, a: Scalar, b: Scalar) -> Dense:
-        """See the base class; no new decomposition."""
-        values = _per_sample(a, self._values) + _per_sample(b, self._values) * self._values
-        return Dense._of(values, self._vectors, self.event_shape)
-
-    def bounded(self, limit: Tensor) -> Dense:
-        """See the base class."""
-        return Dense._of(
-            _per_sample(self._scale_to(limit), self._values) * self._values, self._vectors, self.event_shape
-        )
-
-    def inverse_trace(self, other: Covariance) -> Tensor:
-        """See the base class; d^2 where `other` is given by its products."""
-        rotated = self._vectors.mT @ other.dense().to(self._vectors) @ self._vectors
-        return (torch.diagonal(rotated, dim1=-2, dim2=-1) / self._values).sum(-1)
-
-
-class Implicit(Covariance):
-    """A covariance known by its products only, such as (sigma^2 / alpha) d x0_hat / d x by Jacobian-vector products.
-
-    Args:
-        product: v (B, *event_shape) -> C v; C must be symmetric (the caller symmetrises a learned Jacobian).
-        event_shape: shape of an event.
-        steps: k, Lanczos steps of `sqrt_matvec` (exact for k >= the number of distinct eigenvalues).
-        shift, scale: the matrix is shift I + scale C (used by `affine`).
-
-        like: a tensor (B, ...) that tells batch size, dtype and device of events.
-
-    Costs: `matvec` one product, `sqrt_matvec` k, `inverse_quadratic` k, everything else d products.
-    """
-
-    def __init__(
-        self,
-        product: Callable[[Tensor], Tensor],
-        event_shape: Sequence[int],
-        steps: int = 8,
-        shift: Scalar = 0.0,
-        scale: Scalar = 1.0,
-        like: Tensor | None = None,
-    ) -> None:
-        self.event_shape = torch.Size(event_shape)
-        self.product, self.steps, self.shift, self.scale = product, steps, shift, scale
-        self.like = torch.zeros(1) if like is None else like[:0].detach()
-        self._batch = 1 if like is None else like.shape[0]
-
-    def matvec(self, v: Tensor) -> Tensor:
-        """See the base class."""
-        return _per_sample(self.shift, v) * v + _per_sample(self.scale, v) * self.product(v)
-
-    def dense(self) -> Tensor:
-        """See the base class; symmetrised, eigenvalues not clipped."""
-        eye = torch.eye(self.d, dtype=self.like.dtype, device=self.like.device)
-        columns = [self.matvec(e.reshape(1, *self.event_shape).expand(self._batch, *self.event_shape)) for e in eye]
-        matrix = torch.stack([c.flatten(1) for c in columns], -1)
-        return (matrix + matrix.mT) / 2
-
-    def _exact(self) -> Dense:
-        return Dense(self.dense(), self.event_shape)
-
-    def diagonal(self) -> Tensor:
-        """See the base class; d products."""
-        return self._exact().diagonal()
-
-    def trace(self) -> Tensor:
-        """See the base class; d products."""
-        return self._exact().trace()
-
-    def logdet(self) -> Tensor:
-        """See the base class; d products."""
-        return self._exact().logdet()
-
-    def _lanczos(self, z: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """f(C) z by `steps` Lanczos steps with full reorthogonalisation; Ritz values below 0 are set to 0."""
-        flat = z.flatten(1)
-        norm = flat.norm(dim=1, keepdim=True).clamp_min(1e-30)
-        basis = [flat / norm]
-        k = min(self.steps, self.d)
-        T = torch.zeros(z.shape[0], k, k, dtype=flat.dtype, device=flat.device)
-        for j in range(k):
-            w = self.matvec(basis[j].reshape(z.shape)).flatten(1)
-            scale = w.norm(dim=1, keepdim=True)
-            T[:, j, j] = (w * basis[j]).sum(1)
-            for _ in range(2):  # twice is enough
-                V = torch.stack(basis, -1)
-                w = w - torch.einsum("bdk,bk->bd", V, torch.einsum("bdk,bd->bk", V, w))
-            if j + 1 < k:
-                beta = w.norm(dim=1, keepdim=True)
-                # where the invariant subspace is complete T becomes block diagonal
-                alive = beta > 1e-6 * scale.clamp_min(1e-30)
-                beta = torch.where(alive, beta, torch.zeros_like(beta))
-                T[:, j, j + 1] = T[:, j + 1, j] = beta[:, 0]
-                basis.append(torch.where(alive, w / beta.clamp_min(1e-30), torch.zeros_like(w)))
-        values, vectors = torch.linalg.eigh(T)
-        weights = torch.einsum("bij,bj->bi", vectors, function(values.clamp_min(0)) * vectors[:, 0])
-        return (torch.einsum("bdk,bk->bd", torch.stack(basis, -1), weights) * norm).reshape(z.shape)
-
-    def sqrt_matvec(self, z: Tensor) -> Tensor:
-        """See the base class; k products."""
-        return self._lanczos(z, torch.sqrt)
-
-    def inverse_quadratic(self, v: Tensor) -> Tensor:
-        """See the base class; k products (Gauss quadrature of the resolvent)."""
-        return _dot(v, self._lanczos(v, lambda values: 1 / values))
-
-    def affine(self, a: Scalar, b: Scalar) -> Implicit:
-        """See the base class."""
-        like = torch.zeros(self._batch, dtype=self.like.dtype, device=self.like.device)
-        return Implicit(self.product, self.event_shape, self.steps, a + b * self.shift, b * self.scale, like)
-
-    def bounded(self, limit: Tensor) -> Implicit:
-        """C itself: the products of a clipped denoiser already vanish where the mean is clipped."""
-        return self
-
-    def trace_estimate(self, probes: Tensor) -> Tensor:
-        """Hutchinson's estimate of the trace from probes (m, B, *event_shape) of +-1 (or normals), m products, (B,)."""
-        return torch.stack([_dot(z, self.matvec(z)) for z in probes]).mean(0)
+        variance = per_sample(scale, self.variance) * self.variance
+        return LowRankPlusDiagonal(variance, per_sample(scale, self.factors) ** 0.5 * self.factors)

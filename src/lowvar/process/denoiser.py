@@ -26,7 +26,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lowvar.process.covariance import Covariance, Diagonal, Implicit
+from lowvar.process.covariance import Covariance, Diagonal
+from lowvar.process.matrix import Implicit
 from lowvar.process.posterior import Posterior
 from lowvar.process.schedule import Level, Schedule
 

@@ -212,7 +212,7 @@ def from_timesteps(schedule: Schedule, timesteps: Sequence[float] | Tensor) -> T
     """The grid whose evaluations are at given timesteps (what the network is conditioned on), then 0.
 
     Example:
-        >>> from lowvar.process.schedule import schedule_from_diffusers
+        >>> from lowvar.process.discrete import schedule_from_diffusers
         >>> from_timesteps(schedule_from_diffusers({}), [999, 499]).tolist()
         [1.0, 0.5, 0.0]
     """

@@ -1,7 +1,8 @@
 r"""The control variate of the reverse process: integrate the Gaussian twin exactly, discretise only the remainder.
 
 With y = (x - alpha m) / sigma in the twin's basis, l = log(alpha / sigma), u = e^l, v = 1 + c u^2 and the remainder
-r = x0_hat - D_lin, the reverse process of stochasticity tau (0: probability-flow ODE, 1: reverse SDE) is, per direction,
+r = x0_hat - D_lin, the reverse process of stochasticity tau (0: probability-flow ODE, 1: reverse SDE) is, for each
+direction,
 
     dy = [-tau^2 + (1 + tau^2) (v - 1) / v] y dl + (1 + tau^2) u r dl + sqrt(2) tau dW,
 
@@ -247,8 +248,8 @@ class MultistepSolver(Solver):
 def _add(y: Tensor, weights: Tensor, remainders: tuple[Tensor, ...]) -> Tensor:
     if len(remainders) < len(weights):
         raise ValueError(
-            f"a step that uses {len(weights)} remainders has {len(remainders)}: run a plan from its first step, or prepare "
-            "one for the remaining levels"
+            f"a step that uses {len(weights)} remainders has {len(remainders)}: run a plan from its first step, or "
+            "prepare one for the remaining levels"
         )
     for w, r in zip(weights, remainders, strict=False):
         y = y + w.to(y) * r

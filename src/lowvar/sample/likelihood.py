@@ -176,8 +176,8 @@ def decoder_bits(
         levels: grey levels of the data, or None.
         where: (B,), samples whose step is the last; the others get a value without meaning, and no gradient.
 
-    Bin probabilities are computed in float64: the float32 derivative of log Phi is wrong below about -1e3, which a step's
-    small variance reaches, and would put NaN into a training gradient.
+    Bin probabilities are computed in float64: the float32 derivative of log Phi is wrong below about -1e3, which a
+    step's small variance reaches, and would put NaN into a training gradient.
     """
     if levels is None:
         quadratic = covariance.inverse_quadratic(x0 - mean)

@@ -45,12 +45,13 @@ from lowvar.calibrate.calibration import Calibration
 from lowvar.errors import UserError
 from lowvar.process.covariance import Covariance
 from lowvar.process.denoiser import expand
+from lowvar.process.discrete import DiscreteVP
 from lowvar.process.grid import custom, make_grid, spaced_timesteps
 from lowvar.process.kernel import ReverseKernel
 from lowvar.process.multistep import MultistepSolver
 from lowvar.process.noise import NoiseSource, TorchGenerators
 from lowvar.process.posterior import Posterior
-from lowvar.process.schedule import DiscreteVP, Level, Schedule
+from lowvar.process.schedule import Level, Schedule
 from lowvar.process.solver import Solver
 from lowvar.sample.named import SAMPLERS
 from lowvar.schedulers._chain import Chain

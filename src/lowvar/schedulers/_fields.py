@@ -7,10 +7,11 @@ from typing import Any
 
 from lowvar.errors import UserError
 from lowvar.process.denoiser import Prediction
+from lowvar.process.discrete import schedule_from_config, schedule_from_diffusers
 from lowvar.process.grid import GRIDS
 from lowvar.process.kernel import ReverseKernel
 from lowvar.process.multistep import MultistepSolver
-from lowvar.process.schedule import Flow, Schedule, schedule_from_config, schedule_from_diffusers
+from lowvar.process.schedule import Flow, Schedule
 from lowvar.sample.named import SAMPLERS
 
 __all__ = ["CALIBRATED", "PREDICTIONS", "RULES", "allowed", "check", "make_schedule", "sampler_fields", "translate"]

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from lowvar.process.basis import MatrixBasis
-from lowvar.process.covariance import Dense
 from lowvar.process.denoiser import Denoiser
 from lowvar.process.kernel import Gaussian
+from lowvar.process.matrix import Dense
 from lowvar.process.noise import Independent, NoiseSource
 from lowvar.process.posterior import Posterior
 from lowvar.process.schedule import Level, Schedule

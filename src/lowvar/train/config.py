@@ -16,7 +16,8 @@ from pydantic.dataclasses import dataclass
 
 from lowvar.errors import UserError
 from lowvar.process.denoiser import Head
-from lowvar.process.schedule import DiscreteVP, Schedule, schedule_from_diffusers
+from lowvar.process.discrete import DiscreteVP, schedule_from_diffusers
+from lowvar.process.schedule import Schedule
 from lowvar.train.edm import EDM, LognormalTimes
 from lowvar.train.hybrid import RangeVLB
 from lowvar.train.minsnr import MinSNR

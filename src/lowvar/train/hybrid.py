@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from lowvar.process.denoiser import NetworkDenoiser, from_prediction
+from lowvar.process.discrete import DiscreteVP
 from lowvar.process.kernel import ReverseKernel
 from lowvar.process.posterior import Posterior
-from lowvar.process.schedule import DiscreteVP, Level, Schedule
+from lowvar.process.schedule import Level, Schedule
 from lowvar.sample.likelihood import step_bits
 from lowvar.train.objectives import VarianceTerm
 

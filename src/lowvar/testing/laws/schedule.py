@@ -12,7 +12,8 @@ import json
 import torch
 from torch import Tensor
 
-from lowvar.process.schedule import Schedule, schedule_from_config
+from lowvar.process.discrete import schedule_from_config
+from lowvar.process.schedule import Schedule
 
 __all__ = [
     "ScheduleLaws",
