@@ -31,7 +31,8 @@ nb_execution_cache_path = str(ROOT / "build/jupyter_cache")
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 
-exclude_patterns = ["_build"]
+# Included by other pages, not pages of their own.
+exclude_patterns = ["_build", "_generated/cli.md", "_generated/api_toc.md", "results/*.md"]
 nitpicky = False
 add_module_names = False
 python_use_unqualified_type_names = True

@@ -239,8 +239,7 @@ def calibrate(
         denoiser: the denoiser, with the clipping it will be used with.
         batches: makes one pass over the calibration images, batches (b, *event_shape).
         twin_batches: makes one pass over the images whose moments the twin takes (default the same); the training
-        images
-            may be used here, a mean and a covariance are not over-fitted by the network.
+            images may be used here, a mean and a covariance are not over-fitted by the network.
         basis: the twin's and the table's basis; `auto` is PCA up to d = 1024, the DCT above.
         logsnr: knots (default `default_logsnr`).
         replicates: noises an image and knot.

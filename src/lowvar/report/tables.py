@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from lowvar.report.scores import Board, Score, steps_text
 from lowvar.report.text import Metric, bounds, metric, plain
 
-__all__ = ["Bar", "Cell", "Group", "Line", "Part", "bars", "groups", "metrics_of"]
+__all__ = ["Bar", "Entry", "Group", "Line", "Part", "bars", "groups", "metrics_of"]
 
 
 @dataclass(frozen=True)
-class Cell:
+class Entry:
     """A value, its interval, and whether it is the best of its group."""
 
     value: str
@@ -30,7 +30,7 @@ class Line:
     nfe: str
     seconds: str
     is_peer: bool
-    cells: tuple[Cell, ...]
+    cells: tuple[Entry, ...]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _line(board: Board, label: str, scores: Sequence[Score]) -> Line:
         score = by_metric.get(key)
         shown = ("–", "") if score is None else bounds(score.value, score.low, score.high)
         best = board.best(first.steps, key)
-        cells.append(Cell(*shown, score is not None and best is not None and score.value == best.value))
+        cells.append(Entry(*shown, score is not None and best is not None and score.value == best.value))
     nfe = sorted({score.nfe for score in scores})
     shown_nfe = " – ".join(plain(n, 4).rstrip("0").rstrip(".") if n % 1 else f"{n:,.0f}" for n in nfe)
     return Line(label, first.grid, shown_nfe, _seconds(first), first.is_peer, tuple(cells))
@@ -87,7 +87,7 @@ def _floor(board: Board) -> Line:
     cells = []
     for key in board.metrics:
         value, low, high = board.floor.get(key, (math.nan, math.nan, math.nan))
-        cells.append(Cell(*bounds(value, low, high)))
+        cells.append(Entry(*bounds(value, low, high)))
     return Line("floor: data against data", "", "", "", False, tuple(cells))
 
 

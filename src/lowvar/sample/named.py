@@ -27,8 +27,7 @@ class NamedSampler:
         about: one line for help and reports.
         solver: the solver; a `MultistepSolver` of a twin-* sampler gets its twin from `named_sampler`.
         covariance: structure of the calibrated covariance it needs (`isotropic`, `pixel`, `basis`, `analytic`),
-        `learned`
-            for the network's own variance head, or None.
+            `learned` for the network's own variance head, or None.
         grid: name of its default grid.
         needs_twin: whether it needs the calibrated twin.
     """
