@@ -89,6 +89,8 @@ def run(seeds: Sequence[int], n: int, minutes: float, threads: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         model = open_model(network(seed), torch.device("cpu"))
         assert model.calibration is not None
+        if not (folder / "reference.json").exists():
+            (folder / "reference.json").write_text(json.dumps(_reference(scorer, model, n, seed)))
         todo = [c for c in cells() if not (folder / _file(*c)).exists()]
         for name, steps, spacing in tqdm(todo, desc=f"seed {seed}"):
             if time.perf_counter() - begun > 60 * minutes:
@@ -112,8 +114,6 @@ def run(seeds: Sequence[int], n: int, minutes: float, threads: int) -> None:
             temporary = folder / (_file(name, steps, spacing) + ".tmp")
             temporary.write_text(json.dumps(record))
             temporary.rename(folder / _file(name, steps, spacing))
-        if not (folder / "reference.json").exists():
-            (folder / "reference.json").write_text(json.dumps(_reference(scorer, model, n, seed)))
 
 
 def _reference(scorer: Any, model: Any, n: int, seed: int) -> dict[str, Any]:

@@ -132,7 +132,7 @@ class Calibration:
 
         def put(name: str, value: Tensor) -> Any:
             if value.numel() <= JSON_LIMIT:
-                return value.tolist()
+                return _short(value.tolist())
             tensors[name] = value.float().contiguous()
             return {"tensor": name}
 
@@ -199,6 +199,11 @@ class Calibration:
         twin = GaussianTwin(get(fields["twin"]["mean"]), basis, get(fields["twin"]["spectrum"]))
         curves = [get(fields[k]) for k in ("mmse", "mmse_se", "analytic")]
         return cls(fields["fingerprint"], logsnr, curves[0], curves[1], curves[2], tables, twin, int(fields["n"]))
+
+
+def _short(numbers: Any) -> Any:
+    """Nested lists with 7 significant digits: float32's, which is more than any calibration knows."""
+    return [_short(v) for v in numbers] if isinstance(numbers, list) else float(f"{numbers:.7g}")
 
 
 def _tables(moments: ResidualMoments, basis: Basis) -> dict[Structure, CovarianceTable]:
