@@ -22,6 +22,7 @@ import argparse
 import datetime as dt
 import json
 import platform
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,8 +72,8 @@ def cells() -> list[tuple[str, int, str | None]]:
     return found
 
 
-def run(seeds: Sequence[int], n: int, minutes: float, threads: int) -> None:
-    """Runs missing cells until the budget is spent."""
+def run(seeds: Sequence[int], n: int, minutes: float, threads: int, only: str) -> None:
+    """Runs missing cells whose label `sampler@steps` matches `only` until the budget is spent."""
     from tqdm import tqdm
 
     from lowvar.cli.models import open_model
@@ -91,7 +92,7 @@ def run(seeds: Sequence[int], n: int, minutes: float, threads: int) -> None:
         assert model.calibration is not None
         if not (folder / "reference.json").exists():
             (folder / "reference.json").write_text(json.dumps(_reference(scorer, model, n, seed)))
-        todo = [c for c in cells() if not (folder / _file(*c)).exists()]
+        todo = [c for c in cells() if re.search(only, f"{c[0]}@{c[1]}") and not (folder / _file(*c)).exists()]
         for name, steps, spacing in tqdm(todo, desc=f"seed {seed}"):
             if time.perf_counter() - begun > 60 * minutes:
                 print("budget spent; run again to go on")
@@ -297,10 +298,17 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1", help="training seeds, comma separated")
     parser.add_argument("--minutes", type=float, default=60, help="budget")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--only", default="", help="regular expression that a cell's sampler@steps must match")
     parser.add_argument("--report", action="store_true", help="only write the results from the cells that were run")
     arguments = parser.parse_args()
     if not arguments.report:
-        run([int(s) for s in arguments.seeds.split(",")], arguments.n, arguments.minutes, arguments.threads)
+        run(
+            [int(s) for s in arguments.seeds.split(",")],
+            arguments.n,
+            arguments.minutes,
+            arguments.threads,
+            arguments.only,
+        )
     report(arguments.n)
 
 

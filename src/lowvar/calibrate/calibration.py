@@ -211,9 +211,14 @@ def _tables(moments: ResidualMoments, basis: Basis) -> dict[Structure, Covarianc
     axes = tuple(range(2, moments.pixel.ndim))
     entries = (-1, *([1] * len(shape)))
 
-    def floored(variance: Tensor) -> Tensor:
-        """A finite number of images cannot tell a variance from 0: at least `RELATIVE_FLOOR` of the mean."""
-        return torch.maximum(variance, RELATIVE_FLOOR * moments.mmse.reshape(entries))
+    def predictive(variance: Tensor, se: Tensor) -> Tensor:
+        """The variance to expect of new data, given an estimate v from finitely many images.
+
+        E 1/v = (1 + se^2/v^2) / E v to second order, so that residuals standardised by v come out too large; v + se^2/v
+        makes up for it. An entry cannot be told from 0: it is at least `RELATIVE_FLOOR` of the mean.
+        """
+        variance = torch.maximum(variance, RELATIVE_FLOOR * moments.mmse.reshape(entries))
+        return variance + se**2 / variance
 
     tables: dict[Structure, CovarianceTable] = {
         "isotropic": CovarianceTable("isotropic", logsnr, moments.mmse, shape, None, moments.mmse_se)
@@ -221,9 +226,9 @@ def _tables(moments: ResidualMoments, basis: Basis) -> dict[Structure, Covarianc
     if axes and shape[0] > 1:
         channel = moments.pixel.mean(axes, keepdim=True)
         tables["channel"] = CovarianceTable("channel", logsnr, channel, shape)
-    tables["pixel"] = CovarianceTable("pixel", logsnr, floored(moments.pixel), shape, None, moments.pixel_se)
-    if moments.basis is not None:
-        tables["basis"] = CovarianceTable("basis", logsnr, floored(moments.basis), shape, basis, moments.basis_se)
+    tables["pixel"] = CovarianceTable("pixel", logsnr, predictive(moments.pixel, moments.pixel_se), shape, None, moments.pixel_se)
+    if moments.basis is not None and moments.basis_se is not None:
+        tables["basis"] = CovarianceTable("basis", logsnr, predictive(moments.basis, moments.basis_se), shape, basis, moments.basis_se)
     return tables
 
 

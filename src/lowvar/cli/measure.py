@@ -27,7 +27,7 @@ from lowvar.sample.likelihood import vlb
 
 __all__ = ["budget", "calibrate_on", "mmse_figure", "standardised", "with_progress"]
 
-_KNOTS = 25
+_KNOTS = 49
 _TWIN_IMAGES = 20_000
 _NO_VARIANCE = 1e6
 
