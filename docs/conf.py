@@ -32,7 +32,7 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 
 # Included by other pages, not pages of their own.
-exclude_patterns = ["_build", "_generated/cli.md", "_generated/api_toc.md", "results/*.md"]
+exclude_patterns = ["_build", "_generated/cli.md", "_generated/api_toc.md", "results/*.md", "progress/*.md"]
 nitpicky = False
 add_module_names = False
 python_use_unqualified_type_names = True
