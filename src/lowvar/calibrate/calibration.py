@@ -226,9 +226,13 @@ def _tables(moments: ResidualMoments, basis: Basis) -> dict[Structure, Covarianc
     if axes and shape[0] > 1:
         channel = moments.pixel.mean(axes, keepdim=True)
         tables["channel"] = CovarianceTable("channel", logsnr, channel, shape)
-    tables["pixel"] = CovarianceTable("pixel", logsnr, predictive(moments.pixel, moments.pixel_se), shape, None, moments.pixel_se)
+    tables["pixel"] = CovarianceTable(
+        "pixel", logsnr, predictive(moments.pixel, moments.pixel_se), shape, None, moments.pixel_se
+    )
     if moments.basis is not None and moments.basis_se is not None:
-        tables["basis"] = CovarianceTable("basis", logsnr, predictive(moments.basis, moments.basis_se), shape, basis, moments.basis_se)
+        tables["basis"] = CovarianceTable(
+            "basis", logsnr, predictive(moments.basis, moments.basis_se), shape, basis, moments.basis_se
+        )
     return tables
 
 
