@@ -54,9 +54,9 @@ class DPMSolverPP(LinearMultistep):
         return 2, 0
 
     @property
-    def stochastic(self) -> bool:
-        """Whether steps add noise."""
-        return self.eta > 0 or self.covariance
+    def stochasticity(self) -> float:
+        """See the base class."""
+        return self.eta
 
     def rho(self, t: float, h: float) -> float:
         """See the base class."""

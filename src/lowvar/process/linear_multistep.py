@@ -133,10 +133,24 @@ class LinearMultistep(Solver):
         """p_1 of a formula of two nodes."""
 
     @property
+    @abstractmethod
+    def stochasticity(self) -> float:
+        """eta or tau: 0 the ODE, 1 the reverse SDE."""
+
+    @property
     def order(self) -> int:
-        """Order of the mean: q nodes give q, a corrector of q' nodes min(q', q + 1)."""
+        """Order of the mean: q nodes give q, a corrector of q' nodes min(q', q + 1); with noise, of the law, at most 2.
+
+        Orders above 2 (3 with a corrector) show for chains that start near pure noise: the first step has one node.
+        """
         predictor, corrector = self.nodes
-        return min(corrector, predictor + 1) if corrector else predictor
+        order = min(corrector, predictor + 1) if corrector else predictor
+        return min(order, 2) if self.stochasticity else order
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps add noise."""
+        return self.stochasticity > 0 or self.covariance
 
     def prepare(self, levels: Level) -> list[LinearStep]:
         """Coefficients of all steps, floats from float64."""
@@ -183,7 +197,7 @@ class LinearMultistep(Solver):
     ) -> tuple[State, StepInfo]:
         """See the base class; `info.law` is the Gaussian of x_s given x_t and the posteriors so far."""
         step, x = plan[k], state.x
-        values = (posterior.mean, *state.memory)[: max(self.nodes)]
+        values = (posterior.mean, *state.memory)[: max(self.nodes[0] + 1, self.nodes[1])]
         if k and plan[k - 1].correction:
             x = _add(x, plan[k - 1].correction, values)
         law = Gaussian(_add(step.a * x, step.weights, values), self._noise(x, step, posterior))

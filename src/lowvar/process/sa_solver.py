@@ -66,9 +66,9 @@ class SASolver(LinearMultistep):
         return self.predictor, self.corrector
 
     @property
-    def stochastic(self) -> bool:
-        """Whether steps add noise."""
-        return self.tau > 0 or self.covariance
+    def stochasticity(self) -> float:
+        """See the base class."""
+        return self.tau
 
     def rho(self, t: float, h: float) -> float:
         """See the base class."""

@@ -60,9 +60,9 @@ class UniPC(LinearMultistep):
         return self.p, self.p + 1
 
     @property
-    def stochastic(self) -> bool:
-        """Whether steps add noise."""
-        return self.eta > 0 or self.covariance
+    def stochasticity(self) -> float:
+        """See the base class."""
+        return self.eta
 
     def rho(self, t: float, h: float) -> float:
         """See the base class."""
