@@ -5,6 +5,7 @@ from lowvar.calibrate.calibration import Calibration, calibrate, default_logsnr
 from lowvar.calibrate.deficit import MarginalDeficit, marginal_deficit
 from lowvar.calibrate.residual import residual_moments, standardised_residuals
 from lowvar.calibrate.table import CovarianceTable
+from lowvar.calibrate.shrinkage import shrink
 from lowvar.calibrate.twin import fit_twin
 
 __all__ = [

@@ -20,20 +20,21 @@ from torch import Tensor
 
 from lowvar.calibrate.analytic import analytic_variance
 from lowvar.calibrate.residual import ResidualMoments, residual_moments
+from lowvar.calibrate.shrinkage import shrink
 from lowvar.calibrate.table import CovarianceTable, Structure
 from lowvar.calibrate.twin import fit_twin
 from lowvar.errors import UserError
 from lowvar.process.basis import Basis, DCTBasis, MatrixBasis, PixelBasis
-from lowvar.process.denoiser import Denoiser, WithCovariance
+from lowvar.process.covariance import BasisDiagonal
+from lowvar.process.denoiser import CovarianceModel, Denoiser, WithCovariance
 from lowvar.process.grid import variance_matched
 from lowvar.process.noise import Independent, NoiseSource
 from lowvar.process.schedule import Schedule
 from lowvar.process.twin import GaussianTwin
 
-__all__ = ["JSON_LIMIT", "RELATIVE_FLOOR", "Calibration", "calibrate", "default_logsnr"]
+__all__ = ["JSON_LIMIT", "Calibration", "calibrate", "default_logsnr"]
 
 JSON_LIMIT = 65536
-RELATIVE_FLOOR = 1e-3
 
 
 def default_logsnr(schedule: Schedule, knots: int = 49) -> Tensor:
@@ -100,6 +101,14 @@ class Calibration:
             raise UserError(f"covariance is {structure!r}; calibrated here: analytic, {', '.join(self.tables)}")
         return self.tables[structure]  # type: ignore[index]
 
+    def model(self, structure: str) -> CovarianceModel:
+        """The covariance model of a name: (x, level, posterior) -> C, as a kernel or a scheduler's step evaluates it.
+
+        Raises:
+            UserError: if there is none of that name.
+        """
+        return self.table(structure)
+
     def attach(self, denoiser: Denoiser, structure: str = "basis", clip: float | None = None) -> WithCovariance:
         """The denoiser with the calibrated covariance of a structure.
 
@@ -114,7 +123,7 @@ class Calibration:
             UserError: if the schedule is another one or there is no such table.
         """
         self.require(denoiser.schedule)
-        return WithCovariance(denoiser, self.table(structure), clip)
+        return WithCovariance(denoiser, self.model(structure), clip)
 
     def grid(self, schedule: Schedule, steps: int) -> Tensor:
         """The variance-matched grid of the calibrated mmse curve (isotropic kernel).
@@ -206,33 +215,25 @@ def _short(numbers: Any) -> Any:
     return [_short(v) for v in numbers] if isinstance(numbers, list) else float(f"{numbers:.7g}")
 
 
-def _tables(moments: ResidualMoments, basis: Basis) -> dict[Structure, CovarianceTable]:
+def _tables(moments: ResidualMoments, twin: GaussianTwin) -> dict[Structure, CovarianceTable]:
+    """Tables of all structures; pixels and directions are shrunk towards the twin's posterior variance."""
+    basis = twin.basis
     logsnr, shape = moments.level.logsnr, tuple(basis.event_shape)
     axes = tuple(range(2, moments.pixel.ndim))
-    entries = (-1, *([1] * len(shape)))
-
-    def predictive(variance: Tensor, se: Tensor) -> Tensor:
-        """The variance to expect of new data, given an estimate v from finitely many images.
-
-        E 1/v = (1 + se^2/v^2) / E v to second order, so that residuals standardised by v come out too large; v + se^2/v
-        makes up for it. An entry cannot be told from 0: it is at least `RELATIVE_FLOOR` of the mean.
-        """
-        variance = torch.maximum(variance, RELATIVE_FLOOR * moments.mmse.reshape(entries))
-        return variance + se**2 / variance
-
     tables: dict[Structure, CovarianceTable] = {
         "isotropic": CovarianceTable("isotropic", logsnr, moments.mmse, shape, None, moments.mmse_se)
     }
     if axes and shape[0] > 1:
         channel = moments.pixel.mean(axes, keepdim=True)
         tables["channel"] = CovarianceTable("channel", logsnr, channel, shape)
-    tables["pixel"] = CovarianceTable(
-        "pixel", logsnr, predictive(moments.pixel, moments.pixel_se), shape, None, moments.pixel_se
-    )
+    reference = twin.posterior(torch.zeros_like(moments.pixel), moments.level).covariance
+    assert isinstance(reference, BasisDiagonal)
+    along = reference.variance
+    pixel, pixel_se = shrink(moments.pixel, moments.pixel_se, basis.squared_mix(along))
+    tables["pixel"] = CovarianceTable("pixel", logsnr, pixel, shape, None, pixel_se)
     if moments.basis is not None and moments.basis_se is not None:
-        tables["basis"] = CovarianceTable(
-            "basis", logsnr, predictive(moments.basis, moments.basis_se), shape, basis, moments.basis_se
-        )
+        rotated, rotated_se = shrink(moments.basis, moments.basis_se, along)
+        tables["basis"] = CovarianceTable("basis", logsnr, rotated, shape, basis, rotated_se)
     return tables
 
 
@@ -286,7 +287,7 @@ def calibrate(
         moments.mmse,
         moments.mmse_se,
         analytic_variance(moments.noise_power, level, bound),
-        _tables(moments, twin.basis),
+        _tables(moments, twin),
         twin,
         moments.n,
     )
