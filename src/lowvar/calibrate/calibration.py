@@ -24,7 +24,7 @@ from lowvar.calibrate.table import CovarianceTable, Structure
 from lowvar.calibrate.twin import fit_twin
 from lowvar.errors import UserError
 from lowvar.process.basis import Basis, DCTBasis, MatrixBasis, PixelBasis
-from lowvar.process.denoiser import Denoiser, WithCovariance
+from lowvar.process.denoiser import CovarianceModel, Denoiser, WithCovariance
 from lowvar.process.grid import variance_matched
 from lowvar.process.noise import Independent, NoiseSource
 from lowvar.process.schedule import Schedule
@@ -100,6 +100,14 @@ class Calibration:
             raise UserError(f"covariance is {structure!r}; calibrated here: analytic, {', '.join(self.tables)}")
         return self.tables[structure]  # type: ignore[index]
 
+    def model(self, structure: str) -> CovarianceModel:
+        """The covariance model of a name: (x, level, posterior) -> C, as a kernel or a scheduler's step evaluates it.
+
+        Raises:
+            UserError: if there is none of that name.
+        """
+        return self.table(structure)
+
     def attach(self, denoiser: Denoiser, structure: str = "basis", clip: float | None = None) -> WithCovariance:
         """The denoiser with the calibrated covariance of a structure.
 
@@ -114,7 +122,7 @@ class Calibration:
             UserError: if the schedule is another one or there is no such table.
         """
         self.require(denoiser.schedule)
-        return WithCovariance(denoiser, self.table(structure), clip)
+        return WithCovariance(denoiser, self.model(structure), clip)
 
     def grid(self, schedule: Schedule, steps: int) -> Tensor:
         """The variance-matched grid of the calibrated mmse curve (isotropic kernel).
