@@ -2,6 +2,7 @@
 
 from lowvar.calibrate.analytic import analytic_variance
 from lowvar.calibrate.calibration import Calibration, calibrate, default_logsnr
+from lowvar.calibrate.deficit import MarginalDeficit, marginal_deficit
 from lowvar.calibrate.residual import residual_moments, standardised_residuals
 from lowvar.calibrate.table import CovarianceTable
 from lowvar.calibrate.twin import fit_twin
@@ -9,10 +10,12 @@ from lowvar.calibrate.twin import fit_twin
 __all__ = [
     "Calibration",
     "CovarianceTable",
+    "MarginalDeficit",
     "analytic_variance",
     "calibrate",
     "default_logsnr",
     "fit_twin",
+    "marginal_deficit",
     "residual_moments",
     "standardised_residuals",
 ]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lowvar.calibrate import Calibration
+from lowvar.calibrate import Calibration, marginal_deficit
 from lowvar.errors import UserError
 from lowvar.evaluation.peers import Spacing, make_peer, peer_named, run_peer
 from lowvar.process.denoiser import Denoiser, NetworkDenoiser
@@ -53,7 +53,9 @@ class Cell:
     @property
     def evaluations(self) -> int:
         """Network evaluations a sample."""
-        return peer_named(self.sampler).evaluations(self.steps) if self.is_peer else self.steps
+        if self.is_peer:
+            return peer_named(self.sampler).evaluations(self.steps)
+        return SAMPLERS[self.sampler].solver.nfe(self.steps) if self.sampler in SAMPLERS else self.steps
 
     @property
     def title(self) -> str:
@@ -167,6 +169,8 @@ def resolve(
             if eta is not None or covariance is not None:
                 raise UserError(f"--eta and --covariance belong to ddpm-* and ddim-* samplers, and {name} takes --tau")
             solver = solver if tau is None else replace(solver, tau=tau)
+        elif eta is not None or tau is not None or covariance is not None:
+            raise UserError(f"sampler {name} is as published: it takes no --eta, --tau or --covariance")
     sampler = replace(sampler, solver=solver)
     if sampler.covariance == "learned":
         if denoiser.head != "range":
@@ -225,9 +229,14 @@ def draw(
     sampler, attached = resolve(cell.sampler, denoiser, calibration)
     name = cell.grid or sampler.grid
     grid = sampling_grid(name, denoiser.schedule, cell.steps, calibration)
+    solver = sampler.solver
+    if sampler.noise:
+        assert calibration is not None, "named_sampler refuses a sampler that needs a twin and has none"
+        deficit = marginal_deficit(attached, solver, grid, calibration.twin, batch_size=batch_size, device=device)
+        solver = deficit.attach(solver)
     samples = generate(
         attached,
-        sampler.solver,
+        solver,
         grid,
         shape,
         n,
@@ -237,7 +246,7 @@ def draw(
         device=device,
         progress=progress,
     )
-    return Drawn(cell, samples, name, cell.steps * denoiser.nfe, time.perf_counter() - begun)
+    return Drawn(cell, samples, name, solver.nfe(cell.steps) * denoiser.nfe, time.perf_counter() - begun)
 
 
 def check_cell(cell: Cell, denoiser: NetworkDenoiser, calibration: Calibration | None) -> None:

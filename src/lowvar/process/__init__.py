@@ -4,14 +4,20 @@ from lowvar.process.basis import Basis, DCTBasis, MatrixBasis, PixelBasis
 from lowvar.process.covariance import BasisDiagonal, Covariance, Diagonal, Isotropic, LowRankPlusDiagonal
 from lowvar.process.denoiser import Denoiser, Guided, JacobianCovariance, NetworkDenoiser, WithCovariance
 from lowvar.process.discrete import DiscreteVP, schedule_from_config, schedule_from_diffusers
+from lowvar.process.dpm_solver_pp import DPMSolverPP
+from lowvar.process.heun import Heun
 from lowvar.process.kernel import Gaussian, ReverseKernel
+from lowvar.process.linear_multistep import LinearMultistep
 from lowvar.process.matrix import Dense, Implicit
 from lowvar.process.multistep import MultistepSolver
 from lowvar.process.noise import Antithetic, Common, Independent, NoiseSource, TorchGenerators
 from lowvar.process.posterior import Posterior
+from lowvar.process.sa_solver import SASolver
 from lowvar.process.schedule import VE, CosineVP, Flow, Level, LinearVP, Schedule
 from lowvar.process.solver import Solver, State, StepInfo
 from lowvar.process.twin import GaussianTwin
+from lowvar.process.unipc import UniPC
+from lowvar.process.with_noise import WithNoise
 
 __all__ = [
     "VE",
@@ -22,6 +28,7 @@ __all__ = [
     "CosineVP",
     "Covariance",
     "DCTBasis",
+    "DPMSolverPP",
     "Denoiser",
     "Dense",
     "Diagonal",
@@ -30,11 +37,13 @@ __all__ = [
     "Gaussian",
     "GaussianTwin",
     "Guided",
+    "Heun",
     "Implicit",
     "Independent",
     "Isotropic",
     "JacobianCovariance",
     "Level",
+    "LinearMultistep",
     "LinearVP",
     "LowRankPlusDiagonal",
     "MatrixBasis",
@@ -44,12 +53,15 @@ __all__ = [
     "PixelBasis",
     "Posterior",
     "ReverseKernel",
+    "SASolver",
     "Schedule",
     "Solver",
     "State",
     "StepInfo",
     "TorchGenerators",
+    "UniPC",
     "WithCovariance",
+    "WithNoise",
     "schedule_from_config",
     "schedule_from_diffusers",
 ]

@@ -1,13 +1,15 @@
 r"""The common form of everything that runs a reverse process.
 
-A solver turns a posterior at level t_k into a state at level t_{k+1}. It is a value without hidden state: what a step
-needs from earlier steps travels in `State`, what depends on the grid only is computed once by `prepare`. `order` is the
-declared order of convergence of its means; the tests measure it.
+A solver turns posteriors into states. It is a value without hidden state: what a step needs from earlier steps travels
+in `State`, what depends on the grid only is computed once by `prepare`. `order` is the declared order of convergence of
+its means; the tests measure it. `evaluations` says at which levels it wants the network: once a level, t_0 .. t_{K-1},
+for all but the methods with inner stages (Heun); `step` is called once an evaluation.
 
     plan = solver.prepare(levels)                        # levels of a grid, decreasing times
+    at = solver.evaluations(levels)
     state = solver.start(x)
-    for k in range(len(levels) - 1):
-        state, info = solver.step(plan, k, state, denoiser(state.x, levels[k]), z_k)
+    for k in range(len(at)):
+        state, info = solver.step(plan, k, state, denoiser(state.x, at[k]), z_k)
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowvar.process.posterior import Posterior
-from lowvar.process.schedule import Level
+from lowvar.process.schedule import VE, Level
 
 __all__ = ["Solver", "State", "StepInfo"]
 
@@ -71,4 +74,18 @@ class Solver(ABC):
 
     @abstractmethod
     def step(self, plan: Any, k: int, state: State, posterior: Posterior, z: Tensor | None) -> tuple[State, StepInfo]:
-        """Step k: from level k to level k + 1, with standard normal z of the state's shape (None: no noise)."""
+        """Evaluation k: from level k to level k + 1, with standard normal z of the state's shape (None: no noise)."""
+
+    def evaluations(self, levels: Level) -> Level:
+        """The levels of a grid (K + 1,) at which the posterior is asked for, in order."""
+        return levels[:-1]
+
+    def nfe(self, steps: int) -> int:
+        """Evaluations that a grid of K steps costs.
+
+        Example:
+            >>> from lowvar.process.heun import Heun
+            >>> Heun().nfe(5)
+            9
+        """
+        return len(self.evaluations(VE().at(torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64))))

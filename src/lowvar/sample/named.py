@@ -4,16 +4,22 @@ ddpm-*     ancestral kernel (eta = 1) with a choice of variance
 ddim-*     deterministic mean (eta = 0), optionally with calibrated noise kappa^2 C
 adams-*    exponential Adams predictor-corrector without a control variate
 twin-*     the same on what the Gaussian twin leaves over: ODE (tau = 0) or SDE (tau > 0)
+dpmpp-2m, dpmpp-2m-sde, unipc, sa, heun     the published second-order methods
+*-noise    with the noise that the solver's marginal lacks on its grid (`lowvar.calibrate.marginal_deficit`)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from lowvar.process.dpm_solver_pp import DPMSolverPP
+from lowvar.process.heun import Heun
 from lowvar.process.kernel import ReverseKernel
 from lowvar.process.multistep import MultistepSolver
+from lowvar.process.sa_solver import SASolver
 from lowvar.process.solver import Solver
 from lowvar.process.twin import GaussianTwin
+from lowvar.process.unipc import UniPC
 
 __all__ = ["SAMPLERS", "NamedSampler", "named_sampler"]
 
@@ -30,6 +36,7 @@ class NamedSampler:
             `learned` for the network's own variance head, or None.
         grid: name of its default grid.
         needs_twin: whether it needs the calibrated twin.
+        noise: whether the solver's marginal deficit is measured on its grid and added as noise; needs the twin too.
     """
 
     name: str
@@ -38,6 +45,7 @@ class NamedSampler:
     covariance: str | None = None
     grid: str = "trailing"
     needs_twin: bool = False
+    noise: bool = False
 
 
 _ALL = [
@@ -58,6 +66,14 @@ _ALL = [
     NamedSampler(
         "twin-sde", "twin, SDE (tau = 1/2), predictor-corrector", MultistepSolver(None, 2, 2, 0.5, 0.5), needs_twin=True
     ),
+    NamedSampler("dpmpp-2m", "DPM-Solver++(2M), midpoint", DPMSolverPP()),
+    NamedSampler("dpmpp-2m-sde", "SDE-DPM-Solver++(2M), midpoint", DPMSolverPP(eta=1.0)),
+    NamedSampler("unipc", "UniPC-2, bh2", UniPC()),
+    NamedSampler("sa", "SA-Solver, noise (tau = 1) in the middle of the process", SASolver()),
+    NamedSampler("heun", "Heun (EDM), 2 steps - 1 evaluations", Heun(), grid="karras"),
+    NamedSampler("ddim-noise", "DDIM with calibrated marginal noise", ReverseKernel(0.0, "small"), noise=True),
+    NamedSampler("dpmpp-2m-noise", "DPM-Solver++(2M) with calibrated marginal noise", DPMSolverPP(), noise=True),
+    NamedSampler("unipc-noise", "UniPC-2 with calibrated marginal noise", UniPC(), noise=True),
 ]
 SAMPLERS = {s.name: s for s in _ALL}
 
@@ -67,7 +83,7 @@ def named_sampler(name: str, twin: GaussianTwin | None = None) -> NamedSampler:
 
     Args:
         name: a key of `SAMPLERS`.
-        twin: the calibrated twin; twin-* samplers need it.
+        twin: the calibrated twin; twin-* and *-noise samplers need it.
 
     Raises:
         ValueError: if the name is unknown, or a twin is needed and not given.
@@ -79,9 +95,11 @@ def named_sampler(name: str, twin: GaussianTwin | None = None) -> NamedSampler:
     if name not in SAMPLERS:
         raise ValueError(f"sampler is {name!r}; allowed: {', '.join(SAMPLERS)}")
     sampler = SAMPLERS[name]
-    if not sampler.needs_twin:
+    if not sampler.needs_twin and not sampler.noise:
         return sampler
     if twin is None:
         raise ValueError(f"sampler {name!r} needs a Gaussian twin: calibrate the model first (`lowvar calibrate`)")
+    if sampler.noise:
+        return sampler
     assert isinstance(sampler.solver, MultistepSolver)
     return replace(sampler, solver=replace(sampler.solver, twin=twin))

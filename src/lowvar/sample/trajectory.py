@@ -48,18 +48,18 @@ def trajectory(
     noise: NoiseSource | None = None,
     index: Sequence[int] | Tensor | None = None,
 ) -> Iterator[tuple[State, StepInfo]]:
-    """The states after each reverse step.
+    """The states after each evaluation: of each reverse step, or of each stage where a solver has several (Heun).
 
     Args:
         denoiser: network and schedule; its covariance is used by kernels that ask for one.
-        solver: a `ReverseKernel` or `MultistepSolver`.
+        solver: any `Solver`.
         grid: decreasing times (K + 1,), see `lowvar.process.grid`.
         x: states at the first time, (B, *event_shape).
         noise: source of the steps' noise (default `Independent(0)`).
         index: sample numbers of the batch (default 0 .. B - 1).
 
     Yields:
-        (state, info) for steps 0 .. K - 1.
+        (state, info), one an evaluation: K of them, or `solver.nfe(K)`.
 
     Example:
         >>> from lowvar.process import CosineVP, GaussianTwin, PixelBasis, ReverseKernel
@@ -73,12 +73,12 @@ def trajectory(
     noise = Independent(0) if noise is None else noise
     index = torch.arange(x.shape[0]) if index is None else torch.as_tensor(index)
     levels = denoiser.schedule.at(grid)
-    plan = solver.prepare(levels)
+    plan, evaluations = solver.prepare(levels), solver.evaluations(levels)
     state = solver.start(x)
-    for k in range(len(levels) - 1):
-        posterior = denoiser(state.x, levels[k])
+    for k in range(len(evaluations)):
+        posterior = denoiser(state.x, evaluations[k])
         z = None
-        if solver.stochastic and float(levels.sigma[k + 1]) > 0:
+        if solver.stochastic and (k + 1 < len(evaluations) or float(levels.sigma[-1]) > 0):
             z = noise.normal(index, x.shape[1:], draw=k + 1, dtype=x.dtype, device=x.device)
         state, info = solver.step(plan, k, state, posterior, z)
         yield state, info
@@ -111,7 +111,7 @@ def generate(
         batch_size: samples a batch; it does not change their noise.
         clip: final clip to [-clip, clip], or None.
         dtype, device: of the states.
-        progress: called with the number of network evaluations of samples done, after each step.
+        progress: called with the number of samples after each network evaluation.
 
     Returns:
         Samples on the CPU.

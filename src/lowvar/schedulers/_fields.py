@@ -12,7 +12,7 @@ from lowvar.process.grid import GRIDS
 from lowvar.process.kernel import ReverseKernel
 from lowvar.process.multistep import MultistepSolver
 from lowvar.process.schedule import Flow, Schedule
-from lowvar.sample.named import SAMPLERS
+from lowvar.sample.named import SAMPLERS, NamedSampler
 
 __all__ = ["CALIBRATED", "PREDICTIONS", "RULES", "allowed", "check", "make_schedule", "sampler_fields", "translate"]
 
@@ -94,7 +94,7 @@ def sampler_fields(name: str) -> dict[str, Any]:
     """The scheduler's fields for a sampler of `lowvar.sample.named.SAMPLERS`.
 
     Raises:
-        UserError: if the name is unknown.
+        UserError: if the name is unknown or no scheduler holds it.
 
     Example:
         >>> sampler_fields("ddim")
@@ -105,9 +105,17 @@ def sampler_fields(name: str) -> dict[str, Any]:
     if isinstance(named.solver, MultistepSolver):
         fields = {k: getattr(named.solver, k) for k in ("predictor", "corrector", "tau", "decay")}
         return {"sampler": "twin" if named.needs_twin else "multistep", **fields}
-    assert isinstance(named.solver, ReverseKernel)
+    if not isinstance(named.solver, ReverseKernel) or named.noise:
+        raise UserError(
+            f"sampler {name!r} runs in `lowvar evaluate` and `lowvar.sample` only; a pipeline's scheduler holds "
+            f"{', '.join(n for n, s in SAMPLERS.items() if _held(s))}"
+        )
     variance = named.covariance if named.solver.variance == "posterior" else named.solver.variance
     return {"sampler": "kernel", "variance": variance, "eta": named.solver.eta}
+
+
+def _held(sampler: NamedSampler) -> bool:
+    return isinstance(sampler.solver, ReverseKernel | MultistepSolver) and not sampler.noise
 
 
 def translate(name: str, config: Mapping[str, Any]) -> dict[str, Any]:

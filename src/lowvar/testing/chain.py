@@ -136,19 +136,20 @@ def affine_law(denoiser: Denoiser, solver: Solver, grid: Tensor, start: Gaussian
         >>> law.distance(Moments.of(target.marginal(schedule.at(0.1)))) < 1e-10
         True
     """
-    shape, d, steps = start.mean.shape[1:], start.covariance.d, len(grid) - 1
+    levels = denoiser.schedule.at(grid)
+    at = solver.evaluations(levels)
+    shape, d, steps = start.mean.shape[1:], start.covariance.d, len(at)
     eye = torch.eye(d, dtype=torch.float64).reshape(d, *shape)
     zero = torch.zeros((2 + d + steps * d, *shape), dtype=torch.float64)
     unit = zero.clone()
     unit[1 : 1 + d], unit[-1] = eye, 1.0
-    levels = denoiser.schedule.at(grid)
     plan, state = solver.prepare(levels), solver.start(start.mean + start.covariance.sqrt_matvec(unit))
     for k in range(steps):
         z = None
         if solver.stochastic:
             z = zero.clone()
             z[1 + (k + 1) * d : 1 + (k + 2) * d], z[-1] = eye, 1.0
-        state, _ = solver.step(plan, k, state, denoiser(state.x, levels[k]), z)
+        state, _ = solver.step(plan, k, state, denoiser(state.x, at[k]), z)
     base, columns = state.x[0], (state.x[1:] - state.x[0]).flatten(1)
     excess = float((columns[-1] - columns[:-1].sum(0)).abs().max())
     if not excess <= 1e-8 * (1 + float(columns.abs().max())):
