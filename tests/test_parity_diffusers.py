@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowvar.process.denoiser import NetworkDenoiser
 from lowvar.process.kernel import ReverseKernel
 from lowvar.schedulers import ReverseVarianceScheduler
 
@@ -225,15 +226,14 @@ def test_planted_bugs_are_caught(bug: str, monkeypatch: pytest.MonkeyPatch) -> N
 
         monkeypatch.setattr(ReverseVarianceScheduler, "step", noisy)
     elif bug == "fraction mis-scaled":
-        reader = ours._reader._denoiser
-        right = reader.interpret
+        right = NetworkDenoiser.interpret
 
-        def wrong(x: Any, level: Any, out: Any, raw: Any) -> Any:
-            return right(x, level, out, 2 * raw + 1)  # f = v + 1 in the place of (v + 1) / 2
+        def wrong(self: Any, x: Any, level: Any, out: Any, raw: Any) -> Any:
+            return right(self, x, level, out, 2 * raw + 1)  # f = v + 1 in the place of (v + 1) / 2
 
-        monkeypatch.setattr(reader, "interpret", wrong)
+        monkeypatch.setattr(NetworkDenoiser, "interpret", wrong)
     elif bug == "large for small":
-        monkeypatch.setattr(ours, "_make_solver", lambda calibration: ReverseKernel(1.0, "large"))
+        monkeypatch.setattr(ours, "_solver_without_twin", lambda: ReverseKernel(1.0, "large"))
     else:
-        ours._reader._denoiser.clip = None
+        ours.register_to_config(clip_sample=False)
     assert loop(ours, peer, 10, torch.float64, head)[0] > 1e-5

@@ -230,7 +230,7 @@ def test_fractional_timesteps() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({}, "num_inference_steps or timesteps"),
+        ({}, "num_inference_steps, timesteps or sigmas"),
         ({"num_inference_steps": 3, "timesteps": [3, 2, 1]}, "not both"),
         ({"num_inference_steps": 0}, "steps is 0; give a whole number from 1 to 1000"),
         ({"num_inference_steps": 1001}, "steps is 1001; give a whole number from 1 to 1000"),
@@ -288,7 +288,7 @@ def test_outputs_that_do_not_fit() -> None:
     scheduler.set_timesteps(10)
     with pytest.raises(UserError, match=r"timestep 5 is not among the 10 that set_timesteps chose \(900, 800, 700"):
         scheduler.step(x, 5, x)
-    with pytest.raises(UserError, match="one timestep for the whole batch, got 2"):
+    with pytest.raises(UserError, match="there are 2 timesteps for 4 samples"):
         scheduler.step(x, torch.tensor([900, 800]), x)
 
 
@@ -379,13 +379,15 @@ def test_from_scheduler(scheduler: Any, fields: dict[str, Any]) -> None:
 def test_from_scheduler_takes_names_and_refuses_what_it_does_not_know() -> None:
     made = Scheduler.from_scheduler(diffusers.DDPMScheduler(), sampler="adams-sde", grid="trailing")
     assert made.config["sampler"] == "multistep"
-    solver = made._make_solver(None)
+    solver = made._solver_without_twin()
     assert solver == SAMPLERS["adams-sde"].solver
     assert sampler_fields("ddpm-basis") == {"sampler": "kernel", "variance": "basis", "eta": 1.0}
     for scheduler, ours, says in [
         (diffusers.DDPMScheduler(thresholding=True), {}, "dynamic thresholding"),
         (diffusers.DDPMScheduler(variance_type="learned"), {}, "variance_type is 'learned'; allowed: fixed_small"),
-        (diffusers.EDMEulerScheduler(), {}, "EDMEulerScheduler is variance-exploding"),
+        (diffusers.ScoreSdeVeScheduler(), {}, "ScoreSdeVeScheduler is variance-exploding"),
+        (diffusers.EDMEulerScheduler(prediction_type="v_prediction"), {}, "supported: epsilon"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), {}, "backwards"),
         (diffusers.DDPMScheduler(), {"varience": "small"}, "has no field 'varience'; it has .*variance"),
     ]:
         with pytest.raises(UserError, match=says):

@@ -118,9 +118,17 @@ class DCTBasis(Basis):
         return self._cache[key]
 
     def _apply(self, x: Tensor, transpose: bool) -> Tensor:
+        shape = x.shape
         for axis, D in enumerate(self._factors(x), start=1):
-            if D.shape[0] > 1:
-                x = torch.movedim(torch.movedim(x, axis, -1) @ (D if transpose else D.T), -1, axis)
+            n = D.shape[0]
+            if n == 1:
+                continue
+            F = D.T if transpose else D  # acts on columns from the left, its transpose on rows from the right
+            if axis == x.ndim - 1:
+                x = (x.reshape(-1, n) @ F.T).reshape(shape)
+            else:
+                columns = x.reshape(-1, n, shape[axis + 1 :].numel())
+                x = torch.bmm(F.expand(columns.shape[0], n, n), columns).reshape(shape)
         return x
 
     def forward(self, x: Tensor) -> Tensor:

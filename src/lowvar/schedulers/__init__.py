@@ -8,17 +8,21 @@ The protocol of diffusers is a loop that the pipeline owns and a scheduler that 
         x = scheduler.step(out, t, x).prev_sample    x_{t_{k+1}} ~ N(a x + kappa x0_hat, lambda^2 I + kappa^2 C)
 
 `ReverseVarianceScheduler` reads the output as a `Posterior`, attaches the calibrated covariance, and hands both to a
-`ReverseKernel` or `MultistepSolver`. It is the one stateful object of the package, because its protocol is: the chain's
-memory is held from one step to the next, and dropped by `set_timesteps`, by a step out of order and by a sample of
-another shape.
+`Solver`. It is the one stateful object of the package, because its protocol is: the chain's memory is held from one
+step to the next, and dropped by `set_timesteps`, by a step out of order and by a sample of another shape.
 
     sampler      kernel       first-order Gaussian kernel with stochasticity `eta`: 1 ancestral (DDPM), 0 DDIM
                  multistep    exponential Adams predictor-corrector with stochasticity `tau`: 1 reverse SDE, 0 ODE
                  twin         the same on what the calibrated Gaussian twin leaves over
+                 a name       another solver of `lowvar.sample.SAMPLERS`, as it stands there
     variance     small, large, learned                                 the kernel's noise without calibration
                  analytic, isotropic, channel, pixel, basis, twin      lambda^2 I + kappa^2 C, C calibrated
+                 a name                                                another covariance that the calibration holds
 
-The step to t = 0 returns x0_hat and adds no noise, whatever the grid (diffusers' DDPMScheduler adds noise there where
+A solver that asks the network twice a step (Heun) has its timesteps twice, as diffusers' own has.
+
+Variance-exploding (EDM) models keep EDM's protocol: `scale_model_input` is c_in, `init_noise_sigma` sqrt(sigma_max^2 +
+1), timesteps are c_noise. The step to t = 0 returns x0_hat and adds no noise, whatever the grid (diffusers' DDPMScheduler adds noise there where
 the last timestep is not 0, as with `trailing`). States are float32 or wider, coefficients come from float64.
 
 On disk: `scheduler_config.json`, and `calibration.safetensors` beside it for bases and large tables. `model_index.json`
@@ -30,7 +34,7 @@ that line; it needs no trust flag. `lowvar.pipelines.open_pipeline` does both.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -43,20 +47,29 @@ from torch import Tensor
 
 from lowvar.calibrate.calibration import Calibration
 from lowvar.errors import UserError
-from lowvar.process.covariance import Covariance
 from lowvar.process.denoiser import expand
 from lowvar.process.discrete import DiscreteVP
-from lowvar.process.grid import custom, make_grid, spaced_timesteps
+from lowvar.process.grid import custom
 from lowvar.process.kernel import ReverseKernel
 from lowvar.process.multistep import MultistepSolver
 from lowvar.process.noise import NoiseSource, TorchGenerators
-from lowvar.process.posterior import Posterior
 from lowvar.process.schedule import Level, Schedule
 from lowvar.process.solver import Solver
 from lowvar.sample.named import SAMPLERS
-from lowvar.schedulers._chain import Chain
-from lowvar.schedulers._fields import CALIBRATED, PREDICTIONS, RULES, check, make_schedule, sampler_fields, translate
+from lowvar.schedulers._chain import Chain, Recipe, TwinCovariance
+from lowvar.schedulers._fields import (
+    OWN,
+    PREDICTIONS,
+    RULES,
+    check,
+    make_schedule,
+    sampler_fields,
+    translate,
+    uses_covariance,
+)
+from lowvar.schedulers._grids import chosen_times
 from lowvar.schedulers._reader import Reader
+from lowvar.schedulers._rows import Rows
 from lowvar.schedulers._steps import Steps
 from lowvar.schedulers._storage import CALIBRATION_FILE, load_tensors, names_tensors, save_tensors
 
@@ -85,13 +98,13 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         num_train_timesteps: T of the network's training; `trained_betas` has its own.
         beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: the training's table, as in
             diffusers' DDPMScheduler.
-        prediction_type: epsilon, sample, v_prediction or flow_prediction.
+        prediction_type: epsilon, sample, v_prediction, flow_prediction or edm.
         clip_sample, clip_sample_range: limit x0_hat to [-range, range], and a head's covariance with it (a calibrated
             one was measured around the clipped mean and stays); off for latents.
         timestep_spacing, steps_offset: leading, linspace or trailing timesteps of DDPMScheduler, where `grid` is None.
         schedule: what `Schedule.config` returned, for a schedule that is no beta table (cosine, linear, flow); the
             beta fields are then ignored.
-        sampler: kernel, multistep or twin (see the module).
+        sampler: kernel, multistep, twin or the name of another solver (see the module).
         variance: the kernel's noise (see the module); the other samplers take theirs from `tau`.
         eta: the kernel's stochasticity, 0 to 1; `large` and `learned` are defined for 1 only.
         tau: the multistep samplers' stochasticity, 0 to 1.
@@ -100,6 +113,10 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
             of decreasing times in [0, 1].
         head: the network's variance head: None, range (Nichol & Dhariwal 2021) or logvar.
         calibration: a `Calibration`, or the JSON fields of one as they stand in the config.
+        sigma_data: standard deviation of the data that an `edm` network was trained for.
+        use_dynamic_shifting, time_shift_type, shift_terminal: of flow schedules, as in diffusers'
+            FlowMatchEulerDiscreteScheduler: times are shifted by the `mu` of `set_timesteps`.
+        base_shift, max_shift, base_image_seq_len, max_image_seq_len: what pipelines make that `mu` of.
 
     Raises:
         UserError: if a value is not allowed, a calibration is needed and missing, or it was made for another schedule.
@@ -117,8 +134,6 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
     """
 
     _compatibles: ClassVar[list[str]] = _COMPATIBLES
-    order: ClassVar[int] = 1  # network evaluations a timestep
-    init_noise_sigma: float = 1.0
 
     @register_to_config
     def __init__(
@@ -145,6 +160,14 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         grid: str | list[float] | None = None,
         head: str | None = None,
         calibration: Any = None,
+        sigma_data: float = 0.5,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+        shift_terminal: float | None = None,
+        base_shift: float = 0.5,
+        max_shift: float = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
     ) -> None:
         check(self.config)
         self.schedule: Schedule = make_schedule(self.config)
@@ -155,13 +178,7 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
             self._calibration = calibration
             self.register_to_config(calibration=fields)
         self._require_schedule()
-        bound = float(clip_sample_range) if clip_sample else None
-        needs_head = sampler == "kernel" and variance == "learned"
-        try:
-            self._reader = Reader(self.schedule, PREDICTIONS[prediction_type], head, bound, needs_head)
-            self._make_solver(None)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        self._solver_without_twin()  # what is out of range is said now
         table = self.schedule.alphas_cumprod if isinstance(self.schedule, DiscreteVP) else None
         self._T = num_train_timesteps if table is None else len(table)
         times = torch.arange(1, self._T + 1, dtype=torch.float64) / self._T
@@ -170,7 +187,19 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         self.alphas_cumprod = bar.float()
         self.betas = (1 - bar / torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])).float()
         self.num_inference_steps: int | None = None
+        self._kept: Tensor | None = None
         self._set(custom(self.schedule, times.flip(0)), None)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the start, for data of variance 1: 1, and sqrt(sigma_max^2 + 1) for EDM."""
+        top = self.schedule.at(1.0)
+        return float(torch.sqrt(top.alpha**2 + top.sigma**2)) if self.schedule.family == "ve" else 1.0
+
+    @property
+    def order(self) -> int:
+        """Network evaluations a step: 2 for Heun, else 1."""
+        return -(-len(self._evaluations) // max(len(self._levels) - 1, 1))
 
     # ------------------------------------------------------------------------------------------------- calibration
 
@@ -214,6 +243,8 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
         timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
     ) -> None:
         """Chooses the grid and forgets the last chain.
 
@@ -221,45 +252,70 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
             num_inference_steps: K, from 1 to T.
             device: of `timesteps`.
             timesteps: instead of K: decreasing timesteps, as the network is conditioned on them.
+            sigmas: instead of K: decreasing sigma / alpha; of a flow sigma before the shift, as in diffusers'
+                FlowMatchEulerDiscreteScheduler.
+            mu: of flows with `use_dynamic_shifting`: logarithm of the shift (or the shift, if it is linear); others
+                ignore it, as pipelines hand it to all.
 
         Raises:
-            UserError: if neither or both are given, or they are out of range.
+            UserError: if none or several are given, or they are out of range.
+
+        Example:
+            >>> scheduler = ReverseVarianceScheduler(schedule={"schedule": "flow", "shift": 3.0},
+            ...     prediction_type="flow_prediction")
+            >>> scheduler.set_timesteps(sigmas=[1.0, 0.5])
+            >>> scheduler.timesteps.tolist()
+            [1000, 750]
         """
-        if (num_inference_steps is None) == (timesteps is None):
-            raise UserError("give num_inference_steps or timesteps, and not both")
-        try:
-            if num_inference_steps is None:
-                times = self.schedule.time_of(torch.as_tensor(timesteps, dtype=torch.float64))
-            else:
-                times = self._grid(num_inference_steps)
-            times = custom(self.schedule, times)
-        except UserError:
-            raise
-        except ValueError as error:
-            raise UserError(f"these steps cannot be taken: {error}") from error
+        times = chosen_times(
+            self.config, self.schedule, self._T, self._grid_calibration(), num_inference_steps, timesteps, sigmas, mu
+        )
         self.num_inference_steps = len(times) - 1
         self._set(times, device)
 
-    def _grid(self, steps: int) -> Tensor:
-        if int(steps) != steps or not 1 <= steps <= self._T:
-            raise UserError(f"steps is {steps}; give a whole number from 1 to {self._T}")
-        grid = self.config["grid"]
-        if grid is None:
-            spacing, offset = self.config["timestep_spacing"], self.config["steps_offset"]
-            return (spaced_timesteps(spacing, self._T, int(steps), offset) + 1) / self._T
-        if grid == "variance-matched":
-            return self._required().grid(self.schedule, steps)
-        if isinstance(grid, str):
-            return make_grid(grid, self.schedule, steps)
-        times = custom(self.schedule, list(grid))
-        if len(times) - 1 != steps:
-            raise UserError(f"steps is {steps}, but the config's list of times has {len(times) - 1}: ask for as many")
-        return times
+    def _grid_calibration(self) -> Calibration | None:
+        return self._required() if self.config["grid"] == "variance-matched" else None
 
     def _set(self, times: Tensor, device: str | torch.device | None) -> None:
-        self._steps = Steps(self.schedule, times, device)
+        c = self.config
+        self._levels = self.schedule.at(times)
+        self._evaluations = self._solver_without_twin().evaluations(self._levels)
+        self._steps = Steps(self.schedule, self._evaluations, device)
         self.timesteps = self._steps.timesteps
-        self._made: Chain | None = None
+        # read now: StableDiffusionPipeline switches clip_sample off in the config of the scheduler it is given
+        bound = float(c["clip_sample_range"]) if c["clip_sample"] else None
+        needs_head = c["sampler"] == "kernel" and c["variance"] == "learned"
+        kind = PREDICTIONS[c["prediction_type"]]
+        try:
+            self._reader = Reader(self.schedule, kind, c["head"], bound, c["sigma_data"], needs_head, self._evaluations)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self._recipe: Recipe | None = None
+        self._chain: Chain | None = None
+        self._rows: Rows | None = None
+        self._begin_index: int | None = None
+        self._started = False
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Says which entry of `timesteps` the next chain begins with, as image-to-image pipelines do."""
+        self._begin_index, self._started = begin_index, False
+
+    @property
+    def begin_index(self) -> int | None:
+        """What `set_begin_index` said, or None."""
+        return self._begin_index
+
+    @property
+    def step_index(self) -> int | None:
+        """Number of the entry of `timesteps` that would follow the last step, or None before the first."""
+        return self._chain.next if self._started and self._chain is not None else None
+
+    @property
+    def _expected(self) -> int:
+        return self.step_index if self.step_index is not None else (self._begin_index or 0)
+
+    def _index(self, timestep: Any) -> int:
+        return self._steps.index(timestep, self._expected, trusted=self._begin_index is not None)
 
     def previous_timestep(self, timestep: Any) -> Tensor:
         """The timestep that follows in the chain, less noisy; -1 after the last.
@@ -270,14 +326,20 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
             >>> [scheduler.previous_timestep(t).item() for t in scheduler.timesteps]
             [50, 0, -1]
         """
-        k = self._steps.index(timestep)
+        k = self._index(timestep)
         return self.timesteps[k + 1] if k + 1 < len(self.timesteps) else torch.tensor(-1)
 
     # ------------------------------------------------------------------------------------------------------- steps
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """The sample as it is: these schedules feed their states to the network unscaled."""
-        return sample
+        """What the network is given for a state: the sample as it is, for EDM c_in times the sample."""
+        if self.schedule.family != "ve":
+            return sample
+        return self._reader.scale(sample, self._expected if timestep is None else self._index(timestep))
+
+    def keep_head(self, head: Tensor) -> None:
+        """Hands over the variance head's channels of the network's next output, where a pipeline cuts them off."""
+        self._kept = head
 
     def step(
         self,
@@ -289,14 +351,17 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         *,
         index: Sequence[int] | Tensor | None = None,
     ) -> Any:
-        """One reverse step.
+        """One reverse step, or for a solver with two evaluations a step, one of both.
 
         Args:
             model_output: the network's output, C channels, or 2C with a variance head.
-            timestep: an entry of `timesteps`.
+            timestep: an entry of `timesteps`; or one a sample, (B,), each its own entry, -1 for a sample that is
+                finished and stays as it is. Samples at one timestep go on as one chain as long as they stay together.
             sample: x at that timestep, (B, C, ..).
             generator: source of the noise: one generator (in the order that diffusers draws), a list with one a
-                sample, or a `NoiseSource` (draw k + 1 of the samples `index`, as in `lowvar.sample.trajectory`).
+                sample, or a `NoiseSource` (draw k + 1 of the samples `index`, as in `lowvar.sample.trajectory`). Noise
+                of generators is coloured by B diag(std) in a basis, of a source by the symmetric root B diag(std) B^T:
+                the law is the same, and only the second keeps samples of different covariances close.
             return_dict: whether to return a `ReverseVarianceSchedulerOutput` or the tuple of its fields.
             index: sample numbers of the batch for a `NoiseSource` (default 0 .. B - 1).
 
@@ -304,40 +369,54 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
             UserError: if the timestep is not in the grid, or the output does not fit the sample, the head and the
                 variance.
         """
-        k = self._steps.index(timestep)
         x = sample if sample.dtype in (torch.float32, torch.float64) else sample.float()
-        chain, steps, z = self._chain, self._steps, None
-        posterior = self._reader.read(x, steps.levels[k], steps.without_signal[k], model_output)
-        posterior = self._reader.attach(posterior, chain.covariance(k, x))
-        if chain.solver.stochastic and k + 2 < len(steps.levels):  # the step to t = 0 adds none
-            rows = range(x.shape[0]) if index is None else index
-            drawn = model_output.dtype  # as diffusers draws it
-            z = _source(generator).normal(rows, x.shape[1:], draw=k + 1, dtype=drawn, device=x.device).to(x.dtype)
-        previous = chain.step(k, x, posterior, z).to(sample.dtype)
-        original = posterior.mean.to(sample.dtype)
+        kept, self._kept = self._kept, None
+        if isinstance(timestep, Tensor) and timestep.numel() > 1:
+            if self._rows is None:
+                self._rows = Rows(self._steps, self._made_recipe(), self._reader)
+            previous, original = self._rows.step(model_output, timestep, x, _source(generator), index, kept)
+        else:
+            k, chain = self._index(timestep), self._made_chain()
+            posterior, z = self._reader.read(x, k, model_output, kept), None
+            source = _source(generator)
+            if chain.recipe.draws(k):
+                rows = range(x.shape[0]) if index is None else index
+                drawn = model_output.dtype  # as diffusers draws it
+                z = source.normal(rows, x.shape[1:], draw=k + 1, dtype=drawn, device=x.device).to(x.dtype)
+            previous = chain.step(k, x, posterior, z, any_root=isinstance(source, TorchGenerators))
+            original, self._started = posterior.mean, True
+        if sample.dtype != x.dtype:
+            previous, original = previous.to(sample.dtype), original.to(sample.dtype)
         return ReverseVarianceSchedulerOutput(previous, original) if return_dict else (previous, original)
 
-    @property
-    def _chain(self) -> Chain:
-        if self._made is None:
-            structure, calibration = self.config["variance"], None
-            is_kernel = self.config["sampler"] == "kernel"
-            if self.config["sampler"] == "twin" or (is_kernel and structure in CALIBRATED):
-                calibration = self._required()
-            model: Any = None
-            if calibration is not None and is_kernel:
-                twin = calibration.twin
-                model = _TwinCovariance(twin) if structure == "twin" else calibration.table(structure)
-            self._made = Chain(self._steps.levels, self._make_solver(calibration), model)
-        return self._made
+    def _made_chain(self) -> Chain:
+        if self._chain is None:
+            self._chain = Chain(self._made_recipe())
+        return self._chain
 
-    def _make_solver(self, calibration: Calibration | None) -> Solver:
+    def _made_recipe(self) -> Recipe:
+        if self._recipe is None:
+            structure, model, solver = self.config["variance"], None, self._solver_without_twin()
+            if uses_covariance(self.config) and (structure, self.config["head"]) != ("learned", "logvar"):
+                calibration = self._required()
+                model = TwinCovariance(calibration.twin) if structure == "twin" else calibration.model(structure)
+            if self.config["sampler"] == "twin":
+                assert isinstance(solver, MultistepSolver)
+                solver = replace(solver, twin=self._required().twin)
+            self._recipe = Recipe(self._levels, solver, model)
+        return self._recipe
+
+    def _solver_without_twin(self) -> Solver:
         c = self.config
-        if c["sampler"] == "kernel":
-            rule = c["variance"] in RULES and (c["variance"], c["head"]) != ("learned", "logvar")
-            return ReverseKernel(c["eta"], c["variance"] if rule else "posterior")
-        twin = None if calibration is None else calibration.twin
-        return MultistepSolver(twin, c["predictor"], c["corrector"], c["tau"], c["decay"])
+        try:
+            if c["sampler"] == "kernel":
+                rule = c["variance"] in RULES and (c["variance"], c["head"]) != ("learned", "logvar")
+                return ReverseKernel(c["eta"], c["variance"] if rule else "posterior")
+            if c["sampler"] in OWN:
+                return MultistepSolver(None, c["predictor"], c["corrector"], c["tau"], c["decay"])
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return SAMPLERS[c["sampler"]].solver
 
     # ---------------------------------------------------------------------------------------------------- training
 
@@ -362,6 +441,10 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         """
         alpha, sigma = self._level(timesteps, original_samples)
         return alpha * original_samples + sigma * noise
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """`add_noise` with the order of arguments that flow pipelines use."""
+        return self.add_noise(sample, noise, timestep)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What a v-prediction network is trained on: alpha_t eps - sigma_t x_0."""
@@ -409,6 +492,21 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         return made
 
     @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The scheduler of a config, of this class or of another; arguments as in diffusers' ConfigMixin.
+
+        Flow-matching and EDM schedulers describe their process by fields of their own, which are translated.
+
+        Raises:
+            UserError: if a field is not allowed.
+        """
+        name = "" if not isinstance(config, Mapping) else str(config.get("_class_name", ""))
+        if name.startswith(("FlowMatch", "EDM")) and "sampler" not in config:
+            made = translate(name, config)
+            config = {**config, **{k: made[k] for k in ("schedule", "prediction_type", "clip_sample", "grid")}}
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @classmethod
     def from_scheduler(cls, scheduler: Any, calibration: Calibration | None = None, **ours: Any) -> Self:
         """This scheduler in the place of another one of diffusers, for the same network.
 
@@ -450,16 +548,6 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         if calibration is not None:
             fields["calibration"] = calibration
         return cls(**fields)
-
-
-class _TwinCovariance:
-    """The posterior covariance of the Gaussian twin, as a `CovarianceModel`."""
-
-    def __init__(self, twin: Any) -> None:
-        self.twin = twin
-
-    def __call__(self, x: Tensor, level: Level, posterior: Posterior) -> Covariance:
-        return self.twin.posterior(torch.zeros_like(x[:1]), level).covariance
 
 
 def _source(generator: Any) -> NoiseSource:

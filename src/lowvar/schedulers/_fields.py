@@ -11,10 +11,22 @@ from lowvar.process.discrete import schedule_from_config, schedule_from_diffuser
 from lowvar.process.grid import GRIDS
 from lowvar.process.kernel import ReverseKernel
 from lowvar.process.multistep import MultistepSolver
-from lowvar.process.schedule import Flow, Schedule
-from lowvar.sample.named import SAMPLERS, NamedSampler
+from lowvar.process.schedule import VE, Flow, Schedule
+from lowvar.sample.named import SAMPLERS
 
-__all__ = ["CALIBRATED", "PREDICTIONS", "RULES", "allowed", "check", "make_schedule", "sampler_fields", "translate"]
+__all__ = [
+    "CALIBRATED",
+    "OWN",
+    "PREDICTIONS",
+    "RULES",
+    "allowed",
+    "check",
+    "make_schedule",
+    "named_samplers",
+    "sampler_fields",
+    "translate",
+    "uses_covariance",
+]
 
 RULES = ("small", "large", "learned")
 CALIBRATED = ("analytic", "isotropic", "channel", "pixel", "basis", "twin")
@@ -23,7 +35,9 @@ PREDICTIONS: dict[str, Prediction] = {
     "sample": "sample",
     "v_prediction": "v_prediction",
     "flow_prediction": "flow",
+    "edm": "edm",
 }
+OWN = ("kernel", "multistep", "twin")  # samplers made of this config's fields; the others have names
 SPACINGS = ("leading", "linspace", "trailing")
 
 # Fields that mean the same in diffusers' configs: the training's table, then the rest.
@@ -35,7 +49,26 @@ _TABLE = (
     "trained_betas",
     "rescale_betas_zero_snr",
 )
-_SHARED = (*_TABLE, "prediction_type", "clip_sample", "clip_sample_range", "timestep_spacing", "steps_offset")
+_SHARED = (
+    *_TABLE,
+    "prediction_type",
+    "clip_sample",
+    "clip_sample_range",
+    "timestep_spacing",
+    "steps_offset",
+    "use_dynamic_shifting",
+    "time_shift_type",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "shift_terminal",
+)
+_SPACED = {
+    "use_karras_sigmas": "karras",
+    "use_exponential_sigmas": "uniform-logsnr",
+    "use_lu_lambdas": "uniform-logsnr",
+}
 
 _VARIANCES = {
     "fixed_small": "small",
@@ -46,32 +79,49 @@ _VARIANCES = {
 }
 
 
+def named_samplers() -> tuple[str, ...]:
+    """The samplers of `lowvar.sample.SAMPLERS` that have a solver of their own."""
+    own = (ReverseKernel, MultistepSolver)
+    return tuple(n for n, s in SAMPLERS.items() if not isinstance(s.solver, own) and not s.noise)
+
+
 def allowed(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Refuses a value outside the choices."""
     if value not in choices:
         raise UserError(f"{name} is {value!r}; allowed: {', '.join(str(c) for c in choices)}")
 
 
+def uses_covariance(c: Mapping[str, Any]) -> bool:
+    """Whether the sampler reads a calibrated covariance."""
+    if c["sampler"] == "kernel":
+        return c["variance"] not in RULES
+    return c["sampler"] not in OWN and SAMPLERS[c["sampler"]].covariance is not None
+
+
 def check(c: Mapping[str, Any]) -> None:
     """Refuses fields that are not allowed, or not together."""
     allowed("prediction_type", c["prediction_type"], tuple(PREDICTIONS))
     allowed("timestep_spacing", c["timestep_spacing"], SPACINGS)
-    allowed("sampler", c["sampler"], ("kernel", "multistep", "twin"))
-    allowed("variance", c["variance"], (*RULES, *CALIBRATED))
+    allowed("sampler", c["sampler"], (*OWN, *named_samplers()))
+    if c["calibration"] is None:  # else the calibration knows what it has
+        allowed("variance", c["variance"], (*RULES, *CALIBRATED))
     allowed("head", c["head"], (None, "range", "logvar"))
+    allowed("time_shift_type", c["time_shift_type"], ("exponential", "linear"))
     if c["grid"] is None or isinstance(c["grid"], str):
         allowed("grid", c["grid"], (None, *GRIDS, "variance-matched"))
     needs = ""
     if c["sampler"] == "twin":
         needs = "sampler 'twin'"
-    elif c["sampler"] == "kernel" and c["variance"] in CALIBRATED:
-        needs = f"variance {c['variance']!r}"
+    elif uses_covariance(c):
+        needs = f"variance {c['variance']!r}" if c["sampler"] == "kernel" else f"sampler {c['sampler']!r}"
     elif c["grid"] == "variance-matched":
         needs = "grid 'variance-matched'"
     if needs and c["calibration"] is None:
         raise UserError(f"{needs} needs a calibration: make one with `lowvar calibrate --model MODEL --data DATA`")
     if c["sampler"] == "kernel" and c["variance"] == "learned" and c["head"] is None:
         raise UserError("variance 'learned' needs a network with a variance head: set head to 'range' or 'logvar'")
+    if c["sampler"] not in OWN and (c["eta"], c["tau"]) != (1.0, 0.0):
+        raise UserError(f"sampler {c['sampler']!r} has a stochasticity of its own: eta and tau are of {', '.join(OWN)}")
 
 
 def make_schedule(config: Mapping[str, Any]) -> Schedule:
@@ -85,8 +135,11 @@ def make_schedule(config: Mapping[str, Any]) -> Schedule:
             schedule = schedule_from_diffusers({k: config[k] for k in keys if config[k] is not None})
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"the noise schedule cannot be made: {error}") from error
-    if schedule.family == "ve":
-        raise UserError("the schedule is variance-exploding; supported: variance-preserving and flow schedules")
+    if (schedule.family == "ve") != (config["prediction_type"] == "edm"):
+        raise UserError(
+            f"prediction_type is {config['prediction_type']!r} and the schedule is {schedule.family}; supported: 'edm' "
+            "with a variance-exploding schedule, and only there"
+        )
     return schedule
 
 
@@ -102,44 +155,60 @@ def sampler_fields(name: str) -> dict[str, Any]:
     """
     allowed("sampler", name, tuple(SAMPLERS))
     named = SAMPLERS[name]
+    if named.noise:
+        held = ", ".join(n for n, s in SAMPLERS.items() if not s.noise)
+        raise UserError(
+            f"sampler {name!r} runs in `lowvar evaluate` and `lowvar.sample` only; a pipeline's scheduler holds {held}"
+        )
     if isinstance(named.solver, MultistepSolver):
         fields = {k: getattr(named.solver, k) for k in ("predictor", "corrector", "tau", "decay")}
         return {"sampler": "twin" if named.needs_twin else "multistep", **fields}
-    if not isinstance(named.solver, ReverseKernel) or named.noise:
-        raise UserError(
-            f"sampler {name!r} runs in `lowvar evaluate` and `lowvar.sample` only; a pipeline's scheduler holds "
-            f"{', '.join(n for n, s in SAMPLERS.items() if _held(s))}"
-        )
+    if not isinstance(named.solver, ReverseKernel):
+        return {"sampler": name} | ({} if named.covariance is None else {"variance": named.covariance})
     variance = named.covariance if named.solver.variance == "posterior" else named.solver.variance
     return {"sampler": "kernel", "variance": variance, "eta": named.solver.eta}
-
-
-def _held(sampler: NamedSampler) -> bool:
-    return isinstance(sampler.solver, ReverseKernel | MultistepSolver) and not sampler.noise
 
 
 def translate(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Our fields for the config of the scheduler class `name`."""
     if config.get("thresholding"):
         raise UserError(f"{name} uses dynamic thresholding, which is not supported: set thresholding to False")
+    if config.get("invert_sigmas"):
+        raise UserError(f"{name} runs its sigmas backwards (invert_sigmas), which is not supported")
     try:
         schedule = schedule_from_diffusers({**config, "_class_name": name})
     except ValueError as error:
         raise UserError(f"the noise schedule of {name} is not supported: {error}") from error
-    if schedule.family == "ve":
-        raise UserError(f"{name} is variance-exploding; supported: variance-preserving and flow schedules")
     fields = {k: config[k] for k in _SHARED if config.get(k) is not None}
     fields.setdefault("clip_sample", False)
-    if isinstance(schedule, Flow):
-        fields |= {"schedule": schedule.config(), "prediction_type": "flow_prediction"}
     if fields.get("timestep_spacing") not in SPACINGS:
         fields.pop("timestep_spacing", None)
+    if config.get("variance_type") in ("learned", "learned_range"):
+        fields["head"] = "range"
+    grid = next((grid for key, grid in _SPACED.items() if config.get(key)), None)
+    if grid is not None:
+        fields["grid"] = grid
+    if isinstance(schedule, Flow):
+        fields |= {"schedule": schedule.config(), "prediction_type": "flow_prediction"}
+        fields.setdefault("grid", "uniform")
+    if isinstance(schedule, VE):
+        _require_edm(name, config)
+        fields |= {"schedule": schedule.config(), "prediction_type": "edm", "clip_sample": False}
+        fields["sigma_data"] = config.get("sigma_data", 0.5)
+        fields.setdefault("grid", "uniform-logsnr" if config.get("sigma_schedule") == "exponential" else "uniform")
     if "DDIM" in name:
         return {**fields, "sampler": "kernel", "eta": 0.0, "variance": "small"}
     if "DDPM" in name or not name:
         kind = config.get("variance_type", "fixed_small")
         allowed("variance_type", kind, tuple(_VARIANCES))
-        variance = _VARIANCES[kind]
-        return {**fields, "sampler": "kernel", "variance": variance, "head": "range" if variance == "learned" else None}
+        return {**fields, "sampler": "kernel", "variance": _VARIANCES[kind]}
     tau = 1.0 if "SDE" in name or str(config.get("algorithm_type", "")).startswith("sde") else 0.0
     return {**fields, "sampler": "multistep", "tau": tau}
+
+
+def _require_edm(name: str, config: Mapping[str, Any]) -> None:
+    """Refuses variance-exploding schedulers other than EDM's."""
+    if not name.startswith("EDM"):
+        raise UserError(f"{name} is variance-exploding; supported of these: EDM's (EDMEulerScheduler and its kin)")
+    if config.get("prediction_type", "epsilon") != "epsilon":
+        raise UserError(f"{name} has prediction_type {config['prediction_type']!r}; supported: epsilon (EDM's own)")
