@@ -2,6 +2,7 @@
 
 from lowvar.calibrate.analytic import analytic_variance
 from lowvar.calibrate.calibration import Calibration, calibrate, default_logsnr
+from lowvar.calibrate.grids import calibrated_grid, cost_curve, fewest_steps_for
 from lowvar.calibrate.residual import residual_moments, standardised_residuals
 from lowvar.calibrate.table import CovarianceTable
 from lowvar.calibrate.twin import fit_twin
@@ -11,7 +12,10 @@ __all__ = [
     "CovarianceTable",
     "analytic_variance",
     "calibrate",
+    "calibrated_grid",
+    "cost_curve",
     "default_logsnr",
+    "fewest_steps_for",
     "fit_twin",
     "residual_moments",
     "standardised_residuals",

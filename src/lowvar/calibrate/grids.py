@@ -16,7 +16,6 @@ the schedule's first training time.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lowvar.calibrate.calibration import Calibration
@@ -27,7 +26,7 @@ from lowvar.process.matched import matched
 from lowvar.process.planning import Plan, fewest_steps, optimal
 from lowvar.process.schedule import Schedule
 
-__all__ = ["FAMILIES", "STRUCTURES", "calibrated_grid", "cost_curve", "fewest_steps_for", "is_calibrated"]
+__all__ = ["FAMILIES", "STRUCTURES", "calibrated_grid", "check_grid", "cost_curve", "fewest_steps_for", "is_calibrated"]
 
 FAMILIES = ("entropic", "variance-matched", "optimal")
 STRUCTURES = ("small", "isotropic", "channel", "pixel", "basis")
@@ -89,6 +88,21 @@ def is_calibrated(name: str) -> bool:
         (True, False)
     """
     return name.split(":")[0] in FAMILIES
+
+
+def check_grid(name: str) -> str:
+    """The name, if there is such a grid.
+
+    Raises:
+        UserError: naming the allowed ones.
+
+    Example:
+        >>> check_grid("optimal:basis")
+        'optimal:basis'
+    """
+    if name not in GRIDS:
+        _parse(name, "")
+    return name
 
 
 def _parse(name: str, structure: str) -> tuple[str, str]:
@@ -160,7 +174,7 @@ def fewest_steps_for(
     Raises:
         UserError: if no K is enough, or a name or number is out of range.
     """
-    if not (tol > 0 and tol == tol):  # noqa: PLR0124  (NaN is refused too)
+    if not tol > 0:  # NaN, too
         raise UserError(f"tol is {tol}; give a number of nats a dimension above 0, for example 0.05")
     if name.split(":")[0] == "optimal":
         _, structure = _parse(name, structure)
@@ -168,10 +182,7 @@ def fewest_steps_for(
             return fewest_steps(cost_curve(calibration, schedule, structure, levels), schedule, tol, most=most)
         except ValueError as error:
             raise UserError(str(error)) from error
-    if name in GRIDS or is_calibrated(name):
-        return _search(tol, name, calibration, schedule, structure, levels, most)
-    _parse(name, structure)
-    raise AssertionError("unknown names are refused above")
+    return _search(tol, name, calibration, schedule, structure, levels, most)
 
 
 def _search(

@@ -1,28 +1,38 @@
 r"""One-probe estimates of posterior moments by Jacobian-vector products.
 
 With J = d x0_hat / d x_t, second-order Tweedie gives products C z = (sigma^2 / alpha) J z, and one more derivative the
-third cumulant: kappa_3[z, w] = (sigma^2 / alpha)^2 d^2 x0_hat[z, w]. For independent standard normal z, w, without bias,
+third cumulant: kappa_3[z, w] = (sigma^2 / alpha)^2 d^2 x0_hat[z, w]. For independent standard normal z and w, without
+bias,
 
-    E ||C z - V z||^2        = ||C - V||_F^2     for any V (0; a calibrated table): R of a kernel whose noise has V
+    E ||C z - V z||^2        = ||C - V||_F^2     for any V (0, a calibrated table): R of a kernel whose noise has V
     E ||kappa_3[z, w]||^2    = ||kappa_3||_F^2   (what limits the full covariance)
 
 The first costs one evaluation more than the mean, which comes with it; the second about three more. For a network the
 products are those of its own Jacobian, which is that of a posterior mean only as far as the network is one.
 
-Why R: a step dsnr from x_t with noise lambda^2 I + kappa^2 V costs more than continuous time by (1/4) dsnr^2 ||C - V||_F^2
-to leading order, whatever V is.
+Why R: a step dsnr from x_t with noise lambda^2 I + kappa^2 V costs more than continuous time by (1/4) dsnr^2 R to
+leading order, whatever V is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowvar.process.denoiser import Denoiser, WithCovariance, expand
 from lowvar.process.posterior import Posterior
 from lowvar.process.schedule import Level
 
 __all__ = ["squared_deviation", "third_cumulant"]
+
+
+def _jvp(function: Callable[[Tensor], Tensor], x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and derivative along z; attention in its plain form, the only one that has a forward derivative."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.func.jvp(function, (x,), (z,))
 
 
 def squared_deviation(denoiser: Denoiser, x: Tensor, level: Level, z: Tensor) -> tuple[Posterior, Tensor]:
@@ -45,7 +55,7 @@ def squared_deviation(denoiser: Denoiser, x: Tensor, level: Level, z: Tensor) ->
         [False, True]
     """
     inner = denoiser.denoiser if isinstance(denoiser, WithCovariance) else denoiser
-    mean, product = torch.func.jvp(lambda state: inner(state, level).mean, (x,), (z,))
+    mean, product = _jvp(lambda state: inner(state, level).mean, x, z)
     gap = expand(level.sigma**2 / level.alpha, x) * product
     posterior = Posterior(mean)
     if isinstance(denoiser, WithCovariance):
@@ -74,8 +84,8 @@ def third_cumulant(denoiser: Denoiser, x: Tensor, level: Level, z: Tensor, w: Te
     """
 
     def along(state: Tensor) -> Tensor:
-        return torch.func.jvp(lambda y: denoiser(y, level).mean, (state,), (z,))[1]
+        return _jvp(lambda y: denoiser(y, level).mean, state, z)[1]
 
-    second = torch.func.jvp(along, (x,), (w,))[1]
+    second = _jvp(along, x, w)[1]
     scaled = expand((level.sigma**2 / level.alpha) ** 2, x) * second
     return (scaled.double() ** 2).flatten(1).sum(1)
