@@ -1,4 +1,4 @@
-r"""Steps chosen sample by sample: one Jacobian-vector product a step says how long the next one may be.
+r"""Steps chosen sample by sample: one more evaluation a step says how long it may be.
 
 A step dsnr from x_t costs (1/4) dsnr^2 R(x_t) more than continuous time, R(x_t) = ||C(x_t) - V||_F^2 with V the
 covariance of the kernel's noise (`lowvar.process.probe`). A grid made for the data set spreads steps by R_ref, the
@@ -13,7 +13,7 @@ shortest step of K - 1 is moved there, so that every sample ends with the same l
 Samples arrive at different times and finish after different numbers of steps: rows of a batch have a level each, and a
 place that falls free is taken by the next sample. Noise belongs to (sample, step), so the batch size does not matter.
 
-Cost: a step is 2 evaluations (the mean and a JVP with it), the last 1. A grid of K steps costs K, so that adaptive
+Cost: a step is 2 evaluations (the mean and its derivative along z), the last 1. A grid of K steps costs K, so that adaptive
 steps must save half of them to break even; `benchmarks/grids.py` measures whether they do.
 """
 
@@ -165,7 +165,7 @@ def adaptive_generate(
     """Samples first .. first + n - 1 with steps of their own.
 
     Args:
-        denoiser: a differentiable denoiser; `WithCovariance` for a kernel with `variance="posterior"`.
+        denoiser: any denoiser; `WithCovariance` for a kernel with `variance="posterior"`.
         kernel: `small` or `posterior`; R is that of eta = 1.
         control: where to step.
         shape: event shape.
