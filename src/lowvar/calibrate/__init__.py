@@ -3,6 +3,7 @@
 from lowvar.calibrate.analytic import analytic_variance
 from lowvar.calibrate.calibration import Calibration, calibrate, default_logsnr
 from lowvar.calibrate.deficit import MarginalDeficit, marginal_deficit
+from lowvar.calibrate.grids import calibrated_grid, cost_curve, fewest_steps_for
 from lowvar.calibrate.residual import residual_moments, standardised_residuals
 from lowvar.calibrate.table import CovarianceTable
 from lowvar.calibrate.shrinkage import shrink
@@ -14,7 +15,10 @@ __all__ = [
     "MarginalDeficit",
     "analytic_variance",
     "calibrate",
+    "calibrated_grid",
+    "cost_curve",
     "default_logsnr",
+    "fewest_steps_for",
     "fit_twin",
     "marginal_deficit",
     "residual_moments",

@@ -5,12 +5,20 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lowvar.cli.console import Console
 from lowvar.cli.folders import check_free, new_file
 from lowvar.cli.options import MaybeFloat, MaybePath, MaybeText, Sampling, at_least, choose_device
 from lowvar.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lowvar.cli.models import Model
+    from lowvar.process.planning import Plan
+    from lowvar.schedulers import ReverseVarianceScheduler
 
 __all__ = ["Sample"]
 
@@ -28,8 +36,10 @@ class Sample(Sampling):
     """folder of a diffusers pipeline"""
     out: Path
     """file to write, ending in .npz"""
-    steps: int = 20
-    """number of reverse steps"""
+    steps: int | Literal["auto"] = 20
+    """number of reverse steps; auto: as few as --tol allows (ddpm-* samplers of a calibrated model)"""
+    tol: MaybeFloat = None
+    """for --steps auto: largest predicted path KL in nats a dimension (0.1 is coarse, 0.01 fine)"""
     n: int = 64
     """number of samples"""
     sampler: MaybeText = None
@@ -41,8 +51,13 @@ class Sample(Sampling):
     tau: MaybeFloat = None
     """stochasticity of adams-* and twin-*: 0 (ODE) to 1 (SDE)"""
     grid: MaybeText = None
-    """trailing, uniform, leading, quadratic, uniform-logsnr, karras or variance-matched;
-    default: the sampler's own"""
+    """trailing, uniform, leading, quadratic, uniform-logsnr or karras; of a calibrated model also entropic,
+    variance-matched or optimal, made for the sampler's own noise or, for example, optimal:basis for that of ddpm-basis;
+    default: the sampler's own, and optimal for --steps auto"""
+    levels: int = 256
+    """grey levels of the data, on which it depends where entropic, variance-matched and optimal grids end"""
+    adaptive: bool = False
+    """steps of their own for every sample, around the grid; 2 evaluations a step (ddpm-* of a calibrated model)"""
     png: MaybePath = None
     """also write a picture of the first samples"""
 
@@ -51,7 +66,15 @@ class Sample(Sampling):
         begun = time.perf_counter()
         at_least("--n", self.n)
         at_least("--batch-size", self.batch_size)
-        at_least("--steps", self.steps)
+        at_least("--levels", self.levels, 2)
+        if self.steps != "auto":
+            at_least("--steps", self.steps)
+            if self.tol is not None:
+                raise UserError("--tol belongs to --steps auto: give one of both")
+        elif self.tol is None or not self.tol > 0:
+            raise UserError(
+                f"--steps auto needs --tol, and it is {self.tol}; give nats a dimension above 0, for example --tol 0.05"
+            )
         if self.out.suffix != ".npz":
             raise UserError(f"--out is {self.out}; samples go to one file, give a name that ends in .npz")
         if self.png is not None and self.png.suffix.lower() != ".png":
@@ -61,32 +84,51 @@ class Sample(Sampling):
                 check_free(path, overwrite=self.overwrite)
         import numpy as np
 
+        from lowvar.calibrate.grids import check_grid, is_calibrated
         from lowvar.cli.models import open_model, run_scheduler, scheduler_of
         from lowvar.evaluation import check_steps
         from lowvar.process.noise import Independent
 
         device = choose_device(self.device)
+        if self.grid is not None:
+            check_grid(self.grid)
         model = open_model(self.model, device)
+        planned = self.steps == "auto" or self.adaptive or is_calibrated(self.grid or "")
         scheduler = scheduler_of(
-            model, self.sampler, covariance=self.covariance, eta=self.eta, tau=self.tau, grid=self.grid
+            model,
+            self.sampler,
+            covariance=self.covariance,
+            eta=self.eta,
+            tau=self.tau,
+            grid=None if planned else self.grid,
         )
-        check_steps(self.steps, model.denoiser.schedule)
-        with console.progress(self.n * self.steps, "sampling") as bar:
-            samples = run_scheduler(
-                model,
-                scheduler,
-                self.steps,
-                self.n,
-                Independent(self.seed),
-                batch_size=self.batch_size,
-                device=device,
-                progress=bar.update,
-            )
+        plan = self._plan(model, scheduler) if planned else None
+        steps = self.steps if plan is None else plan.steps
+        assert isinstance(steps, int)
+        check_steps(steps, model.denoiser.schedule)
+        if plan is not None:
+            scheduler = _on_grid(scheduler, plan.grid)
+        nfe: float = steps * model.denoiser.nfe
+        if self.adaptive:
+            assert plan is not None
+            samples, nfe = self._adaptive(model, scheduler, plan, device, console)
+        else:
+            with console.progress(self.n * steps, "sampling") as bar:
+                samples = run_scheduler(
+                    model,
+                    scheduler,
+                    steps,
+                    self.n,
+                    Independent(self.seed),
+                    batch_size=self.batch_size,
+                    device=device,
+                    progress=bar.update,
+                )
         array = samples.numpy()
         bad = int((~np.isfinite(array)).reshape(len(array), -1).any(1).sum())
         if bad:
             raise UserError(
-                f"{bad} of {self.n} samples are not finite: the sampler diverged in {self.steps} steps; "
+                f"{bad} of {self.n} samples are not finite: the sampler diverged in {steps} steps; "
                 "give more --steps or another --sampler"
             )
         with new_file(self.out, overwrite=self.overwrite) as file:
@@ -98,11 +140,90 @@ class Sample(Sampling):
             console.result(str(self.png))
         from lowvar.cli.results import summarise
 
-        nfe = self.steps * model.denoiser.nfe
         names = ("sampler", "variance", "eta", "tau", "grid", "timestep_spacing")
         settings = {name: scheduler.config[name] for name in names}
-        figures = {"scheduler": settings, "steps": self.steps, "nfe": nfe, "n": self.n}
+        figures: dict[str, Any] = {"scheduler": settings, "steps": steps, "nfe": nfe, "n": self.n}
+        if plan is not None:
+            settings["grid"] = self._grid_name(scheduler)
+            figures |= {"times": plan.grid.tolist(), "path_kl": plan.path_kl, "adaptive": self.adaptive}
         return summarise(self, self.seed, begun, device, **figures, shape=list(model.shape), samples=str(self.out))
+
+    def _grid_name(self, scheduler: ReverseVarianceScheduler) -> str:
+        if self.grid is not None:
+            return self.grid
+        own = scheduler.config["grid"]
+        return "optimal" if self.steps == "auto" else (own if isinstance(own, str) else "trailing")
+
+    def _plan(self, model: Model, scheduler: ReverseVarianceScheduler) -> Plan:
+        """The grid that a calibration gives, and its predicted path KL.
+
+        Raises:
+            UserError: if the model is not calibrated, or the sampler is not one whose costs are known.
+        """
+        from lowvar.calibrate import calibrated_grid, fewest_steps_for
+
+        what = "--adaptive" if self.adaptive else ("--steps auto" if self.steps == "auto" else f"--grid {self.grid}")
+        calibration = scheduler.calibration
+        if calibration is None:
+            raise UserError(
+                f"{what} needs a calibrated model: run `lowvar calibrate --model MODEL --data DATA --out RUN` first"
+            )
+        c, schedule = scheduler.config, model.denoiser.schedule
+        known = c["sampler"] == "kernel" and c["eta"] == 1 and c["variance"] not in ("large", "learned")
+        if not known and (self.adaptive or self.steps == "auto"):
+            raise UserError(
+                f"{what} rests on the path KL of the ancestral kernel, which this sampler is not: give --sampler "
+                "ddpm-small, ddpm-analytic, ddpm-isotropic, ddpm-pixel or ddpm-basis"
+            )
+        structure = {"analytic": "isotropic", "twin": "basis"}.get(c["variance"], c["variance"])
+        structure = structure if c["sampler"] == "kernel" and c["variance"] not in ("large", "learned") else "isotropic"
+        name, levels = self._grid_name(scheduler), self.levels
+        if self.steps == "auto":
+            assert self.tol is not None
+            most = getattr(schedule, "steps", 1000)
+            return fewest_steps_for(self.tol, name, calibration, schedule, structure, levels, most)
+        from lowvar.evaluation import check_steps
+
+        return calibrated_grid(name, calibration, schedule, check_steps(self.steps, schedule), structure, levels)
+
+    def _adaptive(
+        self, model: Model, scheduler: ReverseVarianceScheduler, plan: Plan, device: torch.device, console: Console
+    ) -> tuple[Tensor, float]:
+        """Samples with steps of their own, and the mean number of evaluations."""
+        from lowvar.calibrate import cost_curve
+        from lowvar.process.kernel import ReverseKernel
+        from lowvar.process.noise import Independent
+        from lowvar.sample import StepControl, adaptive_generate
+
+        variance, denoiser = scheduler.config["variance"], model.denoiser
+        calibration = scheduler.calibration
+        assert calibration is not None
+        if plan.steps < 2:
+            raise UserError("--adaptive needs at least 2 steps")
+        table = {"analytic": "isotropic", "twin": "basis"}.get(variance, variance)
+        control = StepControl.of(cost_curve(calibration, denoiser.schedule, table), denoiser.schedule, plan.grid)
+        small = variance == "small"
+        with console.progress(self.n, "sampling") as bar:
+            made = adaptive_generate(
+                denoiser if small else calibration.attach(denoiser, variance),
+                ReverseKernel(1.0, "small" if small else "posterior"),
+                control,
+                model.shape,
+                self.n,
+                Independent(self.seed),
+                batch_size=self.batch_size,
+                clip=1.0,
+                device=device,
+                progress=bar.update,
+            )
+        return made.samples, float(made.nfe.double().mean()) * denoiser.nfe
+
+
+def _on_grid(scheduler: ReverseVarianceScheduler, grid: Tensor) -> ReverseVarianceScheduler:
+    """The scheduler on given times."""
+    from lowvar.schedulers import ReverseVarianceScheduler
+
+    return ReverseVarianceScheduler.from_scheduler(scheduler, grid=grid.tolist())
 
 
 def write_png(file: Any, samples: Any, most: int = 64, scale: int = 4) -> None:

@@ -8,16 +8,9 @@ K steps evaluate the network at t_0 .. t_{K-1}. `t_start` (default 1) is where t
     quadratic         sqrt(t) equally spaced                                         (Song et al. 2020, DDIM)
     uniform_logsnr    logsnr equally spaced, then 0                                        (DPM-Solver)
     karras            (sigma/alpha)^(1/rho) equally spaced, then 0                         (Karras et al. 2022, Eq. 5)
-    variance_matched  density of knots in snr proportional to sqrt(R)
 
-Variance-matched grids. A step's excess cost is locally (1/4) dsnr^2 R in nats, so that K steps cost least when knots
-have density sqrt(R) in snr. For the isotropic kernel R = ||C||_F^2 - (tr C)^2 / d, and since
-d mmse / d snr = -E ||C||_F^2, R is read off the curve M(snr) = d mmse alone:  R = -M' - M^2 / d. The two terms cancel
-for Gaussian data of one variance, so that the curve enters through q = logit g, g = snr mmse, as
-
-    snr^2 R / d = g (1 - g) (1 - dq / d logsnr),
-
-where q is linear with slope 1, and R = 0, for such data.
+Grids that are chosen by a calibrated curve are in `lowvar.process.matched` (closed form) and `lowvar.process.planning`
+(dynamic programming).
 """
 
 from __future__ import annotations
@@ -28,6 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lowvar.process.matched import variance_matched
 from lowvar.process.schedule import Schedule
 
 __all__ = [
@@ -135,69 +129,6 @@ def custom(schedule: Schedule, times: Sequence[float] | Tensor) -> Tensor:
     if len(grid) < 2 or float(grid[0]) > 1 or bool((grid.diff() >= 0).any()):
         raise ValueError("times must decrease, from at most 1 to 0, and hold at least one step")
     return grid
-
-
-def variance_matched(
-    schedule: Schedule,
-    steps: int,
-    logsnr: Tensor,
-    mmse: Tensor,
-    t_start: float = 1.0,
-    t_end: float | None = None,
-) -> Tensor:
-    """Knots in snr with density sqrt(R) for the isotropic reverse kernel; (steps + 1,) times.
-
-    Args:
-        schedule: the schedule the times refer to.
-        steps: K.
-        logsnr: increasing logsnr values of the calibrated curve, (n,), at least 3.
-        mmse: mmse a dimension at these, (n,); made non-increasing before use.
-        t_start: first time.
-        t_end: time of the last evaluation (default: where the curve or the schedule's t_min ends).
-
-    Raises:
-        ValueError: if the curve has fewer than three increasing points.
-
-    Example:
-        >>> from lowvar.process.schedule import CosineVP
-        >>> l = torch.linspace(-8, 8, 33, dtype=torch.float64)
-        >>> grid = variance_matched(CosineVP(), 5, l, 0.5 * torch.sigmoid(-l))
-        >>> len(grid), bool((grid.diff() < 0).all())
-        (6, True)
-    """
-    _check(steps, t_start)
-    logsnr, mmse = logsnr.double(), mmse.double()
-    if len(logsnr) < 3 or bool((logsnr.diff() <= 0).any()):
-        raise ValueError("the mmse curve needs at least three points with increasing logsnr")
-    mmse = torch.cummin(mmse, 0).values
-    fine = torch.linspace(float(logsnr[0]), float(logsnr[-1]), 2001, dtype=torch.float64)
-    g = (torch.exp(logsnr) * mmse).clamp(1e-9, 1 - 1e-9)  # snr mmse <= 1, as mmse <= sigma^2 / alpha^2
-    q = _interpolate(fine, logsnr, _logit(g))
-    slope = torch.gradient(q, spacing=(fine,))[0]
-    g = torch.sigmoid(q)
-    rate2 = g * (1 - g) * (1 - slope)  # snr^2 R / d
-    rate = torch.sqrt(rate2.clamp_min(1e-6 * float((g**2).max())))  # sqrt(R) d snr = rate d logsnr
-    low = max(_finite_logsnr(schedule, t_start), float(fine[0]))
-    end = schedule.t_min if t_end is None else t_end
-    high = min(float(schedule.logsnr(end)), float(fine[-1]))
-    mass = torch.cat([torch.zeros(1, dtype=torch.float64), torch.cumsum((rate[1:] + rate[:-1]) / 2 * fine.diff(), 0)])
-    start, stop = _interpolate(torch.tensor([low, high], dtype=torch.float64), fine, mass)
-    targets = start + (stop - start) * torch.linspace(0, 1, steps + 1, dtype=torch.float64)[:-1]
-    times = schedule.time(_interpolate(targets, mass, fine))
-    times[0] = t_start
-    return _ending(times)
-
-
-def _logit(p: Tensor) -> Tensor:
-    return torch.log(p) - torch.log1p(-p)
-
-
-def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
-    """Piecewise linear interpolation of increasing knots, constant beyond the ends."""
-    i = torch.searchsorted(xs.contiguous(), x.contiguous()).clamp(1, len(xs) - 1)
-    gap = (xs[i] - xs[i - 1]).clamp_min(1e-300)
-    w = ((x - xs[i - 1]) / gap).clamp(0, 1)
-    return torch.lerp(ys[i - 1], ys[i], w)
 
 
 def to_timesteps(schedule: Schedule, grid: Tensor) -> Tensor:

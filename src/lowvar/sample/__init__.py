@@ -1,7 +1,20 @@
 """Running the reverse process: trajectories, samples, likelihood."""
 
+from lowvar.sample.adaptive import Adaptive, StepControl, adaptive_generate
 from lowvar.sample.likelihood import VLB, vlb
 from lowvar.sample.named import SAMPLERS, NamedSampler, named_sampler
 from lowvar.sample.trajectory import generate, initial_state, trajectory
 
-__all__ = ["SAMPLERS", "VLB", "NamedSampler", "generate", "initial_state", "named_sampler", "trajectory", "vlb"]
+__all__ = [
+    "SAMPLERS",
+    "VLB",
+    "Adaptive",
+    "NamedSampler",
+    "StepControl",
+    "adaptive_generate",
+    "generate",
+    "initial_state",
+    "named_sampler",
+    "trajectory",
+    "vlb",
+]
