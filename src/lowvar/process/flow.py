@@ -1,0 +1,237 @@
+r"""The twin's flow: between evaluations the control variate is integrated, and only the remainder is frozen.
+
+The probability-flow ODE with x0_hat = D + r, D the denoiser of a twin (a Gaussian, or a mixture of them), is
+
+    dy / dl = u (D + r),      y = x / sigma,  l = log(alpha / sigma),  u = e^l,
+
+and D is known everywhere without the network. So the network is asked at the grid's levels only, and in between
+
+    x0_hat(l) = D(x, l) + r_k g(l) / g(l_k),      g = v^-1/2,  v = 1 + c u^2,
+
+along each direction of the twin's basis: the remainder keeps its size in units of the posterior standard deviation
+inside a component (c: mean variance inside components). Three things follow from having D everywhere:
+
+- **no evaluation at pure noise**: the chain runs from t = 1 to the first level of the grid on the twin alone, where the
+  network would say what the twin says;
+- **the last step is a flow too**, to l = infinity, and not the posterior mean, which has too little variance by what
+  is still unknown at the last level;
+- where r is small the grid needs no levels: `lowvar.calibrate.path` measures r along paths and chooses them.
+
+Inside a step D is integrated by the exponential predictor-corrector (`lowvar.process.multistep`) on substeps of
+logsnr at most `spacing`, linear part c in closed form; for one Gaussian D is linear and a step is exact. To the end,
+
+    x_0 = m + sqrt(c / v) (y - u m) + sqrt(v) atan(1 / (sqrt(c) u)) r      (closed form of the frozen remainder).
+
+Exact on Gaussian data in one step from the marginal, on mixture data up to the substeps; else of order 1 in the grid.
+Source: this package's own (see `lowvar.process.twin` and `lowvar.process.multistep` for what it rests on).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowvar.process.basis import PixelBasis
+from lowvar.process.mixture import MixtureTwin
+from lowvar.process.multistep import MultistepPlan, MultistepSolver
+from lowvar.process.posterior import Posterior
+from lowvar.process.schedule import Level
+from lowvar.process.solver import Solver, State, StepInfo
+from lowvar.process.twin import GaussianTwin
+
+__all__ = ["FlowPlan", "TwinFlow"]
+
+_FAR = -9.0  # logsnr below which twins of unit scale are linear: one substep
+_END = 12.0  # logsnr at which the closed form of the end takes over from substeps
+
+
+@dataclass(frozen=True)
+class _End:
+    """x_0 = centre + gain (y - alpha centre) + tail r, r = trend r_k + (D_mix - centre - linear (y - alpha centre))."""
+
+    alpha: float
+    centre: Tensor
+    gain: Tensor
+    tail: Tensor
+    linear: Tensor
+
+    def to(self, like: Tensor) -> _End:
+        return _End(self.alpha, *(v.to(like) for v in (self.centre, self.gain, self.tail, self.linear)))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """From one level to the next, in VP scale: substeps, the trend g(l) / g(l_k) at each, their plan, the ends' scales."""
+
+    levels: Level
+    trend: list[Tensor]
+    plan: MultistepPlan | None
+    end: _End | None
+    scale_t: float
+    scale_s: float
+
+    def to(self, like: Tensor) -> _Piece:
+        plan = None if self.plan is None else self.plan.to(like)
+        end = None if self.end is None else self.end.to(like)
+        return _Piece(self.levels, [v.to(like) for v in self.trend], plan, end, self.scale_t, self.scale_s)
+
+
+@dataclass(frozen=True)
+class FlowPlan:
+    """The pieces of a grid, one an evaluation."""
+
+    pieces: list[_Piece]
+
+    def to(self, like: Tensor) -> FlowPlan:
+        """The plan in the dtype and on the device of `like`."""
+        return FlowPlan([piece.to(like) for piece in self.pieces])
+
+
+@dataclass(frozen=True)
+class TwinFlow(Solver):
+    """The probability flow with a twin as control variate and a frozen remainder.
+
+    Args:
+        twin: the control variate; a `GaussianTwin` is a mixture of one.
+        spacing: largest logsnr of a substep, where the twin is a mixture.
+
+    Raises:
+        ValueError: if spacing is not positive.
+
+    Example:
+        >>> from lowvar.process import CosineVP
+        >>> schedule = CosineVP()
+        >>> twin = GaussianTwin(torch.ones(2), PixelBasis((2,)), torch.tensor([4.0, 0.25]))
+        >>> solver, levels = TwinFlow(twin), schedule.at(torch.tensor([0.6, 0.0], dtype=torch.float64))
+        >>> x = solver.initial(torch.ones(1, 2), schedule.at(1.0), levels)
+        >>> state, _ = solver.step(solver.prepare(levels), 0, solver.start(x), twin.posterior(x, levels[0]), None)
+        >>> torch.round(state.x, decimals=2).tolist()
+        [[3.0, 1.5]]
+    """
+
+    twin: GaussianTwin | MixtureTwin
+    spacing: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Checks the spacing."""
+        if not self.spacing > 0:
+            raise ValueError(f"spacing is {self.spacing}; it must be positive")
+        mixture = self.twin if isinstance(self.twin, MixtureTwin) else MixtureTwin.of(self.twin)
+        object.__setattr__(self, "_mixture", mixture)
+
+    @property
+    def mixture(self) -> MixtureTwin:
+        """The twin as a mixture."""
+        return self._mixture  # type: ignore[attr-defined]
+
+    @property
+    def order(self) -> int:
+        """1: the remainder is frozen over a step."""
+        return 1
+
+    @property
+    def stochastic(self) -> bool:
+        """No: it is the probability flow."""
+        return False
+
+    def _inner(self) -> MultistepSolver:
+        """What integrates the twin: the Gaussian of the spread inside components, in coefficients."""
+        shape = self.mixture.event_shape
+        linear = GaussianTwin(self.mixture.centre, PixelBasis(shape), self.mixture.within)
+        return MultistepSolver(linear, 2, 2, 0.0, 0.5, nodes=16)
+
+    def _piece(self, t: Level, s: Level) -> _Piece:
+        c = self.mixture.within
+        final = float(s.sigma) == 0
+        low = float(t.logsnr)
+        high = max(_END, low) if final else float(s.logsnr)
+        if self.mixture.components == 1:
+            knots = [low] if final else [low, high]
+        else:
+            near = max(low, min(_FAR, high))
+            count = math.ceil((high - near) / self.spacing)
+            knots = ([low] if low < near else []) + [near + (high - near) * j / max(count, 1) for j in range(count + 1)]
+        levels = _vp(torch.tensor(knots, dtype=torch.float64))
+        trend = [self._trend(levels[j], c) / self._trend(levels[0], c) for j in range(len(knots))]
+        plan = self._inner().prepare(levels) if len(knots) > 1 else None
+        scales = [float(torch.sqrt(p.alpha**2 + p.sigma**2)) for p in (t, s)]
+        return _Piece(levels, trend, plan, self._end(levels[len(knots) - 1]) if final else None, *scales)
+
+    def _end(self, end: Level) -> _End:
+        c, alpha, sigma = self.mixture.within, float(end.alpha), float(end.sigma)
+        u = alpha / sigma
+        v = 1 + c * u**2
+        tail = torch.sqrt(v) * torch.atan2(torch.ones_like(c), c.sqrt() * u)
+        return _End(alpha, self.mixture.centre, torch.sqrt(c / v) / sigma, tail, alpha * c / (alpha**2 * c + sigma**2))
+
+    @staticmethod
+    def _trend(level: Level, c: Tensor) -> Tensor:
+        return (1 + c * (level.alpha / level.sigma) ** 2) ** -0.5
+
+    def prepare(self, levels: Level) -> FlowPlan:
+        """Substeps, trends and weights of every step."""
+        return FlowPlan([self._piece(levels[k], levels[k + 1]) for k in range(len(levels) - 1)])
+
+    def initial(self, z: Tensor, prior: Level, levels: Level) -> Tensor:
+        """The state at the grid's first level, from standard normal z: the twin's own flow, no evaluation.
+
+        Args:
+            z: (B, *event_shape).
+            prior: the schedule's level at t = 1.
+            levels: of the grid.
+        """
+        mixture = self.mixture
+        x = mixture.gaussian.marginal(prior).sample(z).to(z)
+        if float(levels.logsnr[0]) <= float(prior.logsnr):
+            return x
+        piece = self._piece(prior, levels[0])
+        y = mixture.basis.forward(x) / piece.scale_t
+        return mixture.basis.inverse(self._run(piece.to(x), y, torch.zeros_like(y[:1])) * piece.scale_s)
+
+    def start(self, x: Tensor) -> State:
+        """See the base class."""
+        return State(x)
+
+    def step(
+        self, plan: FlowPlan, k: int, state: State, posterior: Posterior, z: Tensor | None
+    ) -> tuple[State, StepInfo]:
+        """See the base class; `state.memory` is the remainder r_k in the basis."""
+        piece, mixture = plan.pieces[k], self.mixture
+        y = mixture.basis.forward(state.x) / piece.scale_t
+        remainder = mixture.basis.forward(posterior.mean) - mixture.denoise(y, piece.levels[0])
+        y = self._run(piece, y, remainder) * piece.scale_s
+        return State(mixture.basis.inverse(y), remainder), StepInfo(k, posterior)
+
+    def remainder(self, x: Tensor, posterior: Posterior, level: Level) -> Tensor:
+        """r = x0_hat - D at states x of one level, in the twin's basis, (B, *event_shape)."""
+        scale = float(torch.sqrt(level.alpha**2 + level.sigma**2))
+        y = self.mixture.basis.forward(x) / scale
+        return self.mixture.basis.forward(posterior.mean) - self.mixture.denoise(y, _vp(level.logsnr))
+
+    def _run(self, piece: _Piece, y: Tensor, remainder: Tensor) -> Tensor:
+        """Coefficients at the end of a piece from those at its begin, both in VP scale."""
+        mixture, end = self.mixture, piece.end
+        if piece.plan is not None:
+            solver = self._inner()
+            inner = solver.start(y)
+            for j in range(len(piece.trend) - 1):
+                x0 = mixture.denoise(inner.x, piece.levels[j]) + piece.trend[j].to(y) * remainder
+                inner, _ = solver.step(piece.plan, j, inner, Posterior(x0), None)
+            y = inner.x
+        if end is None:
+            return y
+        last = len(piece.trend) - 1
+        end = end.to(y)
+        centred, rest = y - end.alpha * end.centre, piece.trend[last].to(y) * remainder
+        if mixture.components > 1:
+            rest = rest + mixture.denoise(y, piece.levels[last]) - end.centre - end.linear * centred
+        return end.centre + end.gain * centred + end.tail * rest
+
+
+def _vp(logsnr: Tensor) -> Level:
+    """Variance-preserving levels: a twin's denoiser depends on the schedule through snr and the state's scale only."""
+    alpha, sigma = torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt()
+    return Level(torch.full_like(logsnr, math.nan), logsnr, alpha, sigma)
