@@ -11,7 +11,7 @@ basis, as tensors (they go into a safetensors file beside it).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from lowvar.calibrate.analytic import analytic_variance
+from lowvar.calibrate.mixture import COMPONENTS, fit_mixture
+from lowvar.calibrate.path import LEVELS, PATHS, PathTable, path_table
 from lowvar.calibrate.residual import ResidualMoments, residual_moments
 from lowvar.calibrate.shrinkage import shrink
 from lowvar.calibrate.table import CovarianceTable, Structure
@@ -28,6 +30,7 @@ from lowvar.process.basis import Basis, DCTBasis, MatrixBasis, PixelBasis
 from lowvar.process.covariance import BasisDiagonal
 from lowvar.process.denoiser import CovarianceModel, Denoiser, WithCovariance
 from lowvar.process.grid import variance_matched
+from lowvar.process.mixture import MixtureTwin
 from lowvar.process.noise import Independent, NoiseSource
 from lowvar.process.schedule import Schedule
 from lowvar.process.twin import GaussianTwin
@@ -60,6 +63,8 @@ class Calibration:
         tables: residual tables by structure.
         twin: the Gaussian twin of the data.
         n: images the residuals were measured on.
+        mixture: the mixture twin, the control variate of `lowvar.process.TwinFlow`, or None.
+        paths: statistics of its remainder along reverse paths, which choose that solver's grid, or None.
     """
 
     fingerprint: str
@@ -70,6 +75,8 @@ class Calibration:
     tables: Mapping[Structure, CovarianceTable]
     twin: GaussianTwin
     n: int
+    mixture: MixtureTwin | None = None
+    paths: PathTable | None = None
 
     @property
     def event_shape(self) -> torch.Size:
@@ -135,6 +142,20 @@ class Calibration:
         mmse = torch.minimum(self.mmse, self.twin.mmse(schedule.level(self.logsnr)))
         return variance_matched(schedule, steps, self.logsnr, mmse)
 
+    def path_grid(self, schedule: Schedule, steps: int) -> Tensor:
+        """The grid of the twin's flow: the best `steps` evaluations by the statistics of its remainder.
+
+        Raises:
+            UserError: if the schedule is another one, no paths were measured, or not for as many steps.
+        """
+        self.require(schedule)
+        if self.paths is None:
+            raise UserError("this calibration has no path statistics: calibrate again with `lowvar calibrate`")
+        try:
+            return self.paths.grid(schedule, steps)
+        except ValueError as error:
+            raise UserError(f"{error}; choose another grid for more") from error
+
     def to_json(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """JSON-ready fields, and the tensors that do not belong there (float32; curves stay float64 in the fields)."""
         tensors: dict[str, Tensor] = {}
@@ -168,6 +189,11 @@ class Calibration:
                 "spectrum": put("twin.spectrum", self.twin.spectrum),
             },
         }
+        if self.mixture is not None:
+            parts = {name: put(f"mixture.{name}", getattr(self.mixture, name)) for name in ("mean", "spectrum")}
+            fields["mixture"] = {"weight": self.mixture.weight.tolist(), **parts}
+        if self.paths is not None:
+            fields["paths"] = self.paths.to_json()
         return fields, tensors
 
     @classmethod
@@ -206,8 +232,15 @@ class Calibration:
             own = basis if structure == "basis" else None
             tables[structure] = CovarianceTable(structure, logsnr, get(table["variance"]), shape, own, se)
         twin = GaussianTwin(get(fields["twin"]["mean"]), basis, get(fields["twin"]["spectrum"]))
+        mixture = paths = None
+        if "mixture" in fields:
+            parts = [get(fields["mixture"][k]) for k in ("weight", "mean", "spectrum")]
+            mixture = MixtureTwin(parts[0], parts[1], parts[2], basis)
+        if "paths" in fields:
+            paths = PathTable.from_json(fields["paths"])
         curves = [get(fields[k]) for k in ("mmse", "mmse_se", "analytic")]
-        return cls(fields["fingerprint"], logsnr, curves[0], curves[1], curves[2], tables, twin, int(fields["n"]))
+        n = int(fields["n"])
+        return cls(fields["fingerprint"], logsnr, *curves, tables, twin, n, mixture, paths)
 
 
 def _short(numbers: Any) -> Any:
@@ -247,6 +280,9 @@ def calibrate(
     replicates: int = 2,
     noise: NoiseSource | None = None,
     bound: float | None = None,
+    components: Sequence[int] = COMPONENTS,
+    paths: int = PATHS,
+    progress: Callable[[int], object] | None = None,
 ) -> Calibration:
     """Calibrates a denoiser on data it was not trained on.
 
@@ -260,6 +296,10 @@ def calibrate(
         replicates: noises an image and knot.
         noise: source of the noise.
         bound: b of data in [-b, b], for the analytic estimate.
+        components: numbers of components the mixture twin may have; none: the Gaussian twin is the mixture. They are
+            fitted to `twin_batches` and compared on `batches` (where both are the same, to three quarters and the rest).
+        paths: reverse paths for the statistics of the remainder, `LEVELS` evaluations each; 0: none.
+        progress: called with the number of evaluations of paths made; the passes over `batches` tell their own.
 
     Returns:
         The calibration.
@@ -281,6 +321,10 @@ def calibrate(
     level = schedule.level(default_logsnr(schedule) if logsnr is None else logsnr)
     source = Independent(0) if noise is None else noise
     moments = residual_moments(denoiser, batches(), level, source, twin.basis, replicates)
+    mixture = _mixture(batches, twin_batches, twin, components)
+    like = next(iter(batches()))
+    place = {"dtype": like.dtype, "device": like.device}
+    table = path_table(denoiser, mixture, paths, LEVELS, noise, progress=progress, **place) if paths else None
     return Calibration(
         schedule.fingerprint,
         level.logsnr,
@@ -290,4 +334,21 @@ def calibrate(
         _tables(moments, twin),
         twin,
         moments.n,
+        mixture,
+        table,
+    )
+
+
+def _mixture(
+    batches: Callable[[], Iterable[Tensor]],
+    twin_batches: Callable[[], Iterable[Tensor]] | None,
+    twin: GaussianTwin,
+    components: Sequence[int],
+) -> MixtureTwin:
+    if not components:
+        return MixtureTwin.of(twin)
+    if twin_batches is not None:
+        return fit_mixture(twin_batches(), batches(), twin, components)
+    return fit_mixture(
+        (x[: -(-3 * len(x) // 4)] for x in batches()), (x[-(len(x) // 4) :] for x in batches()), twin, components
     )

@@ -106,7 +106,7 @@ def fit_mixture(
     safe = torch.where(c > 0, c, torch.ones_like(c)).sqrt()
     rows = ((twin.basis.forward(x0) - centre) / safe).flatten(1).numpy()
     for K in components:
-        if K > len(x0) // 20:
+        if len(x0) // 20 < K:
             continue
         model = GaussianMixture(K, covariance_type="diag", reg_covar=FLOOR, random_state=seed, max_iter=200)
         with warnings.catch_warnings():
@@ -122,4 +122,3 @@ def fit_mixture(
         if ratio < least:
             best, least = found, ratio
     return best
-

@@ -18,7 +18,7 @@ Directions are pooled in groups of similar variance, so the table has a fixed si
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -34,7 +34,9 @@ from lowvar.process.planning import chains
 from lowvar.process.schedule import Schedule
 from lowvar.process.twin import GaussianTwin
 
-__all__ = ["PathTable", "path_table"]
+__all__ = ["LEVELS", "PATHS", "PathTable", "path_table"]
+
+LEVELS, PATHS = 40, 192
 
 _GROUPS = 64
 
@@ -101,13 +103,14 @@ def _knots(schedule: Schedule, twin: MixtureTwin, levels: int) -> Tensor:
 def path_table(
     denoiser: Denoiser,
     twin: GaussianTwin | MixtureTwin,
-    n: int = 192,
-    levels: int = 40,
+    n: int = PATHS,
+    levels: int = LEVELS,
     noise: NoiseSource | None = None,
     *,
     batch_size: int = 64,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    progress: Callable[[int], object] | None = None,
 ) -> PathTable:
     """Measures a denoiser's remainder along n reverse paths; n x levels evaluations.
 
@@ -118,6 +121,7 @@ def path_table(
         levels: L, from almost pure noise to the schedule's t_min.
         noise: source of the starts (default `Independent(1)`).
         batch_size, dtype, device: of the states.
+        progress: called with the number of evaluations made.
 
     Raises:
         ValueError: if there are fewer than two levels or no paths.
@@ -145,10 +149,12 @@ def path_table(
     moments = torch.zeros(G, levels, levels, dtype=torch.float64)
     for index in torch.arange(n).split(batch_size):
         z = noise.normal(index, mixture.event_shape, dtype=dtype, device=device)
-        state = solver.start(solver.initial(z, prior, points))
+        state = solver.start(solver.initial(z, prior, points[0]))
         rows = []
         for k in range(levels):
             posterior = denoiser(state.x, points[k])
+            if progress is not None:
+                progress(len(index))
             if k + 1 < levels:
                 state, _ = solver.step(plan, k, state, posterior, None)
                 rows.append(state.memory)

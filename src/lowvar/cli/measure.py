@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lowvar.calibrate import Calibration, calibrate, standardised_residuals
+from lowvar.calibrate.path import LEVELS, PATHS
 from lowvar.cli.console import Progress
 from lowvar.data import Data, Images
 from lowvar.process.denoiser import NetworkDenoiser
@@ -65,14 +66,16 @@ def calibrate_on(
         batch_size, device: of the network's evaluations.
     """
     n = min(most, len(data.calibration))
-    with progress(n * _KNOTS * replicates, "calibrating") as bar:
+    with progress(n * _KNOTS * replicates + PATHS * LEVELS, "calibrating") as bar:
+        first = iter([bar])  # the pass that asks the network; others read the images only
         return calibrate(
             denoiser,
-            lambda: with_progress(data.calibration, n, batch_size, device, bar, _KNOTS * replicates),
+            lambda: with_progress(data.calibration, n, batch_size, device, next(first, None), _KNOTS * replicates),
             twin_batches=lambda: with_progress(data.train, _TWIN_IMAGES, 1024, torch.device("cpu")),
             replicates=replicates,
             noise=Independent(seed + 1),
             bound=denoiser.clip,
+            progress=bar.update,
         )
 
 

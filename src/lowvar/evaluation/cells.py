@@ -121,8 +121,12 @@ def sampling_grid(name: str, schedule: Schedule, steps: int, calibration: Calibr
                 "grid 'variance-matched' needs a calibrated model: run `lowvar calibrate`, or choose another grid"
             )
         return calibration.grid(schedule, steps)
+    if name == "path":
+        if calibration is None:
+            raise UserError("grid 'path' needs a calibrated model: run `lowvar calibrate`, or choose another grid")
+        return calibration.path_grid(schedule, steps)
     if name not in GRIDS:
-        raise UserError(f"grid is {name!r}; allowed: {', '.join(GRIDS)}, variance-matched")
+        raise UserError(f"grid is {name!r}; allowed: {', '.join(GRIDS)}, variance-matched, path")
     with teaching():
         return make_grid(name, schedule, steps)
 
@@ -153,7 +157,8 @@ def resolve(
     if name not in SAMPLERS:
         raise UserError(f"sampler is {name!r}; allowed: {', '.join(SAMPLERS)}")
     with teaching():
-        sampler = named_sampler(name, None if calibration is None else calibration.twin)
+        twins = (None, None) if calibration is None else (calibration.twin, calibration.mixture)
+        sampler = named_sampler(name, *twins)
         solver = sampler.solver
         if isinstance(solver, ReverseKernel):
             if tau is not None:

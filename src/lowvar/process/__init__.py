@@ -5,10 +5,12 @@ from lowvar.process.covariance import BasisDiagonal, Covariance, Diagonal, Isotr
 from lowvar.process.denoiser import Denoiser, Guided, JacobianCovariance, NetworkDenoiser, WithCovariance
 from lowvar.process.discrete import DiscreteVP, schedule_from_config, schedule_from_diffusers
 from lowvar.process.dpm_solver_pp import DPMSolverPP
+from lowvar.process.flow import TwinFlow
 from lowvar.process.heun import Heun
 from lowvar.process.kernel import Gaussian, ReverseKernel
 from lowvar.process.linear_multistep import LinearMultistep
 from lowvar.process.matrix import Dense, Implicit
+from lowvar.process.mixture import MixtureTwin
 from lowvar.process.multistep import MultistepSolver
 from lowvar.process.noise import Antithetic, Common, Independent, NoiseSource, TorchGenerators
 from lowvar.process.posterior import Posterior
@@ -47,6 +49,7 @@ __all__ = [
     "LinearVP",
     "LowRankPlusDiagonal",
     "MatrixBasis",
+    "MixtureTwin",
     "MultistepSolver",
     "NetworkDenoiser",
     "NoiseSource",
@@ -59,6 +62,7 @@ __all__ = [
     "State",
     "StepInfo",
     "TorchGenerators",
+    "TwinFlow",
     "UniPC",
     "WithCovariance",
     "WithNoise",

@@ -106,7 +106,7 @@ class TwinFlow(Solver):
         >>> schedule = CosineVP()
         >>> twin = GaussianTwin(torch.ones(2), PixelBasis((2,)), torch.tensor([4.0, 0.25]))
         >>> solver, levels = TwinFlow(twin), schedule.at(torch.tensor([0.6, 0.0], dtype=torch.float64))
-        >>> x = solver.initial(torch.ones(1, 2), schedule.at(1.0), levels)
+        >>> x = solver.initial(torch.ones(1, 2), schedule.at(1.0), levels[0])
         >>> state, _ = solver.step(solver.prepare(levels), 0, solver.start(x), twin.posterior(x, levels[0]), None)
         >>> torch.round(state.x, decimals=2).tolist()
         [[3.0, 1.5]]
@@ -175,19 +175,19 @@ class TwinFlow(Solver):
         """Substeps, trends and weights of every step."""
         return FlowPlan([self._piece(levels[k], levels[k + 1]) for k in range(len(levels) - 1)])
 
-    def initial(self, z: Tensor, prior: Level, levels: Level) -> Tensor:
-        """The state at the grid's first level, from standard normal z: the twin's own flow, no evaluation.
+    def initial(self, z: Tensor, prior: Level, first: Level) -> Tensor:
+        """The state at the grid's first level, from standard normal z: the twin's own flow, without an evaluation.
 
         Args:
             z: (B, *event_shape).
             prior: the schedule's level at t = 1.
-            levels: of the grid.
+            first: the grid's first level.
         """
         mixture = self.mixture
         x = mixture.gaussian.marginal(prior).sample(z).to(z)
-        if float(levels.logsnr[0]) <= float(prior.logsnr):
+        if float(first.logsnr) <= float(prior.logsnr):
             return x
-        piece = self._piece(prior, levels[0])
+        piece = self._piece(prior, first)
         y = mixture.basis.forward(x) / piece.scale_t
         return mixture.basis.inverse(self._run(piece.to(x), y, torch.zeros_like(y[:1])) * piece.scale_s)
 

@@ -68,6 +68,18 @@ class Solver(ABC):
     def prepare(self, levels: Level) -> Any:
         """Everything that depends on the grid only; levels (K + 1,) with decreasing times."""
 
+    def initial(self, z: Tensor, prior: Level, first: Level) -> Tensor:
+        """The start of a chain from standard normal z, (B, *event_shape): sqrt(alpha^2 + sigma^2) z at the first level.
+
+        That is the standard deviation of x_t for data of mean 0 and variance 1: 1 for VP, sqrt(1 + sigma_max^2) for VE.
+
+        Args:
+            z: standard normal noise.
+            prior: the schedule's level at t = 1.
+            first: the grid's first level.
+        """
+        return float(torch.sqrt(first.alpha**2 + first.sigma**2) if float(first.alpha) > 0 else first.sigma) * z
+
     @abstractmethod
     def start(self, x: Tensor) -> State:
         """The state at the first level."""

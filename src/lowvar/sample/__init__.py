@@ -3,7 +3,7 @@
 from lowvar.sample.adaptive import Adaptive, StepControl, adaptive_generate
 from lowvar.sample.likelihood import VLB, vlb
 from lowvar.sample.named import SAMPLERS, NamedSampler, named_sampler
-from lowvar.sample.trajectory import generate, initial_state, trajectory
+from lowvar.sample.trajectory import generate, trajectory
 
 __all__ = [
     "SAMPLERS",
@@ -13,7 +13,6 @@ __all__ = [
     "StepControl",
     "adaptive_generate",
     "generate",
-    "initial_state",
     "named_sampler",
     "trajectory",
     "vlb",

@@ -33,7 +33,6 @@ from lowvar.process.noise import Independent, NoiseSource
 from lowvar.process.posterior import Posterior
 from lowvar.process.probe import squared_deviation
 from lowvar.process.schedule import Level, Schedule
-from lowvar.sample.trajectory import initial_state
 
 __all__ = ["Adaptive", "StepControl", "adaptive_generate"]
 
@@ -220,7 +219,11 @@ def adaptive_generate(
 
 
 def _fresh(noise: NoiseSource, index: Tensor, shape: Sequence[int], start: Level, like: Tensor) -> _Rows:
-    x = initial_state(noise, index, shape, start, like) if len(index) else like.new_empty(0, *shape)
+    if len(index):
+        z = noise.normal(index, shape, draw=0, dtype=like.dtype, device=like.device)
+        x = ReverseKernel().initial(z, start, start)
+    else:
+        x = like.new_empty(0, *shape)
     zeros = torch.zeros(len(index))
     return _Rows(index, zeros.double(), zeros.long(), x)
 

@@ -3,7 +3,8 @@ r"""Samplers by name: a solver, the covariance it needs and the grid it is used 
 ddpm-*     ancestral kernel (eta = 1) with a choice of variance
 ddim-*     deterministic mean (eta = 0), optionally with calibrated noise kappa^2 C
 adams-*    exponential Adams predictor-corrector without a control variate
-twin-*     the same on what the Gaussian twin leaves over: ODE (tau = 0) or SDE (tau > 0)
+twin-flow  the flow of the mixture twin with a frozen remainder, on the grid of its path statistics
+twin-*     the exponential Adams method on what the Gaussian twin leaves over: ODE (tau = 0) or SDE (tau > 0)
 dpmpp-2m, dpmpp-2m-sde, unipc, sa, heun     the published second-order methods
 *-noise    with the noise that the solver's marginal lacks on its grid (`lowvar.calibrate.marginal_deficit`)
 """
@@ -12,9 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
+from lowvar.process.basis import PixelBasis
 from lowvar.process.dpm_solver_pp import DPMSolverPP
+from lowvar.process.flow import TwinFlow
 from lowvar.process.heun import Heun
 from lowvar.process.kernel import ReverseKernel
+from lowvar.process.mixture import MixtureTwin
 from lowvar.process.multistep import MultistepSolver
 from lowvar.process.sa_solver import SASolver
 from lowvar.process.solver import Solver
@@ -31,7 +37,7 @@ class NamedSampler:
     Attributes:
         name: its name.
         about: one line for help and reports.
-        solver: the solver; a `MultistepSolver` of a twin-* sampler gets its twin from `named_sampler`.
+        solver: the solver; that of a twin-* sampler gets its twin from `named_sampler`.
         covariance: structure of the calibrated covariance it needs (`isotropic`, `pixel`, `basis`, `analytic`),
             `learned` for the network's own variance head, or None.
         grid: name of its default grid.
@@ -48,6 +54,8 @@ class NamedSampler:
     noise: bool = False
 
 
+_NO_TWIN = GaussianTwin(torch.zeros(1), PixelBasis((1,)), torch.zeros(1))  # until `named_sampler` gives the right one
+
 _ALL = [
     NamedSampler("ddpm-small", "ancestral, variance beta_tilde", ReverseKernel(1.0, "small")),
     NamedSampler("ddpm-large", "ancestral, variance beta", ReverseKernel(1.0, "large")),
@@ -60,6 +68,9 @@ _ALL = [
     NamedSampler("ddim-basis", "DDIM mean, calibrated noise in the twin's basis", ReverseKernel(0.0), "basis"),
     NamedSampler("adams-ode", "predictor-corrector, no control variate", MultistepSolver(None, 2, 2)),
     NamedSampler("adams-sde", "stochastic (tau = 1/2) predictor-corrector", MultistepSolver(None, 2, 2, 0.5)),
+    NamedSampler(
+        "twin-flow", "flow of the mixture twin, frozen remainder", TwinFlow(_NO_TWIN), grid="path", needs_twin=True
+    ),
     NamedSampler("twin-ode-1", "twin, ODE, order 1", MultistepSolver(None, 1, 0), needs_twin=True),
     NamedSampler("twin-ode", "twin, ODE, predictor-corrector", MultistepSolver(None, 2, 2, 0.0, 0.5), needs_twin=True),
     NamedSampler("twin-sde-1", "twin, SDE (tau = 1), order 1", MultistepSolver(None, 1, 0, 1.0), needs_twin=True),
@@ -78,12 +89,13 @@ _ALL = [
 SAMPLERS = {s.name: s for s in _ALL}
 
 
-def named_sampler(name: str, twin: GaussianTwin | None = None) -> NamedSampler:
+def named_sampler(name: str, twin: GaussianTwin | None = None, mixture: MixtureTwin | None = None) -> NamedSampler:
     """The sampler of a name, with its twin in place.
 
     Args:
         name: a key of `SAMPLERS`.
         twin: the calibrated twin; twin-* and *-noise samplers need it.
+        mixture: the calibrated mixture twin, for twin-flow (default the twin).
 
     Raises:
         ValueError: if the name is unknown, or a twin is needed and not given.
@@ -101,5 +113,7 @@ def named_sampler(name: str, twin: GaussianTwin | None = None) -> NamedSampler:
         raise ValueError(f"sampler {name!r} needs a Gaussian twin: calibrate the model first (`lowvar calibrate`)")
     if sampler.noise:
         return sampler
+    if isinstance(sampler.solver, TwinFlow):
+        return replace(sampler, solver=replace(sampler.solver, twin=mixture or twin))
     assert isinstance(sampler.solver, MultistepSolver)
     return replace(sampler, solver=replace(sampler.solver, twin=twin))

@@ -16,28 +16,9 @@ from torch import Tensor
 
 from lowvar.process.denoiser import Denoiser
 from lowvar.process.noise import Independent, NoiseSource
-from lowvar.process.schedule import Level
 from lowvar.process.solver import Solver, State, StepInfo
 
-__all__ = ["generate", "initial_state", "trajectory"]
-
-
-def initial_state(
-    noise: NoiseSource, index: Sequence[int] | Tensor, shape: Sequence[int], level: Level, like: Tensor
-) -> Tensor:
-    """The start sqrt(alpha^2 + sigma^2) z of the chain at its first level, (n, *shape).
-
-    That is the standard deviation of x_t for data of mean 0 and variance 1: 1 for VP, sqrt(1 + sigma_max^2) for VE.
-
-    Args:
-        noise: source of the start (draw 0).
-        index: sample numbers.
-        shape: event shape.
-        level: the grid's first level.
-        like: a tensor whose dtype and device the start takes.
-    """
-    std = float(torch.sqrt(level.alpha**2 + level.sigma**2)) if float(level.alpha) > 0 else float(level.sigma)
-    return std * noise.normal(index, shape, draw=0, dtype=like.dtype, device=like.device)
+__all__ = ["generate", "trajectory"]
 
 
 def trajectory(
@@ -117,12 +98,12 @@ def generate(
         Samples on the CPU.
     """
     noise = Independent(0) if noise is None else noise
-    like = torch.zeros((), dtype=dtype, device=device)
-    start = denoiser.schedule.at(grid[0])
+    prior, start = denoiser.schedule.at(1.0), denoiser.schedule.at(grid[0])
     parts = []
     for low in range(first, first + n, batch_size):
         index = torch.arange(low, min(low + batch_size, first + n))
-        x = initial_state(noise, index, shape, start, like)
+        z = noise.normal(index, shape, draw=0, dtype=dtype, device=device)
+        x = solver.initial(z, prior, start)
         for state, _ in trajectory(denoiser, solver, grid, x, noise, index):
             x = state.x
             if progress is not None:

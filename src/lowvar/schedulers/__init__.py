@@ -49,6 +49,7 @@ from lowvar.calibrate.calibration import Calibration
 from lowvar.errors import UserError
 from lowvar.process.denoiser import expand
 from lowvar.process.discrete import DiscreteVP
+from lowvar.process.flow import TwinFlow
 from lowvar.process.grid import custom
 from lowvar.process.kernel import ReverseKernel
 from lowvar.process.multistep import MultistepSolver
@@ -58,11 +59,13 @@ from lowvar.process.solver import Solver
 from lowvar.sample.named import SAMPLERS
 from lowvar.schedulers._chain import Chain, Recipe, TwinCovariance
 from lowvar.schedulers._fields import (
+    CALIBRATED_GRIDS,
     OWN,
     PREDICTIONS,
     RULES,
     check,
     make_schedule,
+    needs_twin,
     sampler_fields,
     translate,
     uses_covariance,
@@ -109,7 +112,7 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         eta: the kernel's stochasticity, 0 to 1; `large` and `learned` are defined for 1 only.
         tau: the multistep samplers' stochasticity, 0 to 1.
         predictor, corrector, decay: as in `lowvar.process.MultistepSolver`.
-        grid: None, a name (uniform, trailing, leading, quadratic, uniform-logsnr, karras, variance-matched) or a list
+        grid: None, a name (uniform, trailing, leading, quadratic, uniform-logsnr, karras, variance-matched, path) or a list
             of decreasing times in [0, 1].
         head: the network's variance head: None, range (Nichol & Dhariwal 2021) or logvar.
         calibration: a `Calibration`, or the JSON fields of one as they stand in the config.
@@ -274,7 +277,7 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         self._set(times, device)
 
     def _grid_calibration(self) -> Calibration | None:
-        return self._required() if self.config["grid"] == "variance-matched" else None
+        return self._required() if self.config["grid"] in CALIBRATED_GRIDS else None
 
     def _set(self, times: Tensor, device: str | torch.device | None) -> None:
         c = self.config
@@ -400,9 +403,13 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
             if uses_covariance(self.config) and (structure, self.config["head"]) != ("learned", "logvar"):
                 calibration = self._required()
                 model = TwinCovariance(calibration.twin) if structure == "twin" else calibration.model(structure)
-            if self.config["sampler"] == "twin":
-                assert isinstance(solver, MultistepSolver)
-                solver = replace(solver, twin=self._required().twin)
+            if needs_twin(self.config):
+                calibration = self._required()
+                if isinstance(solver, TwinFlow):
+                    solver = replace(solver, twin=calibration.mixture or calibration.twin)
+                else:
+                    assert isinstance(solver, MultistepSolver)
+                    solver = replace(solver, twin=calibration.twin)
             self._recipe = Recipe(self._levels, solver, model)
         return self._recipe
 

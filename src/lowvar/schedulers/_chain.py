@@ -22,6 +22,7 @@ from lowvar.errors import UserError
 from lowvar.process.basis import Basis
 from lowvar.process.covariance import BasisDiagonal, Covariance, Diagonal, Isotropic
 from lowvar.process.denoiser import CovarianceModel
+from lowvar.process.flow import FlowPlan
 from lowvar.process.kernel import ReverseKernel
 from lowvar.process.multistep import MultistepPlan
 from lowvar.process.posterior import Posterior
@@ -96,7 +97,7 @@ class Recipe:
         """The solver's plan of the grid from level `begin` on."""
         if begin not in self._plans:
             plan = self.solver.prepare(self.levels[begin:])
-            self._plans[begin] = plan.to(x) if isinstance(plan, MultistepPlan) else plan
+            self._plans[begin] = plan.to(x) if isinstance(plan, MultistepPlan | FlowPlan) else plan
         return self._plans[begin]
 
     def covariance(self, k: int, x: Tensor, posterior: Posterior) -> Covariance | None:

@@ -16,6 +16,7 @@ from lowvar.sample.named import SAMPLERS
 
 __all__ = [
     "CALIBRATED",
+    "CALIBRATED_GRIDS",
     "OWN",
     "PREDICTIONS",
     "RULES",
@@ -23,12 +24,14 @@ __all__ = [
     "check",
     "make_schedule",
     "named_samplers",
+    "needs_twin",
     "sampler_fields",
     "translate",
     "uses_covariance",
 ]
 
 RULES = ("small", "large", "learned")
+CALIBRATED_GRIDS = ("variance-matched", "path")
 CALIBRATED = ("analytic", "isotropic", "channel", "pixel", "basis", "twin")
 PREDICTIONS: dict[str, Prediction] = {
     "epsilon": "epsilon",
@@ -98,6 +101,11 @@ def uses_covariance(c: Mapping[str, Any]) -> bool:
     return c["sampler"] not in OWN and SAMPLERS[c["sampler"]].covariance is not None
 
 
+def needs_twin(c: Mapping[str, Any]) -> bool:
+    """Whether the sampler has the calibrated twin for a control variate."""
+    return c["sampler"] == "twin" or (c["sampler"] not in OWN and SAMPLERS[c["sampler"]].needs_twin)
+
+
 def check(c: Mapping[str, Any]) -> None:
     """Refuses fields that are not allowed, or not together."""
     allowed("prediction_type", c["prediction_type"], tuple(PREDICTIONS))
@@ -108,14 +116,14 @@ def check(c: Mapping[str, Any]) -> None:
     allowed("head", c["head"], (None, "range", "logvar"))
     allowed("time_shift_type", c["time_shift_type"], ("exponential", "linear"))
     if c["grid"] is None or isinstance(c["grid"], str):
-        allowed("grid", c["grid"], (None, *GRIDS, "variance-matched"))
+        allowed("grid", c["grid"], (None, *GRIDS, *CALIBRATED_GRIDS))
     needs = ""
-    if c["sampler"] == "twin":
-        needs = "sampler 'twin'"
+    if needs_twin(c):
+        needs = f"sampler {c['sampler']!r}"
     elif uses_covariance(c):
         needs = f"variance {c['variance']!r}" if c["sampler"] == "kernel" else f"sampler {c['sampler']!r}"
-    elif c["grid"] == "variance-matched":
-        needs = "grid 'variance-matched'"
+    elif c["grid"] in CALIBRATED_GRIDS:
+        needs = f"grid {c['grid']!r}"
     if needs and c["calibration"] is None:
         raise UserError(f"{needs} needs a calibration: make one with `lowvar calibrate --model MODEL --data DATA`")
     if c["sampler"] == "kernel" and c["variance"] == "learned" and c["head"] is None:

@@ -66,6 +66,9 @@ def _own(
     if grid == "variance-matched":
         assert calibration is not None, "fields that need a calibration are refused without one"
         return calibration.grid(schedule, steps)
+    if grid == "path":
+        assert calibration is not None, "fields that need a calibration are refused without one"
+        return _from_noise(calibration, schedule, steps)
     if isinstance(grid, str):
         if isinstance(schedule, Flow) and grid in _IN_TIME:
             return _shifted(config, schedule, make_grid(grid, Flow(), steps)[:-1], mu)
@@ -74,6 +77,15 @@ def _own(
     if len(times) - 1 != steps:
         raise UserError(f"steps is {steps}, but the config's list of times has {len(times) - 1}: ask for as many")
     return times
+
+
+def _from_noise(calibration: Calibration, schedule: Schedule, steps: int) -> Tensor:
+    """The path grid of K - 1 evaluations after one at t = 1, where pipelines begin whatever the scheduler would like."""
+    one = torch.ones(1, dtype=torch.float64)
+    if steps == 1:
+        return torch.cat([one, 0 * one])
+    grid = calibration.path_grid(schedule, steps - 1)
+    return grid if float(grid[0]) >= 1 else torch.cat([one, grid])
 
 
 def _of_sigmas(config: Mapping[str, Any], schedule: Schedule, sigmas: Tensor, mu: float | None) -> Tensor:
