@@ -16,7 +16,7 @@ from lowvar.process.multistep import MultistepSolver
 from lowvar.process.noise import Antithetic, Independent, NoiseSource
 from lowvar.process.schedule import VE, CosineVP, Flow
 from lowvar.process.solver import Solver
-from lowvar.sample import generate, initial_state, trajectory
+from lowvar.sample import generate, trajectory
 from lowvar.testing import anisotropic_gaussian, mixture8
 
 TARGET, SCHEDULE = mixture8(), CosineVP()
@@ -76,7 +76,7 @@ def test_samples_have_numbers() -> None:
     part = generate(denoiser, kernel, GRID, (8,), 4, Independent(3), first=6)
     torch.testing.assert_close(part, whole[6:], rtol=0, atol=1e-5)
     shuffled = torch.tensor([7, 2, 9])
-    x = initial_state(Independent(3), shuffled, (8,), SCHEDULE.at(1.0), torch.zeros(()))
+    x = kernel.initial(Independent(3).normal(shuffled, (8,)), SCHEDULE.at(1.0), SCHEDULE.at(1.0))
     for state, _ in trajectory(denoiser, kernel, GRID, x, Independent(3), shuffled):
         x = state.x
     torch.testing.assert_close(x, whole[shuffled], rtol=0, atol=1e-5)
@@ -101,7 +101,8 @@ def test_trajectory_yields_every_step() -> None:
 
 def test_initial_state_has_the_marginal_scale() -> None:
     for schedule, std in ((CosineVP(), 1.0), (VE(), (1 + 80**2) ** 0.5), (Flow(), 1.0)):
-        x = initial_state(Independent(0), range(4000), (2,), schedule.at(1.0), torch.zeros((), dtype=torch.float64))
+        z = Independent(0).normal(range(4000), (2,), dtype=torch.float64)
+        x = ReverseKernel(1.0).initial(z, schedule.at(1.0), schedule.at(1.0))
         assert x.dtype == torch.float64
         assert abs(float(x.std()) / std - 1) < 0.03
 

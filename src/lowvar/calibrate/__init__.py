@@ -5,7 +5,7 @@ from lowvar.calibrate.calibration import Calibration, calibrate, default_logsnr
 from lowvar.calibrate.deficit import MarginalDeficit, marginal_deficit
 from lowvar.calibrate.grids import calibrated_grid, cost_curve, fewest_steps_for
 from lowvar.calibrate.mixture import fit_mixture
-from lowvar.calibrate.path import PathTable, path_table
+from lowvar.calibrate.path import path_moments
 from lowvar.calibrate.residual import residual_moments, standardised_residuals
 from lowvar.calibrate.shrinkage import shrink
 from lowvar.calibrate.table import CovarianceTable
@@ -15,7 +15,6 @@ __all__ = [
     "Calibration",
     "CovarianceTable",
     "MarginalDeficit",
-    "PathTable",
     "analytic_variance",
     "calibrate",
     "calibrated_grid",
@@ -25,7 +24,7 @@ __all__ = [
     "fit_mixture",
     "fit_twin",
     "marginal_deficit",
-    "path_table",
+    "path_moments",
     "residual_moments",
     "standardised_residuals",
 ]

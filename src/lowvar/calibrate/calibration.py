@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowvar.calibrate.analytic import analytic_variance
 from lowvar.calibrate.mixture import COMPONENTS, fit_mixture
-from lowvar.calibrate.path import LEVELS, PATHS, PathTable, path_table
+from lowvar.calibrate.path import LEVELS, PATHS, path_moments
 from lowvar.calibrate.residual import ResidualMoments, residual_moments
 from lowvar.calibrate.shrinkage import shrink
 from lowvar.calibrate.table import CovarianceTable, Structure
@@ -32,12 +32,14 @@ from lowvar.process.denoiser import CovarianceModel, Denoiser, WithCovariance
 from lowvar.process.grid import variance_matched
 from lowvar.process.mixture import MixtureTwin
 from lowvar.process.noise import Independent, NoiseSource
+from lowvar.process.path import PathMoments
 from lowvar.process.schedule import Schedule
 from lowvar.process.twin import GaussianTwin
 
 __all__ = ["JSON_LIMIT", "Calibration", "calibrate", "default_logsnr"]
 
 JSON_LIMIT = 65536
+_PATHS = ("logsnr", "moments", "variance")
 
 
 def default_logsnr(schedule: Schedule, knots: int = 49) -> Tensor:
@@ -64,7 +66,7 @@ class Calibration:
         twin: the Gaussian twin of the data.
         n: images the residuals were measured on.
         mixture: the mixture twin, the control variate of `lowvar.process.TwinFlow`, or None.
-        paths: statistics of its remainder along reverse paths, which choose that solver's grid, or None.
+        paths: moments of its remainder along reverse paths, which choose that solver's coefficients and grid, or None.
     """
 
     fingerprint: str
@@ -76,7 +78,7 @@ class Calibration:
     twin: GaussianTwin
     n: int
     mixture: MixtureTwin | None = None
-    paths: PathTable | None = None
+    paths: PathMoments | None = None
 
     @property
     def event_shape(self) -> torch.Size:
@@ -193,7 +195,7 @@ class Calibration:
             parts = {name: put(f"mixture.{name}", getattr(self.mixture, name)) for name in ("mean", "spectrum")}
             fields["mixture"] = {"weight": self.mixture.weight.tolist(), **parts}
         if self.paths is not None:
-            fields["paths"] = self.paths.to_json()
+            fields["paths"] = {k: put(f"paths.{k}", v) for k, v in vars(self.paths).items() if k in _PATHS}
         return fields, tensors
 
     @classmethod
@@ -237,7 +239,7 @@ class Calibration:
             parts = [get(fields["mixture"][k]) for k in ("weight", "mean", "spectrum")]
             mixture = MixtureTwin(parts[0], parts[1], parts[2], basis)
         if "paths" in fields:
-            paths = PathTable.from_json(fields["paths"])
+            paths = PathMoments(*(get(fields["paths"][k]) for k in _PATHS))
         curves = [get(fields[k]) for k in ("mmse", "mmse_se", "analytic")]
         n = int(fields["n"])
         return cls(fields["fingerprint"], logsnr, *curves, tables, twin, n, mixture, paths)
@@ -324,7 +326,7 @@ def calibrate(
     mixture = _mixture(batches, twin_batches, twin, components)
     like = next(iter(batches()))
     place = {"dtype": like.dtype, "device": like.device}
-    table = path_table(denoiser, mixture, paths, LEVELS, noise, progress=progress, **place) if paths else None
+    table = path_moments(denoiser, mixture, paths, LEVELS, noise, progress=progress, **place) if paths else None
     return Calibration(
         schedule.fingerprint,
         level.logsnr,

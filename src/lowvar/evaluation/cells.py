@@ -157,7 +157,7 @@ def resolve(
     if name not in SAMPLERS:
         raise UserError(f"sampler is {name!r}; allowed: {', '.join(SAMPLERS)}")
     with teaching():
-        twins = (None, None) if calibration is None else (calibration.twin, calibration.mixture)
+        twins = () if calibration is None else (calibration.twin, calibration.mixture, calibration.paths)
         sampler = named_sampler(name, *twins)
         solver = sampler.solver
         if isinstance(solver, ReverseKernel):

@@ -54,7 +54,7 @@ class DiscreteVP(Schedule):
         (499.0, 0.001)
     """
 
-    alphas_cumprod: Tensor
+    alphas_cumprod: Tensor = field(repr=False)
     name: str = "table"
     beta_config: Mapping[str, Any] = field(default_factory=dict)
     family: ClassVar[Family] = "vp"

@@ -6,16 +6,18 @@ The probability-flow ODE with x0_hat = D + r, D the denoiser of a twin (a Gaussi
 
 and D is known everywhere without the network. So the network is asked at the grid's levels only, and in between
 
-    x0_hat(l) = D(x, l) + r_k g(l) / g(l_k),      g = v^-1/2,  v = 1 + c u^2,
+    x0_hat(l) = D(x, l) + kappa(l_k, l) r_k
 
-along each direction of the twin's basis: the remainder keeps its size in units of the posterior standard deviation
-inside a component (c: mean variance inside components). Three things follow from having D everywhere:
+along each direction of the twin's basis. kappa is the regression of r(l) on r(l_k) where path moments were measured
+(`lowvar.process.path`); without them it is g(l) / g(l_k), g = v^-1/2, v = 1 + c u^2: the remainder keeps its size in
+units of the posterior standard deviation inside a component (c: mean variance inside components). Three things follow
+from having D everywhere:
 
 - **no evaluation at pure noise**: the chain runs from t = 1 to the first level of the grid on the twin alone, where the
   network would say what the twin says;
 - **the last step is a flow too**, to l = infinity, and not the posterior mean, which has too little variance by what
   is still unknown at the last level;
-- where r is small the grid needs no levels: `lowvar.calibrate.path` measures r along paths and chooses them.
+- where r is small, or known from before, the grid needs no levels: the path moments choose them.
 
 Inside a step D is integrated by the exponential predictor-corrector (`lowvar.process.multistep`) on substeps of
 logsnr at most `spacing`, linear part c in closed form; for one Gaussian D is linear and a step is exact. To the end,
@@ -37,6 +39,7 @@ from torch import Tensor
 from lowvar.process.basis import PixelBasis
 from lowvar.process.mixture import MixtureTwin
 from lowvar.process.multistep import MultistepPlan, MultistepSolver
+from lowvar.process.path import PathMoments, spread_groups
 from lowvar.process.posterior import Posterior
 from lowvar.process.schedule import Level
 from lowvar.process.solver import Solver, State, StepInfo
@@ -50,7 +53,7 @@ _END = 12.0  # logsnr at which the closed form of the end takes over from subste
 
 @dataclass(frozen=True)
 class _End:
-    """x_0 = centre + gain (y - alpha centre) + tail r, r = trend r_k + (D_mix - centre - linear (y - alpha centre))."""
+    """x_0 = centre + gain (y - alpha centre) + tail r, r = kappa r_k + (D - centre - linear (y - alpha centre))."""
 
     alpha: float
     centre: Tensor
@@ -64,7 +67,7 @@ class _End:
 
 @dataclass(frozen=True)
 class _Piece:
-    """From one level to the next, in VP scale: substeps, the trend g(l) / g(l_k) at each, their plan, the ends' scales."""
+    """From one level to the next, in VP scale: substeps, kappa at each, their plan, the scales of both ends."""
 
     levels: Level
     trend: list[Tensor]
@@ -96,7 +99,8 @@ class TwinFlow(Solver):
 
     Args:
         twin: the control variate; a `GaussianTwin` is a mixture of one.
-        spacing: largest logsnr of a substep, where the twin is a mixture.
+        paths: moments of the remainder along paths, measured with the same twin, or None.
+        spacing: largest logsnr of a substep, where the twin is a mixture or paths are given.
 
     Raises:
         ValueError: if spacing is not positive.
@@ -113,6 +117,7 @@ class TwinFlow(Solver):
     """
 
     twin: GaussianTwin | MixtureTwin
+    paths: PathMoments | None = None
     spacing: float = 0.5
 
     def __post_init__(self) -> None:
@@ -144,18 +149,17 @@ class TwinFlow(Solver):
         return MultistepSolver(linear, 2, 2, 0.0, 0.5, nodes=16)
 
     def _piece(self, t: Level, s: Level) -> _Piece:
-        c = self.mixture.within
         final = float(s.sigma) == 0
         low = float(t.logsnr)
         high = max(_END, low) if final else float(s.logsnr)
-        if self.mixture.components == 1:
+        if self.mixture.components == 1 and self.paths is None:
             knots = [low] if final else [low, high]
         else:
             near = max(low, min(_FAR, high))
             count = math.ceil((high - near) / self.spacing)
             knots = ([low] if low < near else []) + [near + (high - near) * j / max(count, 1) for j in range(count + 1)]
         levels = _vp(torch.tensor(knots, dtype=torch.float64))
-        trend = [self._trend(levels[j], c) / self._trend(levels[0], c) for j in range(len(knots))]
+        trend = self._kappa(levels)
         plan = self._inner().prepare(levels) if len(knots) > 1 else None
         scales = [float(torch.sqrt(p.alpha**2 + p.sigma**2)) for p in (t, s)]
         return _Piece(levels, trend, plan, self._end(levels[len(knots) - 1]) if final else None, *scales)
@@ -167,9 +171,15 @@ class TwinFlow(Solver):
         tail = torch.sqrt(v) * torch.atan2(torch.ones_like(c), c.sqrt() * u)
         return _End(alpha, self.mixture.centre, torch.sqrt(c / v) / sigma, tail, alpha * c / (alpha**2 * c + sigma**2))
 
-    @staticmethod
-    def _trend(level: Level, c: Tensor) -> Tensor:
-        return (1 + c * (level.alpha / level.sigma) ** 2) ** -0.5
+    def _kappa(self, levels: Level) -> list[Tensor]:
+        """kappa from the first level to each."""
+        c = self.mixture.within
+        if self.paths is None:
+            v = [1 + c * (levels.alpha[j] / levels.sigma[j]) ** 2 for j in range(len(levels))]
+            return [torch.sqrt(v[0] / each) for each in v]
+        groups = spread_groups(c)
+        rows = self.paths.trust(float(levels.logsnr[0]), levels.logsnr)
+        return [row[groups].reshape(c.shape) for row in rows]
 
     def prepare(self, levels: Level) -> FlowPlan:
         """Substeps, trends and weights of every step."""

@@ -22,6 +22,7 @@ from lowvar.process.heun import Heun
 from lowvar.process.kernel import ReverseKernel
 from lowvar.process.mixture import MixtureTwin
 from lowvar.process.multistep import MultistepSolver
+from lowvar.process.path import PathMoments
 from lowvar.process.sa_solver import SASolver
 from lowvar.process.solver import Solver
 from lowvar.process.twin import GaussianTwin
@@ -89,13 +90,19 @@ _ALL = [
 SAMPLERS = {s.name: s for s in _ALL}
 
 
-def named_sampler(name: str, twin: GaussianTwin | None = None, mixture: MixtureTwin | None = None) -> NamedSampler:
+def named_sampler(
+    name: str,
+    twin: GaussianTwin | None = None,
+    mixture: MixtureTwin | None = None,
+    paths: PathMoments | None = None,
+) -> NamedSampler:
     """The sampler of a name, with its twin in place.
 
     Args:
         name: a key of `SAMPLERS`.
         twin: the calibrated twin; twin-* and *-noise samplers need it.
         mixture: the calibrated mixture twin, for twin-flow (default the twin).
+        paths: moments of its remainder, for twin-flow.
 
     Raises:
         ValueError: if the name is unknown, or a twin is needed and not given.
@@ -114,6 +121,6 @@ def named_sampler(name: str, twin: GaussianTwin | None = None, mixture: MixtureT
     if sampler.noise:
         return sampler
     if isinstance(sampler.solver, TwinFlow):
-        return replace(sampler, solver=replace(sampler.solver, twin=mixture or twin))
+        return replace(sampler, solver=replace(sampler.solver, twin=mixture or twin, paths=paths))
     assert isinstance(sampler.solver, MultistepSolver)
     return replace(sampler, solver=replace(sampler.solver, twin=twin))

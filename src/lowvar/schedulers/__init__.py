@@ -406,7 +406,7 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
             if needs_twin(self.config):
                 calibration = self._required()
                 if isinstance(solver, TwinFlow):
-                    solver = replace(solver, twin=calibration.mixture or calibration.twin)
+                    solver = replace(solver, twin=calibration.mixture or calibration.twin, paths=calibration.paths)
                 else:
                     assert isinstance(solver, MultistepSolver)
                     solver = replace(solver, twin=calibration.twin)
