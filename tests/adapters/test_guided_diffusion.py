@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
@@ -234,6 +235,23 @@ def test_class_labels(tmp_path: Path) -> None:
     for labels, words in ((None, "conditioned on a class"), (1000, "from 0 to 999"), (torch.tensor([0.5]), "whole")):
         with pytest.raises(UserError, match=words):
             guided_diffusion_denoiser(file, CASES[case], class_labels=labels)
+
+
+def test_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The Python of docs/other-models.md as it stands, on the small network whose flags it names."""
+    checkpoint("resnet updown, variance head", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    page = (root / "docs/other-models.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(blocks) == 2
+    found: dict[str, Any] = {}
+    exec(compile("\n".join(blocks), "other-models.md", "exec"), found)
+    promised = re.findall(r"print\(.*\)  # (.*)", page)
+    assert capsys.readouterr().out.splitlines() == promised
+    assert GuidedFlags.read(found["flags"]) == GuidedFlags.read(CASES["resnet updown, variance head"])
+    assert (tmp_path / "model" / "model_index.json").is_file()
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

@@ -48,7 +48,8 @@ class KDenoiser(Denoiser):
 
     Args:
         model: called as model(y, s, **extra_args) with y (B, *event_shape) and s (B,) of y's dtype.
-        schedule: of the states; default `VE(80, 7)`, whose grids uniform in t are those of Karras et al. 2022.
+        schedule: of the states; default `VE(80, 7)`: grids uniform in t are those of Karras et al. 2022 with
+            sigma_min = 0.
         variance: where the model has a variance, see the module; None if nowhere.
         clip: bound b of data in [-b, b], or None.
         extra_args: further keyword arguments of the model, as k-diffusion's samplers take them.
