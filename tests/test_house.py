@@ -25,7 +25,7 @@ FLOORS = (
     ("calibrate", "sample", "gradients"),
     ("train", "expect", "reward"),
     ("profile", "report", "schedulers", "testing"),
-    ("pipelines",),  # opens model folders: needs the scheduler class
+    ("pipelines", "adapters"),  # open model folders (needs the scheduler class) and models of other code bases
     ("evaluation",),  # runs samplers and peers on an opened model and scores them
     ("cli",),
 )

@@ -7,7 +7,8 @@ The package is a tower of floors, each importing only what lies below it:
 3. `calibrate`, `sample`, `gradients`: fitting a reverse covariance, running the reverse process, stochastic gradients
 4. `train`, `expect`, `reward`: learning the process, expectations over its samples, tuning by reward
 5. `profile`, `report`, `schedulers`, `testing`: sources of variance, reports, adapters to diffusers, exact targets
-6. `pipelines`, `evaluation`: opening model folders, running and scoring samplers and peers on them
+6. `pipelines`, `adapters`, `evaluation`: opening model folders and models of other code bases, running and scoring
+   samplers and peers on them
 7. `cli`: the command `lowvar`
 
 `errors`, which all but `process` may import, is the ground they stand on.
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 # The subpackages are resolved by __getattr__, which a type checker does not follow.
 __all__ = [
     "__version__",
+    "adapters",
     "calibrate",
     "cli",
     "data",
