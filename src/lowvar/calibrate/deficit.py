@@ -9,8 +9,8 @@ solver run from its usual start has sample mean m_i' and variance v_i' there, ea
     shrink(d) = d max(0, 1 - (se / d)^2),
 
 so that nothing is ever removed, and what does not stand out of its sampling error is not added: an estimate d of D with
-standard error se has E d^2 = D^2 + se^2, and shrink keeps the share D^2 / E d^2 (positive part, James & Stein 1961). se
-is sqrt((m_4 - v'^2) / n) for the variance, with the sample's fourth moment, and sqrt(v' / n) for the mean. The noise of
+standard error se has E d^2 = D^2 + se^2, and shrink keeps the share D^2 / E d^2 (the nonnegative garrote). se is
+sqrt((m_4 - v'^2) / n) for the variance, with the sample's fourth moment, and sqrt(v' / n) for the mean. The noise of
 one step is in place when the next is measured. The step to s = 0 gets none: it returns a posterior mean.
 
 On a Gaussian the result has the exact marginal covariance wherever the solver lost some. On other data it restores the
