@@ -44,8 +44,9 @@ MEANS = {
     "unipc": ("none", "deficit", "centred"),
     "sa": ("none", "deficit"),
 }
-FORMS = ("none", "deficit", "residual", "both", "centred")
-CELLS = [(mean, form, steps) for steps in STEPS for form in FORMS for mean, forms in MEANS.items() if form in forms]
+FIRST = ("none", "deficit", "residual")  # then the rest
+CELLS = [(mean, form, steps) for steps in STEPS for mean, forms in MEANS.items() for form in forms]
+CELLS.sort(key=lambda cell: (cell[1] not in FIRST, cell[2]))
 
 
 def solver_of(mean: str, form: str) -> Any:

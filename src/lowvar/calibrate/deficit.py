@@ -167,6 +167,7 @@ def marginal_deficit(
     chain = WithNoise(solver, basis, levels.logsnr, zero)
     plan = chain.prepare(levels)
     parts = torch.arange(n).split(batch_size)
+    # the start of `lowvar.sample.initial_state`, which stands on this floor
     std = float(torch.sqrt(levels.alpha[0] ** 2 + levels.sigma[0] ** 2)) if float(levels.alpha[0]) > 0 else 1.0
     states = [chain.start(std * source.normal(i, shape, draw=0, dtype=dtype, device=device)) for i in parts]
     for k in range(steps):
@@ -176,7 +177,7 @@ def marginal_deficit(
             with torch.no_grad():
                 states[j], _ = chain.step(plan, k, states[j], denoiser(states[j].x, levels[k]), z)
         level = levels[k + 1]
-        mean, second, fourth = _moments([twin.rotate(state.x.double(), level) for state in states])
+        mean, second, fourth = _moments([twin.rotate(state.x.double().cpu(), level) for state in states])
         measured[k] = second
         if clean:
             continue
