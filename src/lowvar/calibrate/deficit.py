@@ -14,8 +14,8 @@ sqrt((m_4 - v'^2) / n) for the variance, with the sample's fourth moment, and sq
 one step is in place when the next is measured. The step to s = 0 gets none: it returns a posterior mean.
 
 On a Gaussian the result has the exact marginal covariance wherever the solver lost some. On other data it restores the
-covariance in the basis, and nothing else. It costs n evaluations a step, once per solver and grid, and no data beyond
-the twin.
+covariance in the basis, and nothing else. Of a predictor-corrector it is the prediction that is measured: the state at
+which the network is asked. It costs n evaluations a step, once per solver and grid, and no data beyond the twin.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def marginal_deficit(
     plan = chain.prepare(levels)
     parts = torch.arange(n).split(batch_size)
     # the start of `lowvar.sample.initial_state`, which stands on this floor
-    std = float(torch.sqrt(levels.alpha[0] ** 2 + levels.sigma[0] ** 2)) if float(levels.alpha[0]) > 0 else 1.0
+    std = float(torch.sqrt(levels.alpha[0] ** 2 + levels.sigma[0] ** 2))
     states = [chain.start(std * source.normal(i, shape, draw=0, dtype=dtype, device=device)) for i in parts]
     for k in range(steps):
         clean = float(levels.sigma[k + 1]) == 0
