@@ -41,12 +41,12 @@ MEANS = {
     "ddim": ("none", "deficit", "centred", "residual", "both"),
     "ddpm": ("none", "deficit", "residual", "both"),
     "dpmpp-2m": ("none", "deficit", "centred", "residual", "both"),
-    "unipc": ("none", "deficit", "centred"),
-    "sa": ("none", "deficit"),
+    "unipc": ("none", "deficit", "centred", "residual"),
+    "sa": ("none", "deficit", "residual"),
 }
 FIRST = ("none", "deficit", "residual")  # then the rest
 CELLS = [(mean, form, steps) for steps in STEPS for mean, forms in MEANS.items() for form in forms]
-CELLS.sort(key=lambda cell: (cell[1] not in FIRST, cell[2]))
+CELLS.sort(key=lambda cell: (cell[1] not in FIRST or (cell[2] == 10 and cell[0] in ("ddpm", "sa")), cell[2]))
 
 
 def solver_of(mean: str, form: str) -> Any:
@@ -58,8 +58,8 @@ def solver_of(mean: str, form: str) -> Any:
         return ReverseKernel(float(mean == "ddpm"), "posterior" if posterior else "small")
     made: dict[str, Callable[[], Any]] = {
         "dpmpp-2m": lambda: DPMSolverPP(covariance=posterior),
-        "unipc": UniPC,
-        "sa": SASolver,
+        "unipc": lambda: UniPC(covariance=posterior),
+        "sa": lambda: SASolver(covariance=posterior),
     }
     return made[mean]()
 

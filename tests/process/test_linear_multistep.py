@@ -243,8 +243,9 @@ def error_of_law(solver: Solver, steps: int, span: tuple[float, float] = (-2.0, 
 
 
 STOCHASTIC = [DPMSolverPP(eta=e, covariance=c) for e, c in itertools.product((0.0, 0.5, 1.0), (False, True))]
-STOCHASTIC += [UniPC(eta=0.5), UniPC(eta=1.0), SASolver(tau=0.5, between=ALWAYS), SASolver(between=ALWAYS)]
-STOCHASTIC += [SASolver(3, 3, 1.0, ALWAYS), Heun(), Heun(5.0, schedule=CosineVP())]
+STOCHASTIC += [UniPC(eta=0.5), UniPC(eta=1.0), UniPC(covariance=True), UniPC(1, eta=0.5, covariance=True)]
+STOCHASTIC += [SASolver(tau=0.5, between=ALWAYS), SASolver(between=ALWAYS), SASolver(3, 3, 1.0, ALWAYS)]
+STOCHASTIC += [Heun(), Heun(5.0, schedule=CosineVP())]
 
 
 @pytest.mark.parametrize("solver", STOCHASTIC, ids=repr)
@@ -279,10 +280,10 @@ def test_one_posterior_leaves_exactly_kappa2_C() -> None:
         assert error_of_law(DPMSolverPP(eta=eta), 1, span)[1] > 1e-2
     schedule = CosineVP()
     levels = schedule.at(torch.tensor([1.0, 0.7, 0.4, 0.2, 0.05], dtype=torch.float64))
-    plan = {s: [step.kappa2 > 0 for step in s.prepare(levels)] for s in (DPMSolverPP(), UniPC(), SASolver(1, 0, 0.5))}
-    assert list(plan.values()) == [[True, False, False, False], [False] * 4, [True] * 4]
-    corrected_too_late = UniPC().prepare(schedule.at(torch.tensor([0.9, 0.4, 0.0], dtype=torch.float64)))
-    assert [step.kappa2 > 0 for step in corrected_too_late] == [True, False]
+    plan = {s: [step.kappa2 > 0 for step in s.prepare(levels)] for s in (DPMSolverPP(), UniPC(1), SASolver(1, 0, 0.5))}
+    assert list(plan.values()) == [[True, False, False, False], [True, False, False, True], [True] * 4]
+    too_late = UniPC(1).prepare(schedule.at(torch.tensor([0.9, 0.6, 0.4, 0.0], dtype=torch.float64)))
+    assert [step.kappa2 > 0 for step in too_late] == [True, True, False]  # the second step is not corrected
 
 
 # ---------------------------------------------------------------------------------------------------------------- rest

@@ -16,7 +16,7 @@ from lowvar.testing import anisotropic_gaussian
 
 SCHEDULE, TARGET = CosineVP(), anisotropic_gaussian((1, 2, 2), ratio=30.0)
 NEW = ("dpmpp-2m", "dpmpp-2m-basis", "dpmpp-2m-sde", "unipc", "sa", "heun")
-NEW += ("ddim-noise", "dpmpp-2m-noise", "unipc-noise")
+NEW += ("unipc-basis", "ddim-noise", "dpmpp-2m-noise", "unipc-noise")
 
 
 def network(x: Tensor, timestep: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ ddim-*     deterministic mean (eta = 0), optionally with calibrated noise kappa^
 adams-*    exponential Adams predictor-corrector without a control variate
 twin-*     the same on what the Gaussian twin leaves over: ODE (tau = 0) or SDE (tau > 0)
 dpmpp-2m, dpmpp-2m-sde, unipc, sa, heun     the published second-order methods
-*-basis    with kappa^2 C of the calibrated covariance where it belongs to the mean: in steps of one posterior
+*-basis    with kappa^2 C of the calibrated covariance where it belongs to the mean (`process.linear_multistep`)
 *-noise    with the noise that the solver's marginal lacks on its grid (`lowvar.calibrate.marginal_deficit`)
 """
 
@@ -70,10 +70,11 @@ _ALL = [
     NamedSampler("dpmpp-2m", "DPM-Solver++(2M), midpoint", DPMSolverPP()),
     NamedSampler(
         "dpmpp-2m-basis",
-        "DPM-Solver++(2M), calibrated noise in the first step, of order 1",
+        "DPM-Solver++(2M), calibrated noise in the first step",
         DPMSolverPP(covariance=True),
         "basis",
     ),
+    NamedSampler("unipc-basis", "UniPC-2, calibrated noise in the first step", UniPC(covariance=True), "basis"),
     NamedSampler("dpmpp-2m-sde", "SDE-DPM-Solver++(2M), midpoint", DPMSolverPP(eta=1.0)),
     NamedSampler("unipc", "UniPC-2, bh2", UniPC()),
     NamedSampler("sa", "SA-Solver, noise (tau = 1) in the middle of the process", SASolver()),
