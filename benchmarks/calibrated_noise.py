@@ -141,7 +141,8 @@ def report(n: int) -> None:
         about |= {key: found[cell][0][key] for key in ("added", "measured", "shift") if key in found[cell][0]}
         for metric in METRICS:
             rows.append(about | {"metric": metric, **combined([r.interval() for r in replicates(cell, metric)])})
-            others = [(mean, other, steps) for other in MEANS[mean] if other != form and (mean, other, steps) in found]
+            before = MEANS[mean][: MEANS[mean].index(form)]
+            others = [(mean, other, steps) for other in before if (mean, other, steps) in found]
             for other in others:
                 mine, theirs = replicates(cell, metric), replicates(other, metric)
                 e = combined([a.minus(b).interval() for a, b in zip(mine, theirs, strict=True)])
