@@ -9,13 +9,13 @@ solver run from its usual start has sample mean m_i' and variance v_i' there, ea
     shrink(d) = d max(0, 1 - (se / d)^2),
 
 so that nothing is ever removed, and what does not stand out of its sampling error is not added: an estimate d of D with
-standard error se has E d^2 = D^2 + se^2, and shrink keeps the share D^2 / E d^2 (positive part, James & Stein 1961). se
-is sqrt((m_4 - v'^2) / n) for the variance, with the sample's fourth moment, and sqrt(v' / n) for the mean. The noise of
+standard error se has E d^2 = D^2 + se^2, and shrink keeps the share D^2 / E d^2 (the nonnegative garrote). se is
+sqrt((m_4 - v'^2) / n) for the variance, with the sample's fourth moment, and sqrt(v' / n) for the mean. The noise of
 one step is in place when the next is measured. The step to s = 0 gets none: it returns a posterior mean.
 
 On a Gaussian the result has the exact marginal covariance wherever the solver lost some. On other data it restores the
-covariance in the basis, and nothing else. It costs n evaluations a step, once per solver and grid, and no data beyond
-the twin.
+covariance in the basis, and nothing else. Of a predictor-corrector it is the prediction that is measured: the state at
+which the network is asked. It costs n evaluations a step, once per solver and grid, and no data beyond the twin.
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ def marginal_deficit(
     chain = WithNoise(solver, basis, levels.logsnr, zero)
     plan = chain.prepare(levels)
     parts = torch.arange(n).split(batch_size)
-    std = float(torch.sqrt(levels.alpha[0] ** 2 + levels.sigma[0] ** 2)) if float(levels.alpha[0]) > 0 else 1.0
+    # the start of `lowvar.sample.initial_state`, which stands on this floor
+    std = float(torch.sqrt(levels.alpha[0] ** 2 + levels.sigma[0] ** 2))
     states = [chain.start(std * source.normal(i, shape, draw=0, dtype=dtype, device=device)) for i in parts]
     for k in range(steps):
         clean = float(levels.sigma[k + 1]) == 0
@@ -176,7 +177,7 @@ def marginal_deficit(
             with torch.no_grad():
                 states[j], _ = chain.step(plan, k, states[j], denoiser(states[j].x, levels[k]), z)
         level = levels[k + 1]
-        mean, second, fourth = _moments([twin.rotate(state.x.double(), level) for state in states])
+        mean, second, fourth = _moments([twin.rotate(state.x.double().cpu(), level) for state in states])
         measured[k] = second
         if clean:
             continue

@@ -27,7 +27,7 @@ class DPMSolverPP(LinearMultistep):
     Args:
         weights: midpoint or heun.
         eta: stochasticity in [0, 1].
-        covariance: whether steps of one posterior, the first one, add kappa^2 C (see `linear_multistep`).
+        covariance: whether the first step, of one posterior, adds kappa^2 C (see `linear_multistep`).
 
     Raises:
         ValueError: if an argument is out of range.

@@ -30,7 +30,7 @@ class SASolver(LinearMultistep):
         tau: stochasticity in [0, 1].
         between: (low, high): steps that begin at a time in it have noise.
         weights: bh1 (as the authors' code) or exact.
-        covariance: whether steps of one posterior add kappa^2 C (see `linear_multistep`).
+        covariance: whether steps of one posterior, and the first, add kappa^2 C (see `linear_multistep`).
 
     Raises:
         ValueError: if an argument is out of range.

@@ -29,8 +29,7 @@ class UniPC(LinearMultistep):
         p: posteriors the prediction uses, 1 to 3.
         variant: bh1 or bh2.
         eta: stochasticity in [0, 1].
-        covariance: whether steps of one posterior add kappa^2 C; with the corrector there are none but a first step
-            from pure noise (see `linear_multistep`).
+        covariance: whether the first step adds kappa^2 C (see `linear_multistep`).
 
     Raises:
         ValueError: if an argument is out of range.

@@ -6,6 +6,7 @@ adams-*    exponential Adams predictor-corrector without a control variate
 twin-flow  the flow of the mixture twin with a frozen remainder, on the grid of its path statistics
 twin-*     the exponential Adams method on what the Gaussian twin leaves over: ODE (tau = 0) or SDE (tau > 0)
 dpmpp-2m, dpmpp-2m-sde, unipc, sa, heun     the published second-order methods
+*-basis    with kappa^2 C of the calibrated covariance where it belongs to the mean (`process.linear_multistep`)
 *-noise    with the noise that the solver's marginal lacks on its grid (`lowvar.calibrate.marginal_deficit`)
 """
 
@@ -79,6 +80,13 @@ _ALL = [
         "twin-sde", "twin, SDE (tau = 1/2), predictor-corrector", MultistepSolver(None, 2, 2, 0.5, 0.5), needs_twin=True
     ),
     NamedSampler("dpmpp-2m", "DPM-Solver++(2M), midpoint", DPMSolverPP()),
+    NamedSampler(
+        "dpmpp-2m-basis",
+        "DPM-Solver++(2M), calibrated noise in the first step",
+        DPMSolverPP(covariance=True),
+        "basis",
+    ),
+    NamedSampler("unipc-basis", "UniPC-2, calibrated noise in the first step", UniPC(covariance=True), "basis"),
     NamedSampler("dpmpp-2m-sde", "SDE-DPM-Solver++(2M), midpoint", DPMSolverPP(eta=1.0)),
     NamedSampler("unipc", "UniPC-2, bh2", UniPC()),
     NamedSampler("sa", "SA-Solver, noise (tau = 1) in the middle of the process", SASolver()),
