@@ -2,18 +2,43 @@
 
 from lowvar.calibrate.analytic import analytic_variance
 from lowvar.calibrate.calibration import Calibration, calibrate, default_logsnr
+from lowvar.calibrate.claims import Claims
+from lowvar.calibrate.convert import Converted, ConvertReport, convert
+from lowvar.calibrate.estimator import HeadEstimator
+from lowvar.calibrate.fitting import FitConfig, HeadReport, fit_head
+from lowvar.calibrate.heads import HEADS, add_head, make_head
+from lowvar.calibrate.lowrank import LowRank
+from lowvar.calibrate.npr import NPR
+from lowvar.calibrate.ocm import OCM
 from lowvar.calibrate.residual import residual_moments, standardised_residuals
-from lowvar.calibrate.table import CovarianceTable
 from lowvar.calibrate.shrinkage import shrink
+from lowvar.calibrate.sn import SN
+from lowvar.calibrate.table import CovarianceTable
 from lowvar.calibrate.twin import fit_twin
 
 __all__ = [
+    "HEADS",
+    "NPR",
+    "OCM",
+    "SN",
     "Calibration",
+    "Claims",
+    "ConvertReport",
+    "Converted",
     "CovarianceTable",
+    "FitConfig",
+    "HeadEstimator",
+    "HeadReport",
+    "LowRank",
+    "add_head",
     "analytic_variance",
     "calibrate",
+    "convert",
     "default_logsnr",
+    "fit_head",
     "fit_twin",
+    "make_head",
     "residual_moments",
+    "shrink",
     "standardised_residuals",
 ]

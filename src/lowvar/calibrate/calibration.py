@@ -1,9 +1,9 @@
 r"""A calibration: what one pass over data tells about a denoiser, as one value that can be saved and plugged in.
 
 It holds, at knots of logsnr, the mmse curve with standard errors, the analytic variance (Bao et al. 2022a), residual
-tables (isotropic, channel, pixel, basis), and the Gaussian twin whose basis the tables share; and the fingerprint of
-the schedule it was made for, because a table read against another schedule's logsnr would still be a table of this
-network but its levels would not be those the network was asked at.
+tables (isotropic, channel, pixel, basis), trained heads, and the Gaussian twin whose basis the tables share; and the
+fingerprint of the schedule it was made for, because a table read against another schedule's logsnr would still be a
+table of this network but its levels would not be those the network was asked at.
 
 `to_json` gives numbers as lists (they go into a scheduler's config) and everything above 64k numbers, and every dense
 basis, as tensors (they go into a safetensors file beside it).
@@ -12,13 +12,16 @@ basis, as tensors (they go into a safetensors file beside it).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lowvar.calibrate.analytic import analytic_variance
+from lowvar.calibrate.convert import Converted
+from lowvar.calibrate.estimator import HeadEstimator
+from lowvar.calibrate.heads import HEADS, read_head, write_head
 from lowvar.calibrate.residual import ResidualMoments, residual_moments
 from lowvar.calibrate.shrinkage import shrink
 from lowvar.calibrate.table import CovarianceTable, Structure
@@ -60,6 +63,8 @@ class Calibration:
         tables: residual tables by structure.
         twin: the Gaussian twin of the data.
         n: images the residuals were measured on.
+        heads: trained heads by name (see `heads`).
+        converted: C from a learned-range head, or None.
     """
 
     fingerprint: str
@@ -70,6 +75,8 @@ class Calibration:
     tables: Mapping[Structure, CovarianceTable]
     twin: GaussianTwin
     n: int
+    heads: Mapping[str, HeadEstimator] = field(default_factory=dict)
+    converted: Converted | None = None
 
     @property
     def event_shape(self) -> torch.Size:
@@ -98,15 +105,29 @@ class Calibration:
         if structure == "analytic":
             return CovarianceTable("isotropic", self.logsnr, self.analytic, tuple(self.event_shape))
         if structure not in self.tables:
-            raise UserError(f"covariance is {structure!r}; calibrated here: analytic, {', '.join(self.tables)}")
+            names = ["analytic", *self.tables, *self.heads, *(["convert"] if self.converted is not None else [])]
+            hint = ""
+            if structure in HEADS:
+                hint = f"; train it with `lowvar calibrate --head {structure}`"
+            raise UserError(f"covariance is {structure!r}; calibrated here: {', '.join(names)}{hint}")
         return self.tables[structure]  # type: ignore[index]
 
     def model(self, structure: str) -> CovarianceModel:
         """The covariance model of a name: (x, level, posterior) -> C, as a kernel or a scheduler's step evaluates it.
 
+        Args:
+            structure: a table (see `table`), the name of a trained head, or `convert`, which reads a learned-range
+                head's fraction off the posterior.
+
         Raises:
             UserError: if there is none of that name.
         """
+        if structure in self.heads:
+            return self.heads[structure]
+        if structure == "convert":
+            if self.converted is None:
+                raise UserError("covariance convert was not calibrated here: it needs a network with head 'range'")
+            return self.converted
         return self.table(structure)
 
     def attach(self, denoiser: Denoiser, structure: str = "basis", clip: float | None = None) -> WithCovariance:
@@ -114,7 +135,7 @@ class Calibration:
 
         Args:
             denoiser: the denoiser that was calibrated, with the same clipping.
-            structure: see `table`.
+            structure: see `model`.
             clip: limit the covariance sample by sample to what data in [-clip, clip] allow (`Posterior.clip`). Off by
                 default: the table was measured around the clipped mean, and scaling it down again leaves too little
                 noise.
@@ -150,6 +171,11 @@ class Calibration:
             tables[structure] = {"variance": put(f"variance.{structure}", table.variance)}
             if table.se is not None:
                 tables[structure]["se"] = put(f"se.{structure}", table.se)
+
+        def keep(name: str, value: Tensor) -> Any:
+            tensors[name] = value.detach().cpu().float().contiguous()
+            return {"tensor": name}
+
         basis = self.twin.basis
         if isinstance(basis, MatrixBasis):
             tensors["basis"] = basis.directions.float().contiguous()
@@ -168,6 +194,10 @@ class Calibration:
                 "spectrum": put("twin.spectrum", self.twin.spectrum),
             },
         }
+        if self.heads:
+            fields["heads"] = {name: write_head(head, keep) for name, head in self.heads.items()}
+        if self.converted is not None:
+            fields["converted"] = self.converted.to_json()
         return fields, tensors
 
     @classmethod
@@ -179,7 +209,7 @@ class Calibration:
         """
         try:
             return cls._read(fields, tensors)
-        except (KeyError, TypeError, IndexError) as error:
+        except (KeyError, TypeError, IndexError, RuntimeError) as error:
             raise UserError(
                 f"the calibration is incomplete ({error}): make it again with `lowvar calibrate`"
             ) from error
@@ -206,8 +236,12 @@ class Calibration:
             own = basis if structure == "basis" else None
             tables[structure] = CovarianceTable(structure, logsnr, get(table["variance"]), shape, own, se)
         twin = GaussianTwin(get(fields["twin"]["mean"]), basis, get(fields["twin"]["spectrum"]))
-        curves = [get(fields[k]) for k in ("mmse", "mmse_se", "analytic")]
-        return cls(fields["fingerprint"], logsnr, curves[0], curves[1], curves[2], tables, twin, int(fields["n"]))
+        mmse, mmse_se, analytic = (get(fields[k]) for k in ("mmse", "mmse_se", "analytic"))
+        heads = {name: read_head(name, head, get, twin) for name, head in fields.get("heads", {}).items()}
+        converted = Converted.from_json(fields["converted"], tables["pixel"]) if "converted" in fields else None
+        return cls(
+            fields["fingerprint"], logsnr, mmse, mmse_se, analytic, tables, twin, int(fields["n"]), heads, converted
+        )
 
 
 def _short(numbers: Any) -> Any:
