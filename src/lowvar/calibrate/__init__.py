@@ -3,10 +3,12 @@
 from lowvar.calibrate.analytic import analytic_variance
 from lowvar.calibrate.calibration import Calibration, calibrate, default_logsnr
 from lowvar.calibrate.claims import Claims
+from lowvar.calibrate.conditional import ConditionalTable, calibrate_classes
 from lowvar.calibrate.convert import Converted, ConvertReport, convert
 from lowvar.calibrate.estimator import HeadEstimator
 from lowvar.calibrate.fitting import FitConfig, HeadReport, fit_head
 from lowvar.calibrate.heads import HEADS, add_head, make_head
+from lowvar.calibrate.jacobian import JacobianTrace
 from lowvar.calibrate.lowrank import LowRank
 from lowvar.calibrate.npr import NPR
 from lowvar.calibrate.ocm import OCM
@@ -23,16 +25,19 @@ __all__ = [
     "SN",
     "Calibration",
     "Claims",
+    "ConditionalTable",
     "ConvertReport",
     "Converted",
     "CovarianceTable",
     "FitConfig",
     "HeadEstimator",
     "HeadReport",
+    "JacobianTrace",
     "LowRank",
     "add_head",
     "analytic_variance",
     "calibrate",
+    "calibrate_classes",
     "convert",
     "default_logsnr",
     "fit_head",

@@ -1,9 +1,9 @@
 r"""A calibration: what one pass over data tells about a denoiser, as one value that can be saved and plugged in.
 
 It holds, at knots of logsnr, the mmse curve with standard errors, the analytic variance (Bao et al. 2022a), residual
-tables (isotropic, channel, pixel, basis), trained heads, and the Gaussian twin whose basis the tables share; and the
-fingerprint of the schedule it was made for, because a table read against another schedule's logsnr would still be a
-table of this network but its levels would not be those the network was asked at.
+tables (isotropic, channel, pixel, basis), and the Gaussian twin whose basis the tables share; trained heads and tables
+by class where there are any; and the fingerprint of the schedule it was made for, because a table read against another
+schedule's logsnr would still be a table of this network but its levels would not be those the network was asked at.
 
 `to_json` gives numbers as lists (they go into a scheduler's config) and everything above 64k numbers, and every dense
 basis, as tensors (they go into a safetensors file beside it).
@@ -12,13 +12,14 @@ basis, as tensors (they go into a safetensors file beside it).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lowvar.calibrate.analytic import analytic_variance
+from lowvar.calibrate.conditional import ConditionalTable
 from lowvar.calibrate.convert import Converted
 from lowvar.calibrate.estimator import HeadEstimator
 from lowvar.calibrate.heads import HEADS, read_head, write_head
@@ -65,6 +66,7 @@ class Calibration:
         n: images the residuals were measured on.
         heads: trained heads by name (see `heads`).
         converted: C from a learned-range head, or None.
+        conditional: tables by class, by structure.
     """
 
     fingerprint: str
@@ -77,6 +79,7 @@ class Calibration:
     n: int
     heads: Mapping[str, HeadEstimator] = field(default_factory=dict)
     converted: Converted | None = None
+    conditional: Mapping[Structure, ConditionalTable] = field(default_factory=dict)
 
     @property
     def event_shape(self) -> torch.Size:
@@ -112,16 +115,22 @@ class Calibration:
             raise UserError(f"covariance is {structure!r}; calibrated here: {', '.join(names)}{hint}")
         return self.tables[structure]  # type: ignore[index]
 
-    def model(self, structure: str) -> CovarianceModel:
+    def model(self, structure: str, labels: Tensor | None = None) -> CovarianceModel:
         """The covariance model of a name: (x, level, posterior) -> C, as a kernel or a scheduler's step evaluates it.
 
         Args:
             structure: a table (see `table`), the name of a trained head, or `convert`, which reads a learned-range
                 head's fraction off the posterior.
+            labels: classes of the samples, (B,) or (), for a table by class.
 
         Raises:
             UserError: if there is none of that name.
         """
+        if labels is not None:
+            if structure not in self.conditional:
+                known = ", ".join(self.conditional) or "none"
+                raise UserError(f"covariance {structure!r} is not calibrated by class; by class: {known}")
+            return self.conditional[structure].of(labels)  # type: ignore[index]
         if structure in self.heads:
             return self.heads[structure]
         if structure == "convert":
@@ -130,7 +139,13 @@ class Calibration:
             return self.converted
         return self.table(structure)
 
-    def attach(self, denoiser: Denoiser, structure: str = "basis", clip: float | None = None) -> WithCovariance:
+    def attach(
+        self,
+        denoiser: Denoiser,
+        structure: str = "basis",
+        clip: float | None = None,
+        labels: Tensor | None = None,
+    ) -> WithCovariance:
         """The denoiser with the calibrated covariance of a structure.
 
         Args:
@@ -139,12 +154,13 @@ class Calibration:
             clip: limit the covariance sample by sample to what data in [-clip, clip] allow (`Posterior.clip`). Off by
                 default: the table was measured around the clipped mean, and scaling it down again leaves too little
                 noise.
+            labels: see `model`.
 
         Raises:
             UserError: if the schedule is another one or there is no such table.
         """
         self.require(denoiser.schedule)
-        return WithCovariance(denoiser, self.model(structure), clip)
+        return WithCovariance(denoiser, self.model(structure, labels), clip)
 
     def grid(self, schedule: Schedule, steps: int) -> Tensor:
         """The variance-matched grid of the calibrated mmse curve (isotropic kernel).
@@ -196,6 +212,11 @@ class Calibration:
         }
         if self.heads:
             fields["heads"] = {name: write_head(head, keep) for name, head in self.heads.items()}
+        if self.conditional:
+            fields["conditional"] = {
+                structure: keep(f"conditional.{structure}", torch.stack([t.variance for t in table.tables]))
+                for structure, table in self.conditional.items()
+            }
         if self.converted is not None:
             fields["converted"] = self.converted.to_json()
         return fields, tensors
@@ -239,8 +260,13 @@ class Calibration:
         mmse, mmse_se, analytic = (get(fields[k]) for k in ("mmse", "mmse_se", "analytic"))
         heads = {name: read_head(name, head, get, twin) for name, head in fields.get("heads", {}).items()}
         converted = Converted.from_json(fields["converted"], tables["pixel"]) if "converted" in fields else None
+        conditional = {
+            structure: ConditionalTable(tuple(replace(tables[structure], variance=v, se=None) for v in get(values)))
+            for structure, values in fields.get("conditional", {}).items()
+        }
+        n = int(fields["n"])
         return cls(
-            fields["fingerprint"], logsnr, mmse, mmse_se, analytic, tables, twin, int(fields["n"]), heads, converted
+            fields["fingerprint"], logsnr, mmse, mmse_se, analytic, tables, twin, n, heads, converted, conditional
         )
 
 

@@ -86,7 +86,7 @@ class Converted:
         logsnr = level.logsnr.to(x.device)
         variance = self.table.at(logsnr).to(wide(x))
         variance = variance if logsnr.ndim else variance[None]
-        trust = expand(self.trust.at(logsnr), variance)
+        trust = expand(self.trust.factor_at(logsnr), variance)
         ratio = self.variance(posterior.fraction, logsnr).to(variance) / variance
         h = ratio.clamp_min(torch.finfo(ratio.dtype).tiny).log().clamp(-LIMIT, LIMIT)
         return Diagonal(variance * torch.exp(trust * h))
@@ -97,15 +97,14 @@ class Converted:
             "logsnr": self.logsnr.tolist(),
             "delta": self.delta.tolist(),
             "span": self.span.tolist(),
-            "trust": {"logsnr": list(self.trust.logsnr), "factor": list(self.trust.factor)},
+            "trust": self.trust.to_json(),
         }
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any], table: CovarianceTable) -> Converted:
         """The model that `to_json` described, around a pixel table."""
         logsnr, delta, span = (torch.tensor(fields[k], dtype=torch.float64) for k in ("logsnr", "delta", "span"))
-        trust = Trust(tuple(fields["trust"]["logsnr"]), tuple(fields["trust"]["factor"]))
-        return cls(table, logsnr, delta, span, trust)
+        return cls(table, logsnr, delta, span, Trust.from_json(fields["trust"]))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ wherever that is positive.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -32,8 +33,8 @@ from lowvar.process.schedule import Level
 
 __all__ = ["EVERYWHERE", "LIMIT", "DiagonalHead", "Draw", "HeadEstimator", "Trust", "proportional_loss", "square_loss"]
 
-LIMIT = 7.0
-"""|h| is kept below: a head moves a variance by at most e^7."""
+LIMIT = 4.0
+"""|h| is kept below: a head moves a variance by a factor of 55 at most, also on images unlike those it has seen."""
 
 
 @dataclass(frozen=True)
@@ -56,29 +57,47 @@ class Draw:
 
 @dataclass(frozen=True)
 class Trust:
-    """A factor of the head in [0, 1], linear in logsnr between knots and constant outside.
+    """How far a head is used: C = e^shift C(factor h), by logsnr, linear between knots and constant outside.
 
     Attributes:
         logsnr: increasing knots.
-        factor: one a knot.
+        factor: of the head's output, in [0, 1], one a knot.
+        shift: log of a factor of C, one a knot, that makes held-out residuals standard; empty: 0.
 
     Example:
-        >>> Trust((-1.0, 1.0), (0.0, 1.0)).at(torch.tensor([-3.0, 0.0, 3.0])).tolist()
+        >>> Trust((-1.0, 1.0), (0.0, 1.0)).factor_at(torch.tensor([-3.0, 0.0, 3.0])).tolist()
         [0.0, 0.5, 1.0]
     """
 
     logsnr: tuple[float, ...] = (0.0,)
     factor: tuple[float, ...] = (1.0,)
+    shift: tuple[float, ...] = ()
 
-    def at(self, logsnr: Tensor) -> Tensor:
+    def factor_at(self, logsnr: Tensor) -> Tensor:
         """The factor at logsnr, same shape."""
-        if len(set(self.factor)) == 1:
-            return torch.full_like(logsnr, self.factor[0])
-        knots, factors = (torch.tensor(v, dtype=logsnr.dtype, device=logsnr.device) for v in (self.logsnr, self.factor))
+        return self._at(self.factor, logsnr)
+
+    def shift_at(self, logsnr: Tensor) -> Tensor:
+        """The shift at logsnr, same shape."""
+        return self._at(self.shift or (0.0,), logsnr)
+
+    def _at(self, values: tuple[float, ...], logsnr: Tensor) -> Tensor:
+        if len(set(values)) == 1:
+            return torch.full_like(logsnr, values[0])
+        knots, factors = (torch.tensor(v, dtype=logsnr.dtype, device=logsnr.device) for v in (self.logsnr, values))
         x = logsnr.clamp(self.logsnr[0], self.logsnr[-1])
         j = torch.searchsorted(knots, x.contiguous()).clamp(1, len(knots) - 1)
         w = (x - knots[j - 1]) / (knots[j] - knots[j - 1])
         return torch.lerp(factors[j - 1], factors[j], w)
+
+    def to_json(self) -> dict[str, list[float]]:
+        """Numbers as lists."""
+        return {"logsnr": list(self.logsnr), "factor": list(self.factor), "shift": list(self.shift)}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Sequence[float]]) -> Trust:
+        """The trust that `to_json` described."""
+        return cls(tuple(fields["logsnr"]), tuple(fields["factor"]), tuple(fields["shift"]))
 
 
 EVERYWHERE = Trust()
@@ -155,7 +174,7 @@ class HeadEstimator(ABC):
 
     def output(self, x: Tensor, level: Level, mean: Tensor) -> Tensor:
         """The head's output, bounded and times its trust, (B, outputs, *event_shape)."""
-        trust = self.trust.at(level.logsnr.to(x.device))
+        trust = self.trust.factor_at(level.logsnr.to(x.device))
         if self.network.offset.device != x.device:
             self.network.to(x.device)
         out = self.network(x, level, mean).to(x)
@@ -171,7 +190,8 @@ class HeadEstimator(ABC):
             x, mean = wide(x), wide(posterior.mean)
             x = x.to(torch.promote_types(x.dtype, mean.dtype))
             mean = mean.to(x)
-            return self.assemble(self.output(x, level, mean), self.variance(level, x))
+            C = self.assemble(self.output(x, level, mean), self.variance(level, x))
+            return C.affine(0.0, self.trust.shift_at(level.logsnr).exp().to(x)) if self.trust.shift else C
 
 
 class DiagonalHead(HeadEstimator):

@@ -2,8 +2,9 @@ r"""Training a head in minutes: rounds of draws from the frozen network, many up
 
 A round evaluates the network at a pool of draws once and takes several epochs over it, so that a big network costs
 pool x rounds evaluations however many updates the head needs. Levels are uniform in logsnr, stratified: each visit of
-the n images uses n equal strata in random order. Images are split: most are learned from; on the second part (`stop`)
-the likelihood of the averaged weights (EMA) picks the round and, by logsnr, whether the head is trusted; on the third
+the n images uses n equal strata in random order. Images are split: most are learned from. On the second part (`stop`)
+the likelihood of the averaged weights (EMA) picks the round and, by logsnr, whether the head is trusted and what factor
+of C makes its residuals standard (a network's Jacobian knows nothing of the error of its mean). On the third
 (`report`) the gain over the table is measured,
 
     gain = E[log N(x_0; x0_hat, C_head) - log N(x_0; x0_hat, C_table)] / d      nats a dimension,
@@ -33,6 +34,7 @@ from lowvar.process.schedule import Level
 
 __all__ = ["FitConfig", "HeadFit", "HeadReport", "Round", "fit_head", "rounds"]
 
+NOWHERE = Trust((0.0,), (0.0,))
 E = TypeVar("E", bound=HeadEstimator)
 
 _PROBES, _ORDER, _HELD = 1 << 20, 1 << 21, 1 << 22  # draw numbers of probes, of shuffles, of held-out noise
@@ -197,17 +199,36 @@ class _Judge:
             )
 
     @torch.no_grad()
-    def likelihood(self, model: Callable[[Tensor, Level, Posterior], Covariance]) -> Tensor:
-        """(knots, images), nats a dimension, up to a constant."""
+    def measure(self, model: Callable[[Tensor, Level, Posterior], Covariance]) -> _Fitness:
+        """The model's log determinants and quadratic forms on the held-out draws."""
         rows = []
         for draws in self.draws:
-            total = torch.zeros(())
+            logdet, quadratic = torch.zeros(()), torch.zeros(())
             for draw in draws:
                 C = model(draw.x, draw.level, Posterior(draw.mean))
-                value = -(C.logdet() + C.inverse_quadratic(draw.x0 - draw.mean)) / (2 * draw.x0[0].numel())
-                total = total + value.double() / len(draws)
-            rows.append(total)
-        return torch.stack(rows).cpu()
+                share = draw.x0[0].numel() * len(draws)
+                logdet = logdet + C.logdet().double().cpu() / share
+                quadratic = quadratic + C.inverse_quadratic(draw.x0 - draw.mean).double().cpu() / share
+            rows.append((logdet.expand_as(quadratic), quadratic))
+        return _Fitness(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
+
+
+@dataclass(frozen=True)
+class _Fitness:
+    """log det C / d and r^T C^-1 r / d, (knots, images)."""
+
+    logdet: Tensor
+    quadratic: Tensor
+
+    def likelihood(self, shift: Tensor | float = 0.0) -> Tensor:
+        """Gaussian log likelihood of e^shift C, nats a dimension, up to a constant, (knots, images)."""
+        shift = torch.as_tensor(shift).reshape(-1, 1)
+        return -(self.logdet + shift + self.quadratic * torch.exp(-shift)) / 2
+
+    @property
+    def best_shift(self) -> Tensor:
+        """The maximum-likelihood shift by level, (knots,): it makes the residuals standard; at most a factor of 5."""
+        return self.quadratic.mean(1).log().clamp(-1.6, 1.6)
 
 
 def _split(n: int) -> tuple[int, int]:
@@ -243,7 +264,7 @@ def rounds(
     stop, report = _split(len(images))
     head = estimator.network
     judge = _Judge(denoiser, images[stop:report], stop, config, noise, head.low, head.high)
-    plain = judge.likelihood(estimator.trusted(Trust((0.0,), (0.0,))))
+    plain = judge.measure(estimator.trusted(NOWHERE)).likelihood()
     optimiser = torch.optim.Adam(head.parameters(), lr=config.rate)
     learned = images[:stop]
     visits = -(-config.pool // stop)
@@ -277,11 +298,12 @@ def rounds(
                 torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
                 optimiser.step()
                 losses.append(loss.detach().mean())
-                now = head.state_dict()
-                torch._foreach_lerp_([state["average"][k] for k in now], list(now.values()), 1 - config.average)
+                moved = head.state_dict()
+                torch._foreach_lerp_([state["average"][k] for k in moved], list(moved.values()), 1 - config.average)
         weights = copy.deepcopy(head.state_dict())
         head.load_state_dict(state["average"])
-        gain = float((judge.likelihood(estimator) - plain).mean(1).clamp_min(0).mean())  # it is used where it gains
+        now = judge.measure(estimator)
+        gain = float((now.likelihood(now.best_shift) - plain).mean(1).clamp_min(0).mean())  # used where it gains
         head.load_state_dict(weights)
         better = gain > state["gain"]
         state |= {"since": 0 if better else state["since"] + 1, "gain": max(gain, state["gain"]), "number": number + 1}
@@ -321,7 +343,7 @@ def fit_head(
     trust = _trust(estimator, judge)
     estimator = estimator.trusted(trust)
     final = _Judge(denoiser, images[report:], report, config, noise, head.low, head.high)
-    gain = final.likelihood(estimator) - final.likelihood(estimator.trusted(Trust((0.0,), (0.0,))))
+    gain = final.measure(estimator).likelihood() - final.measure(estimator.trusted(NOWHERE)).likelihood()
     an_image = gain.mean(0)
     n = len(an_image)
     visits = -(-config.pool // stop)
@@ -343,15 +365,19 @@ def fit_head(
 
 
 def _trust(estimator: HeadEstimator, judge: _Judge) -> Trust:
-    """At each knot the factor of 0, 1/2 and 1 with the best likelihood; 0 unless its gain exceeds a standard error."""
+    """At each knot the factor of 0, 1/2 and 1, with the shift that standardises residuals, of the best likelihood.
+
+    It is 0, the table as it was calibrated, unless the gain exceeds a standard error over images.
+    """
     knots = tuple(judge.logsnr.tolist())
-    none = judge.likelihood(estimator.trusted(Trust(knots, (0.0,) * len(knots))))
-    factors = torch.zeros(len(knots), dtype=torch.float64)
-    best = torch.zeros(len(knots), dtype=torch.float64)
+    none = judge.measure(estimator.trusted(NOWHERE)).likelihood()
+    factors, shifts, best = (torch.zeros(len(knots), dtype=torch.float64) for _ in range(3))
     for factor in (0.5, 1.0):
-        gain = judge.likelihood(estimator.trusted(Trust(knots, (factor,) * len(knots)))) - none
+        fitness = judge.measure(estimator.trusted(Trust(knots, (factor,) * len(knots))))
+        gain = fitness.likelihood(fitness.best_shift) - none
         n = gain.shape[1]
         mean, se = gain.mean(1), gain.std(1) / n**0.5 if n > 1 else torch.zeros(len(knots))
         take = (mean > se) & (mean > best)
         factors, best = torch.where(take, factor, factors), torch.where(take, mean, best)
-    return Trust(knots, tuple(factors.tolist()))
+        shifts = torch.where(take, fitness.best_shift, shifts)
+    return Trust(knots, tuple(factors.tolist()), tuple(shifts.tolist()))

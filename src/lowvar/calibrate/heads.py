@@ -106,7 +106,7 @@ def write_head(head: HeadEstimator, put: Callable[[str, Tensor], Any]) -> dict[s
         "outputs": network.outputs,
         "width": network.width,
         "range": [network.low, network.high],
-        "trust": {"logsnr": list(head.trust.logsnr), "factor": list(head.trust.factor)},
+        "trust": head.trust.to_json(),
         "logsnr": head.table.logsnr.tolist(),
         "variance": put(f"head.{head.name}.table", head.table.variance),
         "weights": {k: put(f"head.{head.name}.{k}", v) for k, v in network.state_dict().items()},
@@ -145,8 +145,7 @@ def read_head(name: str, fields: Mapping[str, Any], get: Callable[[Any], Tensor]
     )
     network.load_state_dict({k: get(v).float() for k, v in fields["weights"].items()})
     network.eval().requires_grad_(False)
-    trust = Trust(tuple(fields["trust"]["logsnr"]), tuple(fields["trust"]["factor"]))
-    return HEADS[name](table, network, trust)
+    return HEADS[name](table, network, Trust.from_json(fields["trust"]))
 
 
 def add_head(
