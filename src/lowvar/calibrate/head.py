@@ -53,7 +53,7 @@ def spectrum_along(twin: GaussianTwin, basis: Basis) -> Tensor:
 def _layer(
     kind: type[nn.Linear] | type[nn.Conv2d], *sizes: int, noise: NoiseSource, number: int, gain: float
 ) -> nn.Module:
-    """A layer with weights N(0, gain / fan_in) from the noise source, biases 0; torch's own generator is not touched."""
+    """A layer with weights N(0, gain / fan_in) and biases 0; all numbers are from the noise source."""
     options = {"padding": 1} if kind is nn.Conv2d else {}
     made = nn.utils.skip_init(kind, *sizes, **options)  # type: ignore[arg-type]
     weight: Tensor = made.weight  # type: ignore[assignment]
