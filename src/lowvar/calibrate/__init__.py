@@ -6,6 +6,7 @@ from lowvar.calibrate.claims import Claims
 from lowvar.calibrate.conditional import ConditionalTable, calibrate_classes
 from lowvar.calibrate.convert import Converted, ConvertReport, convert
 from lowvar.calibrate.estimator import HeadEstimator
+from lowvar.calibrate.estimators import ESTIMATORS, estimator_table
 from lowvar.calibrate.fitting import FitConfig, HeadReport, fit_head
 from lowvar.calibrate.heads import HEADS, add_head, make_head
 from lowvar.calibrate.jacobian import JacobianTrace
@@ -19,6 +20,7 @@ from lowvar.calibrate.table import CovarianceTable
 from lowvar.calibrate.twin import fit_twin
 
 __all__ = [
+    "ESTIMATORS",
     "HEADS",
     "NPR",
     "OCM",
@@ -40,6 +42,7 @@ __all__ = [
     "calibrate_classes",
     "convert",
     "default_logsnr",
+    "estimator_table",
     "fit_head",
     "fit_twin",
     "make_head",

@@ -8,8 +8,8 @@ Each regresses a target on x_t, in units of the table v(logsnr), in the coordina
 
 For a positive target, E[T | x_t] = C / v, the scale-free loss is L = h + T e^-h: dE[L | x_t] / dh = 1 - E[T | x_t]
 e^-h, zero exactly where e^h = E[T | x_t], convex in h; it is (twice) the negative Gaussian log likelihood and does not
-favour large variances as squares would. For one that can be negative, squares (T - e^h)^2, minimal at e^h = E[T | x_t]
-wherever that is positive.
+favour large variances as squares would. For one that can be negative, squares w (T - e^h)^2, minimal at e^h = E[T |
+x_t] wherever that is positive, for any weight w > 0 that depends on x_t alone.
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ def proportional_loss(h: Tensor, target: Tensor) -> Tensor:
     return (h + target * torch.exp(-h)).flatten(1).mean(1)
 
 
-def square_loss(h: Tensor, target: Tensor) -> Tensor:
-    """(T - e^h)^2 a sample, mean over entries, (B,)."""
-    return ((target - torch.exp(h)) ** 2).flatten(1).mean(1)
+def square_loss(h: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """w (T - e^h)^2 a sample, mean over entries, (B,)."""
+    return (weight * (target - torch.exp(h)) ** 2).flatten(1).mean(1)
 
 
 @dataclass(frozen=True, eq=False)

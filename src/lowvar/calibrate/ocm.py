@@ -14,8 +14,10 @@ another basis the same sum of a known matrix R, s_i (B^T R B s)_i - (B^T R B)_ii
 value; subtracted, only the off-diagonal entries of C - R are left. R is the calibrated covariance in principal
 components. For Gaussian data R = C, and the target has no variance at all.
 
-T can be negative, so the loss is (T - e^h)^2 (see `estimator`), relative squares: without division
-by v the highest noise levels would be all that counts. C = v e^h.
+T can be negative, so the loss is w (T - e^h)^2 (see `estimator`) with w = (q / (1 + q))^2, q = snr v: relative squares
+where the posterior has learned from x_t, and the paper's own unit, noise, where it has not. There C is the Jacobian
+times sigma^2 / alpha >> 1, its error with it, and without w those levels would be all that counts. The minimiser does
+not depend on w, a function of the level. C = v e^h.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ class OCM(DiagonalHead):
     reference: CovarianceTable | None = None
 
     def target(self, denoiser: Denoiser, draw: Draw, variance: Tensor) -> Tensor:
-        """See the base class; one vector-Jacobian product."""
+        """See the base class: T and w, (B, 2, *event_shape); one vector-Jacobian product."""
         probe = self.basis.inverse(draw.sign)
         with torch.enable_grad():
             x = draw.x.detach().requires_grad_(True)
@@ -67,7 +69,8 @@ class OCM(DiagonalHead):
         if self.reference is not None:
             known = self.reference(draw.x, draw.level, Posterior(draw.mean))
             target = target - draw.sign * self.basis.forward(known.matvec(probe)) + self._along(known)
-        return target / variance
+        q = (expand(draw.level.alpha, draw.x) / expand(draw.level.sigma, draw.x)) ** 2 * variance
+        return torch.stack([target / variance, (q / (1 + q)) ** 2], 1)
 
     def _along(self, known: Covariance) -> Tensor:
         """Diagonal of B^T R B for R diagonal in the reference's basis."""
@@ -80,4 +83,4 @@ class OCM(DiagonalHead):
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """See the base class."""
-        return square_loss(output[:, 0], target)
+        return square_loss(output[:, 0], target[:, 0], target[:, 1])
