@@ -238,3 +238,20 @@ def test_disk_full_while_evaluating(
 def test_report_of_nothing(lowvar: Lowvar, tmp_path: Path) -> None:
     assert "there is no folder" in lowvar("report", tmp_path / "run").sentence
     assert "no summary.json" in lowvar("report", tmp_path).sentence
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--head", "npt"), "--head is 'npt'; allowed: npr, sn, ocm, lowrank, convert"),
+        (("--head", ","), "--head is empty"),
+        (("--head", "lowrank", "--rank", "17"), "--rank is 17; allowed: 0 to 16"),
+        (("--head", "npr", "--head-draws", "0"), "--head-draws is 0"),
+        (("--head", "npr", "--n", "5"), "at least 6 calibration images"),
+    ],
+)
+def test_heads_that_cannot_be(lowvar: Lowvar, model: Path, tmp_path: Path, words: tuple[str, ...], said: str) -> None:
+    done = lowvar("calibrate", "--model", model, "--data", "digits", "--out", tmp_path / "run", *words)
+    assert done.status == 2
+    assert said in done.sentence
+    assert left(tmp_path) == []

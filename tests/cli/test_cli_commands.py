@@ -127,6 +127,40 @@ def test_calibrated_folder_opens_in_diffusers(calibrated: Path) -> None:
 
 
 @pytest.mark.slow
+def test_calibrate_trains_heads(lowvar: Lowvar, model: Path, tmp_path: Path) -> None:
+    """Two heads and the network's own: in the summary, on stdout, in the figures, and in the folder's tensors."""
+    from safetensors.torch import load_file
+
+    out = tmp_path / "run"
+    words = [
+        "--data",
+        "digits",
+        "--n",
+        24,
+        "--replicates",
+        1,
+        "--choose",
+        0,
+        "--steps",
+        2,
+        "--head",
+        "npr,lowrank,convert",
+    ]
+    done = lowvar("calibrate", "--model", model, *words, "--rank", 2, "--head-draws", 128, "--out", out)
+    assert done.status == 0, done.err
+    heads = json.loads((out / "summary.json").read_text())["heads"]
+    assert heads.keys() == {"npr", "lowrank", "convert"}
+    assert heads["lowrank"]["rank"] == 2
+    assert heads["npr"]["basis"] == "pca"
+    assert heads["npr"]["images"] == [16, 4, 4]
+    assert all(f"{name}: {head['note']}" in done.out for name, head in heads.items())
+    figures = json.loads((out / "figures.json").read_text())
+    assert {"npr", "lowrank", "convert"} <= figures["standardised"].keys() & figures["budget"].keys()
+    tensors = load_file(out / "scheduler" / "calibration.safetensors")
+    assert tensors["head.lowrank.offset"].shape == (3, 1, 8, 8)
+
+
+@pytest.mark.slow
 def test_calibrate_chooses_a_sampler(lowvar: Lowvar, model: Path, tmp_path: Path) -> None:
     words = ["--data", "digits", "--n", 32, "--replicates", 1, "--steps", 2, "--choose", 64, "--out", tmp_path / "run"]
     done = lowvar("calibrate", "--model", model, *words, "--json")

@@ -10,6 +10,7 @@ from lowvar.process.basis import Basis, DCTBasis, MatrixBasis, PixelBasis
 from lowvar.process.covariance import BasisDiagonal, Covariance, Diagonal, Isotropic, LowRankPlusDiagonal
 from lowvar.process.matrix import Dense, Implicit
 from lowvar.process.noise import Independent
+from lowvar.process.rotated import BasisLowRankPlusDiagonal
 from lowvar.testing import rotation
 from lowvar.testing.laws.covariance import CovarianceLaws, check_inverse_trace, check_root
 
@@ -47,6 +48,8 @@ def cases() -> dict[str, tuple[Covariance, Tensor]]:
         U = normal(2, n, 2, *SHAPE)
         low = torch.diag_embed(flat) + U.flatten(2).mT @ U.flatten(2)
         out[f"low rank {n}"] = (LowRankPlusDiagonal(v, U), low)
+        B = PCA.matrix()
+        out[f"low rank in pca {n}"] = (BasisLowRankPlusDiagonal(PCA, LowRankPlusDiagonal(v, U)), B @ low @ B.mT)
         S = spd(n)
         out[f"dense {n}"] = (Dense(S, SHAPE), S)
         if n == 4:  # all directions in the Krylov space: the root is exact

@@ -15,9 +15,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowvar.calibrate.claims import Claims
 from lowvar.process.schedule import Level
 
-__all__ = ["analytic_variance"]
+__all__ = ["ANALYTIC", "analytic_variance"]
+
+ANALYTIC = Claims(
+    "Bao et al. 2022a, Analytic-DPM",
+    "posterior",
+    "the average over x_t of tr C / d",
+    "first order in the error of eps_hat",
+    per_sample=False,
+)
+"""What the estimate claims."""
 
 
 def analytic_variance(noise_power: Tensor, level: Level, bound: float | None = None) -> Tensor:
@@ -32,7 +42,8 @@ def analytic_variance(noise_power: Tensor, level: Level, bound: float | None = N
         Variances (n,), not negative.
 
     Example:
-        >>> from lowvar.process.schedule import CosineVP
+        >>> from lowvar.calibrate.claims import Claims
+    from lowvar.process.schedule import CosineVP
         >>> level = CosineVP().at(torch.tensor([0.5]))
         >>> analytic_variance(level.sigma**2, level).allclose(level.sigma**2)  # unit-variance Gaussian data
         True

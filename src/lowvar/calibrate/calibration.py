@@ -1,9 +1,9 @@
 r"""A calibration: what one pass over data tells about a denoiser, as one value that can be saved and plugged in.
 
 It holds, at knots of logsnr, the mmse curve with standard errors, the analytic variance (Bao et al. 2022a), residual
-tables (isotropic, channel, pixel, basis), and the Gaussian twin whose basis the tables share; and the fingerprint of
-the schedule it was made for, because a table read against another schedule's logsnr would still be a table of this
-network but its levels would not be those the network was asked at.
+tables (isotropic, channel, pixel, basis), and the Gaussian twin whose basis the tables share; trained heads and tables
+by class where there are any; and the fingerprint of the schedule it was made for, because a table read against another
+schedule's logsnr would still be a table of this network but its levels would not be those the network was asked at.
 
 `to_json` gives numbers as lists (they go into a scheduler's config) and everything above 64k numbers, and every dense
 basis, as tensors (they go into a safetensors file beside it).
@@ -12,13 +12,17 @@ basis, as tensors (they go into a safetensors file beside it).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lowvar.calibrate.analytic import analytic_variance
+from lowvar.calibrate.conditional import ConditionalTable
+from lowvar.calibrate.convert import Converted
+from lowvar.calibrate.estimator import HeadEstimator
+from lowvar.calibrate.heads import HEADS, read_head, write_head
 from lowvar.calibrate.mixture import COMPONENTS, fit_mixture
 from lowvar.calibrate.path import LEVELS, PATHS, path_moments
 from lowvar.calibrate.residual import ResidualMoments, residual_moments
@@ -67,6 +71,9 @@ class Calibration:
         n: images the residuals were measured on.
         mixture: the mixture twin, the control variate of `lowvar.process.TwinFlow`, or None.
         paths: moments of its remainder along reverse paths, which choose that solver's coefficients and grid, or None.
+        heads: trained heads by name (see `heads`).
+        converted: C from a learned-range head, or None.
+        conditional: tables by class, by structure.
     """
 
     fingerprint: str
@@ -79,6 +86,9 @@ class Calibration:
     n: int
     mixture: MixtureTwin | None = None
     paths: PathMoments | None = None
+    heads: Mapping[str, HeadEstimator] = field(default_factory=dict)
+    converted: Converted | None = None
+    conditional: Mapping[Structure, ConditionalTable] = field(default_factory=dict)
 
     @property
     def event_shape(self) -> torch.Size:
@@ -107,32 +117,59 @@ class Calibration:
         if structure == "analytic":
             return CovarianceTable("isotropic", self.logsnr, self.analytic, tuple(self.event_shape))
         if structure not in self.tables:
-            raise UserError(f"covariance is {structure!r}; calibrated here: analytic, {', '.join(self.tables)}")
+            names = ["analytic", *self.tables, *self.heads, *(["convert"] if self.converted is not None else [])]
+            hint = ""
+            if structure in HEADS:
+                hint = f"; train it with `lowvar calibrate --head {structure}`"
+            raise UserError(f"covariance is {structure!r}; calibrated here: {', '.join(names)}{hint}")
         return self.tables[structure]  # type: ignore[index]
 
-    def model(self, structure: str) -> CovarianceModel:
+    def model(self, structure: str, labels: Tensor | None = None) -> CovarianceModel:
         """The covariance model of a name: (x, level, posterior) -> C, as a kernel or a scheduler's step evaluates it.
+
+        Args:
+            structure: a table (see `table`), the name of a trained head, or `convert`, which reads a learned-range
+                head's fraction off the posterior.
+            labels: classes of the samples, (B,) or (), for a table by class.
 
         Raises:
             UserError: if there is none of that name.
         """
+        if labels is not None:
+            if structure not in self.conditional:
+                known = ", ".join(self.conditional) or "none"
+                raise UserError(f"covariance {structure!r} is not calibrated by class; by class: {known}")
+            return self.conditional[structure].of(labels)  # type: ignore[index]
+        if structure in self.heads:
+            return self.heads[structure]
+        if structure == "convert":
+            if self.converted is None:
+                raise UserError("covariance convert was not calibrated here: it needs a network with head 'range'")
+            return self.converted
         return self.table(structure)
 
-    def attach(self, denoiser: Denoiser, structure: str = "basis", clip: float | None = None) -> WithCovariance:
+    def attach(
+        self,
+        denoiser: Denoiser,
+        structure: str = "basis",
+        clip: float | None = None,
+        labels: Tensor | None = None,
+    ) -> WithCovariance:
         """The denoiser with the calibrated covariance of a structure.
 
         Args:
             denoiser: the denoiser that was calibrated, with the same clipping.
-            structure: see `table`.
+            structure: see `model`.
             clip: limit the covariance sample by sample to what data in [-clip, clip] allow (`Posterior.clip`). Off by
                 default: the table was measured around the clipped mean, and scaling it down again leaves too little
                 noise.
+            labels: see `model`.
 
         Raises:
             UserError: if the schedule is another one or there is no such table.
         """
         self.require(denoiser.schedule)
-        return WithCovariance(denoiser, self.model(structure), clip)
+        return WithCovariance(denoiser, self.model(structure, labels), clip)
 
     def grid(self, schedule: Schedule, steps: int) -> Tensor:
         """The variance-matched grid of the calibrated mmse curve (isotropic kernel).
@@ -173,6 +210,11 @@ class Calibration:
             tables[structure] = {"variance": put(f"variance.{structure}", table.variance)}
             if table.se is not None:
                 tables[structure]["se"] = put(f"se.{structure}", table.se)
+
+        def keep(name: str, value: Tensor) -> Any:
+            tensors[name] = value.detach().cpu().float().contiguous()
+            return {"tensor": name}
+
         basis = self.twin.basis
         if isinstance(basis, MatrixBasis):
             tensors["basis"] = basis.directions.float().contiguous()
@@ -195,7 +237,16 @@ class Calibration:
             parts = {name: put(f"mixture.{name}", getattr(self.mixture, name)) for name in ("mean", "spectrum")}
             fields["mixture"] = {"weight": self.mixture.weight.tolist(), **parts}
         if self.paths is not None:
-            fields["paths"] = {k: put(f"paths.{k}", v) for k, v in vars(self.paths).items() if k in _PATHS}
+            fields["paths"] = {k: keep(f"paths.{k}", getattr(self.paths, k)) for k in _PATHS}
+        if self.heads:
+            fields["heads"] = {name: write_head(head, keep) for name, head in self.heads.items()}
+        if self.conditional:
+            fields["conditional"] = {
+                structure: keep(f"conditional.{structure}", torch.stack([t.variance for t in table.tables]))
+                for structure, table in self.conditional.items()
+            }
+        if self.converted is not None:
+            fields["converted"] = self.converted.to_json()
         return fields, tensors
 
     @classmethod
@@ -207,7 +258,7 @@ class Calibration:
         """
         try:
             return cls._read(fields, tensors)
-        except (KeyError, TypeError, IndexError) as error:
+        except (KeyError, TypeError, IndexError, RuntimeError) as error:
             raise UserError(
                 f"the calibration is incomplete ({error}): make it again with `lowvar calibrate`"
             ) from error
@@ -240,9 +291,16 @@ class Calibration:
             mixture = MixtureTwin(parts[0], parts[1], parts[2], basis)
         if "paths" in fields:
             paths = PathMoments(*(get(fields["paths"][k]) for k in _PATHS))
-        curves = [get(fields[k]) for k in ("mmse", "mmse_se", "analytic")]
+        mmse, mmse_se, analytic = (get(fields[k]) for k in ("mmse", "mmse_se", "analytic"))
+        heads = {name: read_head(name, head, get, twin) for name, head in fields.get("heads", {}).items()}
+        converted = Converted.from_json(fields["converted"], tables["pixel"]) if "converted" in fields else None
+        conditional = {
+            structure: ConditionalTable(tuple(replace(tables[structure], variance=v, se=None) for v in get(values)))
+            for structure, values in fields.get("conditional", {}).items()
+        }
         n = int(fields["n"])
-        return cls(fields["fingerprint"], logsnr, *curves, tables, twin, n, mixture, paths)
+        measured = (logsnr, mmse, mmse_se, analytic, tables, twin, n)
+        return cls(fields["fingerprint"], *measured, mixture, paths, heads, converted, conditional)
 
 
 def _short(numbers: Any) -> Any:
@@ -299,7 +357,8 @@ def calibrate(
         noise: source of the noise.
         bound: b of data in [-b, b], for the analytic estimate.
         components: numbers of components the mixture twin may have; none: the Gaussian twin is the mixture. They are
-            fitted to `twin_batches` and compared on `batches` (where both are the same, to three quarters and the rest).
+            fitted to `twin_batches` and compared on `batches` (where both are
+            the same: three quarters and the rest).
         paths: reverse paths for the statistics of the remainder, `LEVELS` evaluations each; 0: none.
         progress: called with the number of evaluations of paths made; the passes over `batches` tell their own.
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from lowvar.calibrate.claims import Claims
 from lowvar.process.basis import Basis
 from lowvar.process.covariance import BasisDiagonal, Covariance, Diagonal, Isotropic
 from lowvar.process.posterior import Posterior
@@ -47,6 +48,13 @@ class CovarianceTable:
         0.1
     """
 
+    declares: ClassVar[Claims] = Claims(
+        "residual moments",
+        "network",
+        "the average over x_t of E[(x0 - x0_hat)_i^2 | x_t], entry by entry in its coordinates",
+        "towards the Gaussian twin where images are few",
+        per_sample=False,
+    )
     structure: Structure
     logsnr: Tensor
     variance: Tensor

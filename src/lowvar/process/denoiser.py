@@ -257,7 +257,7 @@ class JacobianCovariance(Denoiser):
     """Second-order Tweedie without training: C v = (sigma^2 / alpha) J v with J = d x0_hat / d x by autodiff.
 
     A learned Jacobian is not symmetric; products use (J + J^T) / 2: one Jacobian-vector and one vector-Jacobian product
-    (2 + 2 evaluations' worth of work, counted by the caller per product), or J alone with `symmetric=False`.
+    (counted 1 and 2 evaluations), or J alone with `symmetric=False`. `nfe` counts one root: 1 + 3 k, or 1 + k.
 
     Args:
         denoiser: a differentiable denoiser.
@@ -267,7 +267,7 @@ class JacobianCovariance(Denoiser):
 
     def __init__(self, denoiser: Denoiser, steps: int = 8, symmetric: bool = True) -> None:
         self.denoiser, self.steps, self.symmetric = denoiser, steps, symmetric
-        self.schedule, self.nfe = denoiser.schedule, denoiser.nfe
+        self.schedule, self.nfe = denoiser.schedule, denoiser.nfe * (1 + steps * (3 if symmetric else 1))
 
     def __call__(self, x: Tensor, level: Level) -> Posterior:
         """See the base class; the covariance's products run the network again."""
