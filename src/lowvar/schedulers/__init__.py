@@ -21,8 +21,10 @@ step to the next, and dropped by `set_timesteps`, by a step out of order and by 
 
 A solver that asks the network twice a step (Heun) has its timesteps twice, as diffusers' own has.
 
-Variance-exploding (EDM) models keep EDM's protocol: `scale_model_input` is c_in, `init_noise_sigma` sqrt(sigma_max^2 +
-1), timesteps are c_noise. The step to t = 0 returns x0_hat and adds no noise, whatever the grid (diffusers' DDPMScheduler adds noise there where
+Variance-exploding (EDM) models keep EDM's protocol: `scale_model_input` multiplies by c_in, `init_noise_sigma` is
+sqrt(sigma_max^2 + 1), timesteps are c_noise.
+
+The step to t = 0 returns x0_hat and adds no noise, whatever the grid (diffusers' DDPMScheduler adds noise there where
 the last timestep is not 0, as with `trailing`). States are float32 or wider, coefficients come from float64.
 
 On disk: `scheduler_config.json`, and `calibration.safetensors` beside it for bases and large tables. `model_index.json`
@@ -504,7 +506,7 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         if name.startswith(("FlowMatch", "EDM")) and "sampler" not in config:
             made = translate(name, config)
             config = {**config, **{k: made[k] for k in ("schedule", "prediction_type", "clip_sample", "grid")}}
-        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        return super().from_config(cast("Any", config), return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
     def from_scheduler(cls, scheduler: Any, calibration: Calibration | None = None, **ours: Any) -> Self:
