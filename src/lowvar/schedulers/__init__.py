@@ -44,7 +44,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 
 # diffusers asks this module for the name SchedulerMixin when it looks for the way to load the class below.
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, is_torchsde_available
 from torch import Tensor
 
 from lowvar.calibrate.calibration import Calibration
@@ -78,6 +78,8 @@ from lowvar.schedulers._storage import CALIBRATION_FILE, load_tensors, names_ten
 __all__ = ["CALIBRATION_FILE", "ReverseVarianceScheduler", "ReverseVarianceSchedulerOutput", "sampler_fields"]
 
 _COMPATIBLES = [*(e.name for e in KarrasDiffusionSchedulers), "UniPCMultistepScheduler", "SASolverScheduler"]
+if not is_torchsde_available():  # then there is a placeholder of that name, which raises when it is made
+    _COMPATIBLES.remove("DPMSolverSDEScheduler")
 
 
 @dataclass
@@ -502,10 +504,10 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             UserError: if a field is not allowed.
         """
-        name = "" if not isinstance(config, Mapping) else str(config.get("_class_name", ""))
-        if name.startswith(("FlowMatch", "EDM")) and "sampler" not in config:
-            made = translate(name, config)
-            config = {**config, **{k: made[k] for k in ("schedule", "prediction_type", "clip_sample", "grid")}}
+        if isinstance(config, Mapping) and "beta_start" not in config and "schedule" not in config:
+            name = "FlowMatch" if "shift" in config else "EDM" if "sigma_data" in config else ""
+            if name:
+                config = {**config, **translate(name, config)}
         return super().from_config(cast("Any", config), return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
