@@ -29,6 +29,7 @@ from lowvar.process.denoiser import Head, NetworkDenoiser, Prediction
 from lowvar.process.discrete import schedule_from_diffusers
 from lowvar.process.schedule import Schedule
 from lowvar.schedulers import ReverseVarianceScheduler
+from lowvar.schedulers._fields import require_edm
 
 __all__ = ["denoiser_of", "keep_head", "network_of", "open_pipeline", "schedule_of"]
 
@@ -219,7 +220,8 @@ def denoiser_of(
         clip = float(scheduler.config.get("clip_sample_range", 1.0))
     called: Any = network if _by_position(network) and class_labels is None else _Called(network)
     try:
-        return NetworkDenoiser(called, schedule, _prediction(scheduler, schedule), found, clip, conditioning=given)
+        prediction, sigma_data = _prediction(scheduler, schedule), float(scheduler.config.get("sigma_data", 0.5))
+        return NetworkDenoiser(called, schedule, prediction, found, clip, sigma_data, conditioning=given)
     except ValueError as error:
         raise UserError(f"{type(pipeline).__name__} cannot be read as a denoiser: {error}") from error
 
@@ -265,6 +267,8 @@ def keep_head(pipeline: Any) -> Iterator[None]:
 def _prediction(scheduler: Any, schedule: Schedule) -> Prediction:
     if schedule.family == "flow":
         return "flow"
+    if schedule.family == "ve" and not isinstance(scheduler, ReverseVarianceScheduler):
+        require_edm(type(scheduler).__name__, scheduler.config)
     if schedule.family == "ve":
         return "edm"
     kind = scheduler.config.get("prediction_type", "epsilon")
