@@ -178,8 +178,10 @@ def report() -> None:
     lines = [
         f"One step of {' x '.join(str(n) for n in results['batch'])} float32 on a CPU, relative to diffusers' "
         f"DDPMScheduler.step: median of {results['runs'][0]['rounds']} interleaved blocks with 95% intervals, and "
-        f"milliseconds. Measured {results['date']} with torch {v['torch']}, diffusers {v['diffusers']}, {v['machine']}; "
-        "load average meanwhile " + ", ".join(f"{r['load']:.1f} ({r['threads']} threads)" for r in results["runs"]) + ".",
+        f"milliseconds. Measured {results['date']}, torch {v['torch']}, diffusers {v['diffusers']}, {v['machine']}; "
+        "load average meanwhile "
+        + ", ".join(f"{r['load']:.1f} ({r['threads']} threads)" for r in results["runs"])
+        + ".",
         "",
         "| sampler | | " + " | ".join(f"ratio, {r['threads']} threads | ms" for r in results["runs"]) + " |",
         "|---|---" + "|---|---" * len(results["runs"]) + "|",
