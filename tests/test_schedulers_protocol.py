@@ -245,9 +245,14 @@ def test_sigmas_of_a_table() -> None:
 # ------------------------------------------------------------------------------------------------------------------ EDM
 
 
-def edm_network(x: Tensor, level: Any) -> Tensor:
-    """F of a Gaussian N(0, 1/4) with sigma_data 1/2: the best prediction is 0."""
-    return torch.zeros_like(x)
+def test_edm_from_its_config() -> None:
+    """A config on disk names its class; one that went from ours through EDM's and back is still ours."""
+    peer: Any = diffusers.EDMEulerScheduler(sigma_data=0.4)
+    made: Any = Scheduler.from_config({**peer.config, "_class_name": "EDMEulerScheduler"})
+    assert (made.config["prediction_type"], made.config["sigma_data"]) == ("edm", 0.4)
+    there: Any = diffusers.EDMEulerScheduler.from_config(Scheduler(prediction_type="v_prediction").config)
+    back: Any = Scheduler.from_config(there.config)
+    assert back.schedule.family == "vp"
 
 
 @pytest.mark.parametrize("kind", [diffusers.EDMEulerScheduler, diffusers.EDMDPMSolverMultistepScheduler])

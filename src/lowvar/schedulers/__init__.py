@@ -499,15 +499,19 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The scheduler of a config, of this class or of another; arguments as in diffusers' ConfigMixin.
 
-        Flow-matching and EDM schedulers describe their process by fields of their own, which are translated.
+        Flow-matching schedulers describe their process by fields of their own, which are translated; so are EDM's where
+        the config says that it is one's (as saved ones do; of an EDM scheduler in memory use `from_scheduler`).
 
         Raises:
             UserError: if a field is not allowed.
         """
         if isinstance(config, Mapping) and "beta_start" not in config and "schedule" not in config:
-            name = "FlowMatch" if "shift" in config else "EDM" if "sigma_data" in config else ""
+            name = str(config.get("_class_name", "FlowMatch" if "shift" in config else ""))
+            name = name if name.startswith(("FlowMatch", "EDM")) else ""
             if name:
-                config = {**config, **translate(name, config)}
+                made = translate(name, config)
+                default = [k for k in config.get("_use_default_values", []) if k not in made]
+                config = {**config, **made, "_use_default_values": default}
         return super().from_config(cast("Any", config), return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
