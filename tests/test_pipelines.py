@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from lowvar.calibrate import Calibration, calibrate
 from lowvar.errors import UserError
-from lowvar.pipelines import denoiser_of, network_of, open_pipeline, schedule_of
+from lowvar.pipelines import denoiser_of, keep_head, network_of, open_pipeline, schedule_of
 from lowvar.process.noise import Independent
 from lowvar.schedulers import CALIBRATION_FILE, ReverseVarianceScheduler
 
@@ -141,6 +142,36 @@ def test_dit(tmp_path: Path) -> None:
     assert torch.equal(posterior.mean, each.mean)
     with pytest.raises(UserError, match="DiTTransformer2DModel is conditioned on a class: give class_labels"):
         denoiser_of(pipeline)
+
+
+def test_dit_with_its_learned_variance() -> None:
+    """The pipeline cuts the head off; with `keep_head` the chain is the one of the whole output."""
+    pipeline: Any = dit()
+    pipeline.set_progress_bar_config(disable=True)
+    fields: dict[str, Any] = {"sampler": "ddpm-learned", "head": "range"}
+    pipeline.scheduler = scheduler = ReverseVarianceScheduler.from_scheduler(pipeline.scheduler, **fields)
+    seen: list[Tensor] = []
+    pipeline.vae.decode = lambda z: seen.append(z) or SimpleNamespace(sample=z)
+    call: dict[str, Any] = {"num_inference_steps": 4, "output_type": "np", "guidance_scale": 2.0}
+    with pytest.raises(UserError, match="cuts the head off"):
+        pipeline([1, 2], **call)
+    with keep_head(pipeline):
+        torch.manual_seed(3)
+        pipeline([1, 2], **call)
+    with pytest.raises(UserError, match="cuts the head off"):  # nothing is left behind
+        pipeline([1, 2], **call)
+    torch.manual_seed(3)
+    x = torch.cat([torch.randn(2, 4, 4, 4)] * 2)
+    scheduler.set_timesteps(4)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = torch.cat([x[:2]] * 2)
+            labels = torch.tensor([1, 2, 1000, 1000])
+            out = pipeline.transformer(x, timestep=t.expand(4), class_labels=labels).sample
+            (c, u), head = out[:, :4].chunk(2), out[:, 4:]
+            guided = torch.cat([u + 2.0 * (c - u)] * 2)
+            x = scheduler.step(torch.cat([guided, head], 1), t, x).prev_sample
+    assert torch.allclose(seen[0] * pipeline.vae.config.scaling_factor, x[:2], atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------- denoisers

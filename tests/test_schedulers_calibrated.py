@@ -16,6 +16,7 @@ from torch import Tensor
 from lowvar.calibrate import Calibration, calibrate
 from lowvar.errors import UserError
 from lowvar.process.basis import DCTBasis
+from lowvar.process.covariance import Diagonal
 from lowvar.process.denoiser import Denoiser, NetworkDenoiser, WithCovariance
 from lowvar.process.discrete import schedule_from_diffusers
 from lowvar.process.grid import make_grid
@@ -96,6 +97,42 @@ def test_is_the_trajectory(kind: str, dtype: torch.dtype, calibration: Calibrati
         here = chain(scheduler, 6, x, source)
         assert here.dtype == dtype
         assert torch.allclose(here, wanted, atol=1e-12 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+@pytest.mark.parametrize("any_root", [True, False])
+def test_noise_has_the_kernels_covariance(kind: str, any_root: bool, calibration: Calibration) -> None:
+    """Both roots of it: R R^T = lambda^2 I + kappa^2 C, read off all unit vectors."""
+    fields, model, solver = parts(kind, calibration)
+    scheduler = ReverseVarianceScheduler(**FIELDS, **fields, calibration=calibration)
+    scheduler.set_timesteps(6)
+    recipe, k = scheduler._made_recipe(), 2
+    units = torch.eye(32, dtype=torch.float64).reshape(32, *SHAPE)
+    recipe.at(units)
+    noise = recipe.noise(k, units)
+    assert noise is not None
+    R = noise.add(torch.zeros_like(units), units.clone(), any_root).flatten(1)  # rows are R e_i
+    levels, x = SCHEDULE.at(make_grid("trailing", SCHEDULE, 6)), units[:1]
+    assert isinstance(solver, ReverseKernel)
+    wanted = solver(x, model(x, levels[k]), levels[k], levels[k + 1]).covariance.dense()[0]
+    assert torch.allclose(R.T @ R, wanted, atol=1e-12)
+
+
+def test_a_covariance_that_depends_on_the_state(calibration: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a trained head's: asked anew at every step, with the posterior, under the calibration's own name for it."""
+
+    def head(x: Tensor, level: Any, posterior: Any) -> Any:
+        return Diagonal(0.1 * (x**2 + posterior.mean**2) / (1 + level.sigma**2))
+
+    monkeypatch.setattr(Calibration, "model", lambda self, name: {"mine": head}[name])
+    scheduler = ReverseVarianceScheduler(**FIELDS, variance="mine", eta=0.5, calibration=calibration)
+    source, x = Independent(7), Independent(8).normal(range(3), SHAPE, dtype=torch.float64)
+    steps = trajectory(
+        WithCovariance(denoiser(), head), ReverseKernel(0.5), make_grid("trailing", SCHEDULE, 6), x, source
+    )
+    wanted = [state.x for state, _ in steps][-1]
+    for _ in range(2):
+        assert torch.allclose(chain(scheduler, 6, x, source), wanted, atol=1e-12)
 
 
 def test_variance_matched_grid(calibration: Calibration) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,8 +29,9 @@ from lowvar.process.denoiser import Head, NetworkDenoiser, Prediction
 from lowvar.process.discrete import schedule_from_diffusers
 from lowvar.process.schedule import Schedule
 from lowvar.schedulers import ReverseVarianceScheduler
+from lowvar.schedulers._fields import require_edm
 
-__all__ = ["denoiser_of", "network_of", "open_pipeline", "schedule_of"]
+__all__ = ["denoiser_of", "keep_head", "network_of", "open_pipeline", "schedule_of"]
 
 INDEX = "model_index.json"
 _LIBRARIES = ("diffusers", "transformers", ReverseVarianceScheduler.__module__)
@@ -218,14 +220,55 @@ def denoiser_of(
         clip = float(scheduler.config.get("clip_sample_range", 1.0))
     called: Any = network if _by_position(network) and class_labels is None else _Called(network)
     try:
-        return NetworkDenoiser(called, schedule, _prediction(scheduler, schedule), found, clip, conditioning=given)
+        prediction, sigma_data = _prediction(scheduler, schedule), float(scheduler.config.get("sigma_data", 0.5))
+        return NetworkDenoiser(called, schedule, prediction, found, clip, sigma_data, conditioning=given)
     except ValueError as error:
         raise UserError(f"{type(pipeline).__name__} cannot be read as a denoiser: {error}") from error
+
+
+@contextmanager
+def keep_head(pipeline: Any) -> Iterator[None]:
+    """While it is open, the pipeline's scheduler gets the network's variance head even where the pipeline cuts it off.
+
+    DiTPipeline and PixArt hand the scheduler C of the network's 2C channels. A hook on the network, which stays the
+    module it is, hands the others to `ReverseVarianceScheduler.keep_head` before; other schedulers are left alone. Of a
+    guided batch the conditional half counts, as in `lowvar.process.Guided`.
+
+    Args:
+        pipeline: whose scheduler has a `head`; the scheduler may be changed while this is open.
+
+    Raises:
+        UserError: if the network has no channels for a head.
+
+    Example:
+        >>> from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+        >>> shape = {"sample_size": 8, "in_channels": 1, "out_channels": 2, "block_out_channels": (8,)}
+        >>> blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "norm_num_groups": 4}
+        >>> pipeline = DDPMPipeline(UNet2DModel(**shape, **blocks), DDPMScheduler())
+        >>> with keep_head(pipeline):
+        ...     len(pipeline.unet._forward_hooks)
+        1
+    """
+    network = network_of(pipeline)
+    _head(network, dict(cast("Any", network).config), pipeline.scheduler, "range")
+
+    def hand_over(_: nn.Module, inputs: Any, output: Any) -> None:
+        out = output if isinstance(output, Tensor) else (output[0] if isinstance(output, tuple) else output.sample)
+        if isinstance(pipeline.scheduler, ReverseVarianceScheduler):
+            pipeline.scheduler.keep_head(out.chunk(2, dim=1)[1])
+
+    hook = network.register_forward_hook(hand_over)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _prediction(scheduler: Any, schedule: Schedule) -> Prediction:
     if schedule.family == "flow":
         return "flow"
+    if schedule.family == "ve" and not isinstance(scheduler, ReverseVarianceScheduler):
+        require_edm(type(scheduler).__name__, scheduler.config)
     if schedule.family == "ve":
         return "edm"
     kind = scheduler.config.get("prediction_type", "epsilon")

@@ -146,7 +146,8 @@ def save_model(
     """
     import diffusers
 
-    fields = {name: value for name, value in (("sampler", sampler), ("grid", grid)) if value is not None}
+    given = {"sampler": sampler, "grid": grid, "head": model.denoiser.head}
+    fields = {name: value for name, value in given.items() if value is not None}
     scheduler = ReverseVarianceScheduler.from_scheduler(model.pipeline.scheduler, calibration, **fields)
     pipeline = model.pipeline
     if isinstance(pipeline, diffusers.DDIMPipeline):  # it would turn any scheduler into a DDIMScheduler
@@ -177,7 +178,7 @@ def scheduler_of(
     Raises:
         UserError: for an unknown name, a setting that does not belong to the sampler, or a missing calibration.
     """
-    fields: dict[str, Any] = {}
+    fields: dict[str, Any] = {} if model.denoiser.head is None else {"head": model.denoiser.head}
     if sampler is not None:
         if sampler not in SAMPLERS:
             raise UserError(f"sampler is {sampler!r}; allowed: {', '.join(SAMPLERS)}")
@@ -224,7 +225,8 @@ def run_scheduler(
         x = noise.normal(index, model.shape, draw=0, device=device) * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
             timestep = t if discrete else t.float()
-            out = network(x, timestep.expand(len(x)), **model.denoiser.conditioning)
+            entry = scheduler.scale_model_input(x, t)
+            out = network(entry, timestep.expand(len(x)), **model.denoiser.conditioning)
             out = out if isinstance(out, Tensor) else (out[0] if isinstance(out, tuple) else out.sample)
             x = scheduler.step(out, t, x, generator=noise, index=index).prev_sample
             if progress is not None:

@@ -21,8 +21,10 @@ step to the next, and dropped by `set_timesteps`, by a step out of order and by 
 
 A solver that asks the network twice a step (Heun) has its timesteps twice, as diffusers' own has.
 
-Variance-exploding (EDM) models keep EDM's protocol: `scale_model_input` is c_in, `init_noise_sigma` sqrt(sigma_max^2 +
-1), timesteps are c_noise. The step to t = 0 returns x0_hat and adds no noise, whatever the grid (diffusers' DDPMScheduler adds noise there where
+Variance-exploding (EDM) models keep EDM's protocol: `scale_model_input` multiplies by c_in, `init_noise_sigma` is
+sqrt(sigma_max^2 + 1), timesteps are c_noise.
+
+The step to t = 0 returns x0_hat and adds no noise, whatever the grid (diffusers' DDPMScheduler adds noise there where
 the last timestep is not 0, as with `trailing`). States are float32 or wider, coefficients come from float64.
 
 On disk: `scheduler_config.json`, and `calibration.safetensors` beside it for bases and large tables. `model_index.json`
@@ -42,7 +44,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 
 # diffusers asks this module for the name SchedulerMixin when it looks for the way to load the class below.
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, is_torchsde_available
 from torch import Tensor
 
 from lowvar.calibrate.calibration import Calibration
@@ -79,6 +81,8 @@ from lowvar.schedulers._storage import CALIBRATION_FILE, load_tensors, names_ten
 __all__ = ["CALIBRATION_FILE", "ReverseVarianceScheduler", "ReverseVarianceSchedulerOutput", "sampler_fields"]
 
 _COMPATIBLES = [*(e.name for e in KarrasDiffusionSchedulers), "UniPCMultistepScheduler", "SASolverScheduler"]
+if not is_torchsde_available():  # then there is a placeholder of that name, which raises when it is made
+    _COMPATIBLES.remove("DPMSolverSDEScheduler")
 
 
 @dataclass
@@ -502,16 +506,20 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The scheduler of a config, of this class or of another; arguments as in diffusers' ConfigMixin.
 
-        Flow-matching and EDM schedulers describe their process by fields of their own, which are translated.
+        Flow-matching schedulers describe their process by fields of their own, which are translated; so are EDM's where
+        the config says that it is one's (as saved ones do; of an EDM scheduler in memory use `from_scheduler`).
 
         Raises:
             UserError: if a field is not allowed.
         """
-        name = "" if not isinstance(config, Mapping) else str(config.get("_class_name", ""))
-        if name.startswith(("FlowMatch", "EDM")) and "sampler" not in config:
-            made = translate(name, config)
-            config = {**config, **{k: made[k] for k in ("schedule", "prediction_type", "clip_sample", "grid")}}
-        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        if isinstance(config, Mapping) and "beta_start" not in config and "schedule" not in config:
+            name = str(config.get("_class_name", "FlowMatch" if "shift" in config else ""))
+            name = name if name.startswith(("FlowMatch", "EDM")) else ""
+            if name:
+                made = translate(name, config)
+                default = [k for k in config.get("_use_default_values", []) if k not in made]
+                config = {**config, **made, "_use_default_values": default}
+        return super().from_config(cast("Any", config), return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
     def from_scheduler(cls, scheduler: Any, calibration: Calibration | None = None, **ours: Any) -> Self:

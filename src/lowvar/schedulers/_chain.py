@@ -53,12 +53,13 @@ class _Noise:
     basis: Basis | None = None
 
     def add(self, x: Tensor, z: Tensor, any_root: bool) -> Tensor:
-        """Adds R z to x in place; with `any_root` R = B diag(std), one transform, not the symmetric B diag(std) B^T."""
+        """Adds R z to x in place; `any_root`: R = B diag(std) by one transform, over z, and not B diag(std) B^T."""
         if not isinstance(self.std, Tensor):
             return x.add_(z, alpha=self.std)
         if self.basis is None:
             return x.addcmul_(z, self.std)
-        return x.add_(self.basis.inverse(self.std * (z if any_root else self.basis.forward(z))))
+        rotated = z.mul_(self.std) if any_root else self.std * self.basis.forward(z)
+        return x.add_(self.basis.inverse(rotated))
 
 
 class Recipe:
@@ -171,7 +172,7 @@ class Chain:
             x: states.
             posterior: the network's answer there.
             z: standard normal noise, or None for none.
-            any_root: whether the noise may be coloured by any root of its covariance.
+            any_root: whether the noise may be coloured by any root of its covariance, and overwritten.
 
         Raises:
             UserError: if k is the second evaluation of a step whose first was not seen.

@@ -25,6 +25,7 @@ __all__ = [
     "make_schedule",
     "named_samplers",
     "needs_twin",
+    "require_edm",
     "sampler_fields",
     "translate",
     "uses_covariance",
@@ -200,7 +201,7 @@ def translate(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         fields |= {"schedule": schedule.config(), "prediction_type": "flow_prediction"}
         fields.setdefault("grid", "uniform")
     if isinstance(schedule, VE):
-        _require_edm(name, config)
+        require_edm(name, config)
         fields |= {"schedule": schedule.config(), "prediction_type": "edm", "clip_sample": False}
         fields["sigma_data"] = config.get("sigma_data", 0.5)
         fields.setdefault("grid", "uniform-logsnr" if config.get("sigma_schedule") == "exponential" else "uniform")
@@ -214,7 +215,7 @@ def translate(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, "sampler": "multistep", "tau": tau}
 
 
-def _require_edm(name: str, config: Mapping[str, Any]) -> None:
+def require_edm(name: str, config: Mapping[str, Any]) -> None:
     """Refuses variance-exploding schedulers other than EDM's."""
     if not name.startswith("EDM"):
         raise UserError(f"{name} is variance-exploding; supported of these: EDM's (EDMEulerScheduler and its kin)")

@@ -102,8 +102,8 @@ def _rows(kept: Tensor, x: Tensor) -> Tensor:
     if kept.shape[0] == 2 * x.shape[0] and kept.shape[1:] == x.shape[1:]:
         return kept[x.shape[0] :]
     raise UserError(
-        f"the kept variance head has shape {tuple(kept.shape)} for a sample {tuple(x.shape)}; one a sample is needed, or "
-        "two (unconditional, conditional) with guidance"
+        f"the kept variance head has shape {tuple(kept.shape)} for a sample {tuple(x.shape)}; needed: one a "
+        "sample, or two (unconditional, conditional) with guidance"
     )
 
 
