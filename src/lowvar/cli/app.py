@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
+from lowvar.cli import ranks
 from lowvar.cli.calibrate import Calibrate
 from lowvar.cli.console import Console
 from lowvar.cli.demo import Demo
@@ -27,6 +28,7 @@ from lowvar.cli.evaluate import Evaluate
 from lowvar.cli.options import Command
 from lowvar.cli.report import Report
 from lowvar.cli.sample import Sample
+from lowvar.cli.stops import Terminated, stop_word
 from lowvar.cli.train import Train
 from lowvar.errors import UserError
 
@@ -163,7 +165,7 @@ def _explain(error: Exception) -> str | None:
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
+    raise Terminated
 
 
 @contextlib.contextmanager
@@ -180,7 +182,8 @@ def _tidy_end() -> Iterator[None]:
 
 
 def _complain(text: str) -> None:
-    sys.stderr.write(f"lowvar: {' '.join(text.split())}\n")
+    if ranks.is_main():
+        sys.stderr.write(f"lowvar: {' '.join(text.split())}\n")
 
 
 def _print(lines: Sequence[str]) -> None:
@@ -226,13 +229,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _tidy_end():
             command = parse(words)
-            console = Console(json=command.json, quiet=command.quiet)
+            if ranks.count() > 1 and not isinstance(command, Train):
+                raise UserError(
+                    f"lowvar {command.name} runs in one process, and a launcher started {ranks.count()} (WORLD_SIZE); "
+                    "run it by itself: only `lowvar train` shares its work"
+                )
+            console = Console(json=command.json and ranks.is_main(), quiet=command.quiet or not ranks.is_main())
             _environment()
             with contextlib.redirect_stdout(sys.stderr):
                 summary = command.run(console)
     except KeyboardInterrupt as stop:
-        _complain(str(stop) or "interrupted; nothing was written to --out")
-        return _INTERRUPTED
+        _complain(str(stop) or f"{stop_word(stop)}; nothing was written to --out")
+        return Terminated.status if isinstance(stop, Terminated) else _INTERRUPTED
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     except Exception as error:

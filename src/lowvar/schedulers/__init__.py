@@ -47,6 +47,7 @@ from lowvar.process.covariance import Covariance
 from lowvar.process.denoiser import expand
 from lowvar.process.discrete import DiscreteVP
 from lowvar.process.grid import custom, make_grid, spaced_timesteps
+from lowvar.process.head import COVARIANCE_HEADS, Spectrum
 from lowvar.process.kernel import ReverseKernel
 from lowvar.process.multistep import MultistepSolver
 from lowvar.process.noise import NoiseSource, TorchGenerators
@@ -58,7 +59,14 @@ from lowvar.schedulers._chain import Chain
 from lowvar.schedulers._fields import CALIBRATED, PREDICTIONS, RULES, check, make_schedule, sampler_fields, translate
 from lowvar.schedulers._reader import Reader
 from lowvar.schedulers._steps import Steps
-from lowvar.schedulers._storage import CALIBRATION_FILE, load_tensors, names_tensors, save_tensors
+from lowvar.schedulers._storage import (
+    CALIBRATION_FILE,
+    load_tensors,
+    names_tensors,
+    save_tensors,
+    spectrum_from_json,
+    spectrum_to_json,
+)
 
 __all__ = ["CALIBRATION_FILE", "ReverseVarianceScheduler", "ReverseVarianceSchedulerOutput", "sampler_fields"]
 
@@ -98,8 +106,10 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         predictor, corrector, decay: as in `lowvar.process.MultistepSolver`.
         grid: None, a name (uniform, trailing, leading, quadratic, uniform-logsnr, karras, variance-matched) or a list
             of decreasing times in [0, 1].
-        head: the network's variance head: None, range (Nichol & Dhariwal 2021) or logvar.
+        head: the network's variance head: None, range (Nichol & Dhariwal 2021), logvar, basis or lowrank
+            (`lowvar.process.head`).
         calibration: a `Calibration`, or the JSON fields of one as they stand in the config.
+        spectrum: the `Spectrum` of head basis, or the JSON fields of one as they stand in the config.
 
     Raises:
         UserError: if a value is not allowed, a calibration is needed and missing, or it was made for another schedule.
@@ -145,6 +155,7 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         grid: str | list[float] | None = None,
         head: str | None = None,
         calibration: Any = None,
+        spectrum: Any = None,
     ) -> None:
         check(self.config)
         self.schedule: Schedule = make_schedule(self.config)
@@ -154,11 +165,15 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
             fields, self._tensors = calibration.to_json()
             self._calibration = calibration
             self.register_to_config(calibration=fields)
+        if isinstance(spectrum, Spectrum):
+            fields, tensors = spectrum_to_json(spectrum)
+            self._tensors = {**self._tensors, **tensors}
+            self.register_to_config(spectrum=fields)
         self._require_schedule()
-        bound = float(clip_sample_range) if clip_sample else None
-        needs_head = sampler == "kernel" and variance == "learned"
+        self._made_reader: Reader | None = None
         try:
-            self._reader = Reader(self.schedule, PREDICTIONS[prediction_type], head, bound, needs_head)
+            if spectrum is None or self._tensors or not names_tensors(self.config["spectrum"]):
+                self._made_reader = self._make_reader()  # else when the tensors beside the config are there
             self._make_solver(None)
         except ValueError as error:
             raise UserError(str(error)) from error
@@ -206,6 +221,38 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         calibration = self.calibration
         assert calibration is not None, "__init__ refuses fields that need a calibration and have none"
         return calibration
+
+    # ----------------------------------------------------------------------------------------------- variance head
+
+    @property
+    def spectrum(self) -> Spectrum | None:
+        """The spectrum of head basis, or None.
+
+        Raises:
+            UserError: if the config came without the tensors beside it, or does not fit together.
+        """
+        fields = self.config.get("spectrum")
+        if fields is None:
+            return None
+        if names_tensors(fields) and not self._tensors:
+            raise UserError(
+                f"this scheduler's config came without {CALIBRATION_FILE}, which holds the basis of its head: load it "
+                "with from_pretrained"
+            )
+        return spectrum_from_json(fields, self._tensors)
+
+    def _make_reader(self) -> Reader:
+        c = self.config
+        bound = float(c["clip_sample_range"]) if c["clip_sample"] else None
+        needs_head = c["sampler"] == "kernel" and c["variance"] == "learned"
+        prediction = PREDICTIONS[c["prediction_type"]]
+        return Reader(self.schedule, prediction, c["head"], bound, needs_head, self.spectrum)
+
+    @property
+    def _reader(self) -> Reader:
+        if self._made_reader is None:
+            self._made_reader = self._make_reader()
+        return self._made_reader
 
     # ------------------------------------------------------------------------------------------------------- grids
 
@@ -334,7 +381,7 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
     def _make_solver(self, calibration: Calibration | None) -> Solver:
         c = self.config
         if c["sampler"] == "kernel":
-            rule = c["variance"] in RULES and (c["variance"], c["head"]) != ("learned", "logvar")
+            rule = c["variance"] in RULES and not (c["variance"] == "learned" and c["head"] in COVARIANCE_HEADS)
             return ReverseKernel(c["eta"], c["variance"] if rule else "posterior")
         twin = None if calibration is None else calibration.twin
         return MultistepSolver(twin, c["predictor"], c["corrector"], c["tau"], c["decay"])
@@ -374,7 +421,7 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
     # --------------------------------------------------------------------------------------------- saving, loading
 
     def __repr__(self) -> str:
-        shown = {k: v for k, v in self.config.items() if not k.startswith("_") and k != "calibration"}
+        shown = {k: v for k, v in self.config.items() if k[0] != "_" and k not in ("calibration", "spectrum")}
         if self._fields is not None:
             shown["calibration"] = f"<{self._fields.get('fingerprint')}>"
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
@@ -402,10 +449,11 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
             pretrained_model_name_or_path, subfolder=subfolder, return_unused_kwargs=return_unused_kwargs, **kwargs
         )
         scheduler = cast("Self", made[0] if isinstance(made, tuple) else made)
+        if any(f is not None and names_tensors(f) for f in (scheduler._fields, scheduler.config.get("spectrum"))):
+            scheduler._tensors = load_tensors(pretrained_model_name_or_path, subfolder, kwargs)
         if scheduler._fields is not None:
-            if names_tensors(scheduler._fields):
-                scheduler._tensors = load_tensors(pretrained_model_name_or_path, subfolder, kwargs)
             scheduler._required()  # what does not fit is said now, not at the first step
+        assert scheduler._reader is not None  # likewise
         return made
 
     @classmethod
@@ -440,6 +488,8 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         if name == cls.__name__:
             fields = {k: config[k] for k in known if k in config}
             calibration = calibration or getattr(scheduler, "calibration", None)
+            if not is_config and scheduler.spectrum is not None:
+                fields["spectrum"] = scheduler.spectrum
         else:
             fields = translate(name, config)
             if calibration is not None and fields["sampler"] == "kernel":

@@ -9,6 +9,7 @@ from lowvar.errors import UserError
 from lowvar.process.denoiser import Prediction
 from lowvar.process.discrete import schedule_from_config, schedule_from_diffusers
 from lowvar.process.grid import GRIDS
+from lowvar.process.head import HEADS
 from lowvar.process.kernel import ReverseKernel
 from lowvar.process.multistep import MultistepSolver
 from lowvar.process.schedule import Flow, Schedule
@@ -58,7 +59,9 @@ def check(c: Mapping[str, Any]) -> None:
     allowed("timestep_spacing", c["timestep_spacing"], SPACINGS)
     allowed("sampler", c["sampler"], ("kernel", "multistep", "twin"))
     allowed("variance", c["variance"], (*RULES, *CALIBRATED))
-    allowed("head", c["head"], (None, "range", "logvar"))
+    allowed("head", c["head"], (None, *HEADS))
+    if (c["head"] == "basis") != (c["spectrum"] is not None):
+        raise UserError(f"head is {c['head']!r}: head 'basis', and only it, needs the data's spectrum beside it")
     if c["grid"] is None or isinstance(c["grid"], str):
         allowed("grid", c["grid"], (None, *GRIDS, "variance-matched"))
     needs = ""
@@ -71,7 +74,7 @@ def check(c: Mapping[str, Any]) -> None:
     if needs and c["calibration"] is None:
         raise UserError(f"{needs} needs a calibration: make one with `lowvar calibrate --model MODEL --data DATA`")
     if c["sampler"] == "kernel" and c["variance"] == "learned" and c["head"] is None:
-        raise UserError("variance 'learned' needs a network with a variance head: set head to 'range' or 'logvar'")
+        raise UserError(f"variance 'learned' needs a network with a variance head: set head to {', '.join(HEADS)}")
 
 
 def make_schedule(config: Mapping[str, Any]) -> Schedule:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lowvar.errors import UserError
 from lowvar.process.covariance import Covariance
-from lowvar.process.denoiser import Head, NetworkDenoiser, Prediction
+from lowvar.process.denoiser import NetworkDenoiser, Prediction
+from lowvar.process.head import HEADS, Head, Spectrum, rank_of
 from lowvar.process.posterior import Posterior
 from lowvar.process.schedule import Level, Schedule
 
@@ -21,12 +22,20 @@ class Reader:
     Args:
         schedule, prediction, head, clip: as for `NetworkDenoiser`.
         needs_head: whether an output without a head is refused.
+        spectrum: as for `NetworkDenoiser`.
     """
 
     def __init__(
-        self, schedule: Schedule, prediction: Prediction, head: str | None, clip: float | None, needs_head: bool
+        self,
+        schedule: Schedule,
+        prediction: Prediction,
+        head: str | None,
+        clip: float | None,
+        needs_head: bool,
+        spectrum: Spectrum | None = None,
     ) -> None:
-        self._denoiser = NetworkDenoiser(_nobody, schedule, prediction, cast("Head | None", head), clip)
+        kind = cast("Head | None", head)
+        self._denoiser = NetworkDenoiser(_nobody, schedule, prediction, kind, clip, spectrum=spectrum)
         self._needs_head = needs_head
 
     def read(self, x: Tensor, level: Level, without_signal: bool, output: Tensor) -> Posterior:
@@ -36,13 +45,13 @@ class Reader:
             UserError: if the output does not fit the states or what is asked of it.
         """
         out, head, C = output.to(x.dtype), None, x.shape[1]
-        if out.shape[1] == 2 * C:
-            if self._denoiser.head is None:
-                raise UserError(
-                    f"the network returned {2 * C} channels for {C}: it has a variance head; name it (head='range' or "
-                    "'logvar')"
-                )
-            out, head = out.chunk(2, dim=1)
+        if out.shape[1] == 2 * C and self._denoiser.head is None:
+            raise UserError(
+                f"the network returned {2 * C} channels for {C}: it has a variance head; name it (head="
+                f"{', '.join(map(repr, HEADS))})"
+            )
+        if self._denoiser.head is not None and rank_of(self._denoiser.head, C, out.shape[1]) is not None:
+            out, head = out[:, :C], out[:, C:]
         if out.shape != x.shape:
             raise UserError(f"the network returned shape {tuple(output.shape)} for a sample {tuple(x.shape)}")
         if self._needs_head and head is None:
