@@ -14,7 +14,7 @@ from torch import Tensor
 from lowvar.process import CosineVP, DiscreteVP, Flow, Level, NetworkDenoiser, Schedule, schedule_from_diffusers
 from lowvar.process.denoiser import Head, Prediction, from_prediction, to_target
 from lowvar.process.noise import Independent
-from lowvar.train import EDM, P2, MinSNR, Objective, PosteriorNLL, HybridVLB, Simple, Weighting
+from lowvar.train import EDM, P2, HybridVLB, MinSNR, Objective, PosteriorNLL, Simple, Weighting
 from lowvar.train.objectives import Label, VarianceTerm, log_error_factor
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parents[1] / "sample" / "improved_diffusion_vlb.json").read_text())
@@ -208,11 +208,8 @@ def test_heads_and_terms_must_agree() -> None:
         Objective(Simple(), HybridVLB()).from_output(plain, x0, eps, x, level, x, None)
     with pytest.raises(ValueError, match="no term of the objective trains"):
         Objective(Simple()).from_output(ranged, x0, eps, x, level, x, x)
-    with pytest.raises(ValueError, match="trains the heads logvar, basis, lowrank, the network has .range."):
+    with pytest.raises(ValueError, match="trains the heads logvar, basis, lowrank, the network has 'range'"):
         Objective(Simple(), PosteriorNLL()).from_output(ranged, x0, eps, x, level, x, x)
-    logvar = NetworkDenoiser(lambda x, t: x, schedule, head="logvar")
-    with pytest.raises(ValueError, match="trains head 'range'"):
-        Objective(Simple(), HybridVLB()).from_output(logvar, x0, eps, x, level, x, x)
 
 
 def test_neighbours_of_a_table_are_its_knots() -> None:

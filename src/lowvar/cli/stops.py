@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-__all__ = ["Terminated", "stop_word"]
+import signal
+
+__all__ = ["Terminated", "status_of", "stop_word"]
 
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, such as a job scheduler's or a container's end; whatever tidies up after Ctrl-C does so after it."""
 
-    status = 143
+
+def status_of(stop: KeyboardInterrupt) -> int:
+    """The exit status of a process so ended, 128 and the signal's number.
+
+    Example:
+        >>> status_of(KeyboardInterrupt()), status_of(Terminated())
+        (130, 143)
+    """
+    return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
 
 
 def stop_word(stop: KeyboardInterrupt) -> str:

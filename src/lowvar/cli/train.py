@@ -101,8 +101,8 @@ class Train(DataFlags, Common):
             last = run_training(trainer, partial, console)
         except KeyboardInterrupt as stop:
             raise type(stop)(
-                f"{stop_word(stop)} after {trainer.update} of {config.updates} updates; {_kept(partial)}: give the same "
-                "command with --resume to go on"
+                f"{stop_word(stop)} after {trainer.update} of {config.updates} updates; {_kept(partial)}: "
+                "give the same command with --resume to go on"
             ) from None
         summary = summarise(
             self,

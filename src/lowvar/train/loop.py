@@ -112,7 +112,8 @@ class Trainer:
             raise UserError("device is cuda, but no CUDA device is there; give auto or cpu")
         self.data, self.config = data, config
         self.folder = None if folder is None else Path(folder)
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=device == "cpu")
+        cpu = device == "cpu" or not torch.cuda.is_available()  # said outright: else processes on CPUs do not meet
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu)
         parts = self.accelerator.num_processes
         if config.batch_size % parts:
             raise UserError(

@@ -60,7 +60,7 @@ def make_spectrum(data: TrainingData, basis: Literal["dct", "pca"]) -> Spectrum:
         twin = fit_twin(_batches(data.train), basis)
         own = twin.basis
         if isinstance(own, MatrixBasis):
-            own = MatrixBasis(own.directions.float(), own.event_shape, own.name)
+            own = MatrixBasis(own.directions.float().contiguous(), own.event_shape, own.name)
         return Spectrum(own, twin.spectrum.float())
     except ValueError as error:
         raise UserError(f"head basis needs images that differ ({error}); give another head or more data") from error
