@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -18,7 +18,8 @@ from lowvar.cli.app import main
 from lowvar.cli.stops import Terminated
 from lowvar.errors import UserError
 
-from .conftest import Lowvar
+if TYPE_CHECKING:
+    from tests.cli.conftest import Lowvar
 
 TINY = "updates: 4\nbatch_size: 6\ncheckpoint_every: 2\nvalidate_every: 2\nwarmup: 0\nnetwork: {width: 8}\n"
 
@@ -158,7 +159,7 @@ def test_processes_that_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("accelerate.PartialState", Alone)
-    with pytest.raises(UserError, match="started 2 processes .* and 1 of them found each other"):
+    with pytest.raises(UserError, match=r"started 2 processes .* and 1 of them found each other"):
         ranks.join("cpu")
 
 
@@ -171,11 +172,10 @@ def environment(rank: int, port: int) -> dict[str, str]:
 
 
 @pytest.fixture
-def port() -> Iterator[int]:
+def port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        number = free.getsockname()[1]
-    yield number
+        return free.getsockname()[1]
 
 
 def both(words: list[object], port: int) -> list[tuple[int, str, str]]:
@@ -228,7 +228,7 @@ def test_torchrun(config: Path, tmp_path: Path) -> None:
 
 
 def test_sigterm_keeps_the_run(lowvar: Lowvar, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One sentence, status 143, checkpoints kept, and --resume ends where an undisturbed run does."""
+    """One sentence, status 143 and the checkpoints kept, as after Ctrl-C (whose resumed run is tested there)."""
     from lowvar.train.loop import Trainer
 
     words = ["train", "--data", "digits", "--config", config]
@@ -248,10 +248,7 @@ def test_sigterm_keeps_the_run(lowvar: Lowvar, config: Path, tmp_path: Path, mon
     assert done.sentence.endswith("update-0000002 is kept: give the same command with --resume to go on")
     assert signal.getsignal(signal.SIGTERM) is before
     assert not (tmp_path / "run").exists()
-    assert lowvar(*words, "--out", tmp_path / "run", "--resume").status == 0
-    assert lowvar(*words, "--out", tmp_path / "whole").status == 0
-    weights = "unet/diffusion_pytorch_model.safetensors"
-    assert (tmp_path / "run" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+    assert (tmp_path / "run.partial" / "checkpoints" / "update-0000002").is_dir()
 
 
 def test_sigterm_in_other_commands(lowvar: Lowvar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,12 @@ import torch
 from lowvar.cli.train import save_trained
 from lowvar.data import Data, TensorImages, load
 from lowvar.errors import UserError
+from lowvar.evaluation import Cell
+from lowvar.evaluation.cells import draw
 from lowvar.pipelines import denoiser_of, open_pipeline
 from lowvar.process import BasisDiagonal, LowRankPlusDiagonal, NetworkDenoiser, ReverseKernel
 from lowvar.process.basis import DCTBasis
+from lowvar.process.grid import trailing
 from lowvar.process.head import Head, Spectrum
 from lowvar.process.noise import Independent
 from lowvar.sample import generate
@@ -89,6 +92,19 @@ def test_scheduler_adds_the_heads_noise(name: str, data: Data, tmp_path: Path) -
         small = generate(denoiser, ReverseKernel(variance="small"), grid, (1, 8, 8), 3, noise)
     torch.testing.assert_close(x, own, rtol=1e-5, atol=1e-5)
     assert float((x - small).abs().max()) > 1e-2
+
+
+def test_evaluation_uses_the_head(data: Data) -> None:
+    """`ddpm-learned` of a covariance head is the kernel with lambda^2 I + kappa^2 C, at any number of steps."""
+    made = trainer(data, **HEADS["dct"])
+    denoiser = NetworkDenoiser(
+        made.ema_network(), made.schedule, made.config.prediction, "basis", clip=1.0, spectrum=made.spectrum
+    )
+    noise = Independent(6)
+    drawn = draw(denoiser, Cell("ddpm-learned", 3), 4, (1, 8, 8), noise=noise).samples
+    grid = trailing(made.schedule, 3)
+    own = generate(denoiser, ReverseKernel(variance="posterior"), grid, (1, 8, 8), 4, noise, clip=1.0)
+    torch.testing.assert_close(drawn, own, rtol=1e-6, atol=1e-6)
 
 
 def test_scheduler_keeps_the_head_through_copies(data: Data, tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ def test_likelihood_only_is_the_variational_bound(head: Head, rank: int) -> None
     total = torch.zeros(3, dtype=torch.float64)
     for k, t in enumerate(grid[:-1].tolist()):
         eps = noise.normal(index, SHAPE, draw=k, dtype=torch.float64)
-        total += objective.losses(denoiser, x0, eps, T4.at([t] * 3)).loss / 4
+        total += objective.losses(denoiser, x0, eps, T4.at(torch.full((3,), t, dtype=torch.float64))).loss / 4
     torch.testing.assert_close(total, bound.kl.sum(1) + bound.decoder, rtol=1e-9, atol=1e-12)
 
 
