@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lowvar.calibrate import calibrate
 from lowvar.cli.train import save_trained
 from lowvar.data import Data, TensorImages, load
 from lowvar.errors import UserError
@@ -126,6 +127,22 @@ def test_scheduler_keeps_the_head_through_copies(data: Data, tmp_path: Path) -> 
     from_config: Any = ReverseVarianceScheduler.from_config(dict(scheduler.config))
     with pytest.raises(UserError, match="came without"):
         from_config.spectrum  # noqa: B018
+
+
+def test_calibrated_folder_keeps_head_and_calibration(data: Data, tmp_path: Path) -> None:
+    """Two PCA bases in one file: the head's, of the training images, and the calibration's."""
+    made = trainer(data, **HEADS["pca"])
+    save_trained(made, tmp_path)
+    pipeline = open_pipeline(tmp_path)
+    images = data.calibration.images(range(20))
+    knots = torch.linspace(-4, 4, 3, dtype=torch.float64)
+    measured = calibrate(denoiser_of(pipeline), lambda: [images], logsnr=knots, replicates=1)
+    ReverseVarianceScheduler.from_scheduler(pipeline.scheduler, measured).save_pretrained(tmp_path / "both")
+    both = ReverseVarianceScheduler.from_pretrained(tmp_path / "both")
+    assert made.spectrum is not None
+    assert both.spectrum.basis.same_as(made.spectrum.basis)
+    assert not both.calibration.twin.basis.same_as(made.spectrum.basis)
+    torch.testing.assert_close(both.calibration.twin.basis.matrix(), measured.twin.basis.matrix(), rtol=0, atol=1e-6)
 
 
 def test_scheduler_refuses_what_does_not_fit() -> None:

@@ -316,6 +316,26 @@ def test_interrupted_checkpoint(
     assert torch.equal(trained(resumed), trained(whole))
 
 
+def test_others_stop_where_the_main_process_cannot_write(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is not the main one hears of a failed checkpoint, and does not wait for ever."""
+    from accelerate import Accelerator
+
+    from lowvar.train import loop
+
+    trainer = make(data, config_from(BASE), tmp_path)
+    failed = [0.0]
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
+    monkeypatch.setattr(Accelerator, "is_main_process", property(lambda self: False))
+    monkeypatch.setattr(loop, "_summed", lambda accelerator, value: value + failed[0])
+    trainer._save(tmp_path)  # pyright: ignore[reportPrivateUsage]
+    assert list(tmp_path.iterdir()) == []
+    failed[0] = 1.0
+    with pytest.raises(UserError, match=r"the main process could not write .*update-0000000"):
+        trainer._save(tmp_path)  # pyright: ignore[reportPrivateUsage]
+
+
 def test_refusals(data: Data, tmp_path: Path) -> None:
     config = config_from(BASE | {"updates": 3})
     run(Trainer(data, config, tmp_path, device="cpu"))
