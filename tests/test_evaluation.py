@@ -203,7 +203,7 @@ def test_a_cell_that_diverges_has_no_row_but_a_note() -> None:
         (Cell("ddim", 3, "variance-matched"), "needs a calibrated model"),
         (Cell("twin-ode", 3), "needs a Gaussian twin"),
         (Cell("ddpm-pixel", 3), "needs a calibrated model"),
-        (Cell("ddpm-learned", 3), "learned-range variance head"),
+        (Cell("ddpm-learned", 3), "needs a network with a variance head"),
     ],
 )
 def test_cells_that_cannot_be_run_are_found_first(cell: Cell, said: str) -> None:

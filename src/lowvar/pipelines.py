@@ -9,7 +9,7 @@ opens has safetensors weights and JSON configs only.
     schedule      the scheduler's, recomputed in float64            (`lowvar.process.schedule_from_diffusers`)
     prediction    the scheduler's `prediction_type`; flow velocity for flow-matching schedulers
     clip          `clip_sample_range` where the scheduler clips and the pipeline has no autoencoder
-    head          where the network has twice as many output as input channels
+    head          where the network has more output than input channels; its rank is read off their number
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from lowvar.errors import UserError
 from lowvar.process.denoiser import Head, NetworkDenoiser, Prediction
 from lowvar.process.discrete import schedule_from_diffusers
+from lowvar.process.head import rank_of
 from lowvar.process.schedule import Schedule
 from lowvar.schedulers import ReverseVarianceScheduler
 from lowvar.schedulers._fields import require_edm
@@ -194,7 +195,8 @@ def denoiser_of(
         class_labels: one class for every sample, or one a sample (B,); class-conditional networks need it.
         conditioning: further keyword arguments of the network, such as `encoder_hidden_states` of a text-to-image one.
         clip: bound of the data, instead of the scheduler's.
-        head: what the second half of the output channels is, instead of the scheduler's or `range`.
+        head: what the output channels beyond the prediction are, instead of the scheduler's or `range`; the spectrum
+            of head `basis` is the scheduler's.
 
     Raises:
         UserError: if the network needs conditioning that is not given, or its channels do not fit.
@@ -221,7 +223,8 @@ def denoiser_of(
     called: Any = network if _by_position(network) and class_labels is None else _Called(network)
     try:
         prediction, sigma_data = _prediction(scheduler, schedule), float(scheduler.config.get("sigma_data", 0.5))
-        return NetworkDenoiser(called, schedule, prediction, found, clip, sigma_data, conditioning=given)
+        spectrum = getattr(scheduler, "spectrum", None) if found == "basis" else None
+        return NetworkDenoiser(called, schedule, prediction, found, clip, sigma_data, given, spectrum)
     except ValueError as error:
         raise UserError(f"{type(pipeline).__name__} cannot be read as a denoiser: {error}") from error
 
@@ -284,12 +287,14 @@ def _head(network: nn.Module, config: Mapping[str, Any], scheduler: Any, asked: 
         if asked is not None:
             raise UserError(f"head {asked!r} was asked for, and {type(network).__name__} has no channels for one")
         return None
-    if outputs != 2 * inputs:
+    head = asked or cast("Head | None", scheduler.config.get("head")) or "range"
+    if rank_of(head, inputs, outputs) is None:
         raise UserError(
-            f"{type(network).__name__} takes {inputs} channels and returns {outputs}; supported: as many, or twice as "
-            "many with a variance head (networks that take a mask or an image beside the state are not)"
+            f"{type(network).__name__} takes {inputs} channels and returns {outputs}; supported: as many, or with a "
+            "variance head twice as many, or with head 'lowrank' and r directions 2 + r times as many (networks that "
+            "take a mask or an image beside the state are not)"
         )
-    return asked or cast("Head | None", scheduler.config.get("head")) or "range"
+    return head
 
 
 def _check_conditioning(

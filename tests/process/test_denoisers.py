@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowvar.process.basis import PixelBasis
+from lowvar.process.basis import DCTBasis, PixelBasis
 from lowvar.process.covariance import BasisDiagonal, Diagonal, Isotropic, LowRankPlusDiagonal
 from lowvar.process.denoiser import (
     Denoiser,
@@ -21,6 +21,7 @@ from lowvar.process.denoiser import (
     to_target,
 )
 from lowvar.process.discrete import schedule_from_diffusers
+from lowvar.process.head import Spectrum, covariance_of, head_channels, rank_of
 from lowvar.process.matrix import Dense
 from lowvar.process.noise import Independent
 from lowvar.process.posterior import Posterior
@@ -138,6 +139,41 @@ def test_head_errors() -> None:
         NetworkDenoiser(headed(0.0), schedule, head="nope")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="epsilon, sample"):
         NetworkDenoiser(headed(0.0), schedule, "nope")  # pyright: ignore[reportArgumentType]
+
+
+def test_lowrank_and_basis_head_errors() -> None:
+    schedule, x = CosineVP(), torch.ones(1, 2, 4, 4)
+    spectrum = Spectrum(DCTBasis((2, 4, 4)), torch.ones(2, 4, 4))
+    with pytest.raises(ValueError, match="4 output channels and 2 more for every direction, the network has 5"):
+        NetworkDenoiser(lambda x, t: x[:, [0, 1, 0, 1, 0]], schedule, head="lowrank")(x, schedule.at(0.5))
+    with pytest.raises(ValueError, match="4 output channels, the network has 6"):
+        NetworkDenoiser(lambda x, t: x.repeat(1, 3, 1, 1), schedule, head="basis", spectrum=spectrum)(
+            x, schedule.at(0.5)
+        )
+    with pytest.raises(ValueError, match="head 'basis' needs the data's spectrum"):
+        NetworkDenoiser(headed(0.0), schedule, head="basis")
+    with pytest.raises(ValueError, match="a spectrum belongs to head 'basis', and the head is 'logvar'"):
+        NetworkDenoiser(headed(0.0), schedule, head="logvar", spectrum=spectrum)
+    with pytest.raises(ValueError, match="rank is 17; allowed: 0 to 16"):
+        head_channels("lowrank", 3, 17)
+    assert rank_of("lowrank", 3, 3 * 19) is None  # 17 directions
+    with pytest.raises(ValueError, match="describes a reverse step"):
+        covariance_of("range", x, schedule.at(0.5), 2)
+
+
+def test_lowrank_head_of_several_directions() -> None:
+    """Every C channels beyond the log variances are one direction, scaled by the prior's standard deviation."""
+    schedule = Flow()
+    level = schedule.at(torch.tensor([0.4, 0.8], dtype=torch.float64))
+    raw = draw(3, 2, 8, 3)  # C = 2 and r = 2: x0_hat, h, u_1, u_2
+    posterior = NetworkDenoiser(lambda x, t: raw, schedule, "flow", head="lowrank")(draw(4, 2, 2, 3), level)
+    assert posterior.covariance is not None
+    p = (level.sigma**2 / (level.alpha**2 + level.sigma**2)).reshape(2, 1)
+    u = raw[:, 4:].reshape(2, 2, 6)
+    expected = torch.diag_embed(p * raw[:, 2:4].exp().flatten(1)) + p[:, :, None] * (
+        u[:, 0, :, None] * u[:, 0, None] + u[:, 1, :, None] * u[:, 1, None]
+    )
+    torch.testing.assert_close(posterior.covariance.dense(), expected, rtol=1e-12, atol=0)
 
 
 def test_half_precision_networks_are_widened() -> None:

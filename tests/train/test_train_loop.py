@@ -17,7 +17,20 @@ from torch import Tensor, nn
 
 from lowvar.data import Data, TensorImages, load
 from lowvar.errors import UserError
-from lowvar.train import NonFiniteError, Saved, TrainConfig, Trainer, Update, Validation, checkpoints, config_from, fit
+from lowvar.process import GaussianTwin, MatrixBasis
+from lowvar.process.head import head_channels
+from lowvar.train import (
+    NonFiniteError,
+    Saved,
+    TrainConfig,
+    Trainer,
+    Update,
+    Validation,
+    checkpoints,
+    config_from,
+    fit,
+    spectrum,
+)
 
 BASE: dict[str, Any] = {
     "updates": 8,
@@ -69,6 +82,8 @@ VARIANTS: list[dict[str, Any]] = [
         "updates": 14,
     },
     {"head": "none", "weighting": "min-snr", "lr_schedule": "constant"},
+    {"head": "basis", "basis": "pca", "detach_mean": False},
+    {"head": "lowrank", "rank": 2, "head_loss": "vlb", "weighting": "none", "detach_mean": False},
 ]
 
 
@@ -88,10 +103,11 @@ class Tiny(nn.Module):
 
 
 def make(data: Data, config: TrainConfig, folder: Path | None = None, resume: bool = False) -> Trainer:
-    return Trainer(data, config, folder, network=Tiny(1 if config.head == "none" else 2), resume=resume, device="cpu")
+    outputs = head_channels(config.network_head, 1, config.head_rank)
+    return Trainer(data, config, folder, network=Tiny(outputs), resume=resume, device="cpu")
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=["hybrid", "logvar-importance", "min-snr"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=["hybrid", "logvar-importance", "min-snr", "basis", "low rank bound"])
 def test_resumed_run_is_bit_identical(variant: dict[str, Any], data: Data, tmp_path: Path) -> None:
     config = config_from(BASE | variant)
     undisturbed = make(data, config, tmp_path / "whole")
@@ -124,6 +140,42 @@ def test_resumed_unet_is_bit_identical(data: Data, tmp_path: Path) -> None:
     assert resumed.update == 3
     run(resumed)
     assert torch.equal(trained(resumed), trained(whole))
+
+
+def test_resumed_basis_is_the_checkpoints(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eigenvectors of another machine (here: turned round) do not reach a resumed run."""
+    config = config_from(BASE | {"head": "basis", "basis": "pca", "updates": 6})
+    whole = make(data, config)
+    run(whole)
+    run(make(data, config, tmp_path), 5)
+    fit_twin = spectrum.fit_twin
+
+    def elsewhere(*words: Any) -> GaussianTwin:
+        twin = fit_twin(*words)
+        shape = twin.basis.event_shape
+        return GaussianTwin(twin.mean, MatrixBasis(twin.basis.matrix().flip(0), shape), twin.spectrum)
+
+    monkeypatch.setattr(spectrum, "fit_twin", elsewhere)
+    resumed = make(data, config, tmp_path, resume=True)
+    run(resumed)
+    assert torch.equal(trained(resumed), trained(whole))
+    fresh = make(data, config)
+    run(fresh)
+    assert not torch.equal(trained(fresh), trained(whole))
+
+
+def test_checkpoints_from_before_a_setting_resume(data: Data, tmp_path: Path) -> None:
+    """A setting that a checkpoint does not know had the meaning of its default."""
+    config = config_from(BASE)
+    run(make(data, config, tmp_path), 5)
+    file = tmp_path / "checkpoints" / "update-0000003" / "state.json"
+    state = json.loads(file.read_text())
+    for key in ("rank", "basis", "head_loss", "detach_mean"):
+        del state["identity"][key]
+    file.write_text(json.dumps(state))
+    assert make(data, config, tmp_path, resume=True).update == 3
+    with pytest.raises(UserError, match="made with detach_mean True, now it is False"):
+        make(data, config_from(BASE | {"detach_mean": False}), tmp_path, resume=True)
 
 
 def test_stopped_twice_and_between_validation_and_checkpoint(data: Data, tmp_path: Path) -> None:
@@ -262,6 +314,26 @@ def test_interrupted_checkpoint(
     run(resumed)
     run(whole)
     assert torch.equal(trained(resumed), trained(whole))
+
+
+def test_others_stop_where_the_main_process_cannot_write(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is not the main one hears of a failed checkpoint, and does not wait for ever."""
+    from accelerate import Accelerator
+
+    from lowvar.train import loop
+
+    trainer = make(data, config_from(BASE), tmp_path)
+    failed = [0.0]
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
+    monkeypatch.setattr(Accelerator, "is_main_process", property(lambda self: False))
+    monkeypatch.setattr(loop, "_summed", lambda accelerator, value: value + failed[0])
+    trainer._save(tmp_path)  # pyright: ignore[reportPrivateUsage]
+    assert list(tmp_path.iterdir()) == []
+    failed[0] = 1.0
+    with pytest.raises(UserError, match=r"the main process could not write .*update-0000000"):
+        trainer._save(tmp_path)  # pyright: ignore[reportPrivateUsage]
 
 
 def test_refusals(data: Data, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ stderr for everybody else (diffusers, datasets and accelerate print as they like
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import json
 import os
@@ -20,13 +19,16 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
+from lowvar.cli import ranks
 from lowvar.cli.calibrate import Calibrate
 from lowvar.cli.console import Console
 from lowvar.cli.demo import Demo
 from lowvar.cli.evaluate import Evaluate
+from lowvar.cli.explain import explain
 from lowvar.cli.options import Command
 from lowvar.cli.report import Report
 from lowvar.cli.sample import Sample
+from lowvar.cli.stops import Terminated, status_of, stop_word
 from lowvar.cli.train import Train
 from lowvar.errors import UserError
 
@@ -41,7 +43,6 @@ COMMANDS: dict[str, type[Command]] = {
     "report": Report,
 }
 _ABOUT = "Variance reduction in the reverse process of diffusion and flow models."
-_INTERRUPTED = 130
 
 
 _PLAIN = (  # tyro's wording of a wrong value, and ours
@@ -134,36 +135,8 @@ def parse(words: Sequence[str]) -> Command:
         raise UserError(_sentence(errors.getvalue(), command, words)) from None
 
 
-def _disk_full(error: BaseException) -> bool:
-    """Whether a full disk is behind the error: safetensors and torch hide the errno in their own exceptions."""
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        if isinstance(current, OSError) and current.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return True
-        if re.search(r"No space left on device|os error 28|PytorchStreamWriter failed writing", str(current)):
-            return True
-        current = current.__cause__ or current.__context__
-    return False
-
-
-def _explain(error: Exception) -> str | None:
-    """The sentence for an error that the machine or the input is to blame for; None for a fault of this program."""
-    if isinstance(error, UserError):
-        return str(error)
-    if _disk_full(error):
-        return "the disk is full, and nothing was written to --out; make room or give --out on another disk"
-    if isinstance(error, OSError):
-        where = f" {error.filename}" if error.filename else ""
-        return f"cannot read or write{where} ({error.strerror or error}); check the path and its permissions"
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return "there is not enough memory; give a smaller --batch-size"
-    return None
-
-
 def _terminated(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
+    raise Terminated
 
 
 @contextlib.contextmanager
@@ -180,7 +153,8 @@ def _tidy_end() -> Iterator[None]:
 
 
 def _complain(text: str) -> None:
-    sys.stderr.write(f"lowvar: {' '.join(text.split())}\n")
+    if ranks.is_main():
+        sys.stderr.write(f"lowvar: {' '.join(text.split())}\n")
 
 
 def _print(lines: Sequence[str]) -> None:
@@ -226,17 +200,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _tidy_end():
             command = parse(words)
-            console = Console(json=command.json, quiet=command.quiet)
+            if ranks.count() > 1 and not isinstance(command, Train):
+                raise UserError(
+                    f"lowvar {command.name} runs in one process, and a launcher started {ranks.count()} (WORLD_SIZE); "
+                    "run it by itself: only `lowvar train` shares its work"
+                )
+            console = Console(json=command.json and ranks.is_main(), quiet=command.quiet or not ranks.is_main())
             _environment()
             with contextlib.redirect_stdout(sys.stderr):
                 summary = command.run(console)
     except KeyboardInterrupt as stop:
-        _complain(str(stop) or "interrupted; nothing was written to --out")
-        return _INTERRUPTED
+        _complain(str(stop) or f"{stop_word(stop)}; nothing was written to --out")
+        return status_of(stop)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     except Exception as error:
-        sentence = _explain(error)
+        sentence = explain(error)
+        if sentence is None and ranks.is_aftermath(error):
+            return 1
         if sentence is None:
             raise
         _complain(sentence)

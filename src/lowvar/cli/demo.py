@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lowvar.cli.console import Console, score_table
 from lowvar.cli.folders import check_free, publish
 from lowvar.cli.options import MaybeInt, Sampling, at_least, choose_device
+from lowvar.cli.stops import stop_word
 from lowvar.cli.train import clear_partial, partial_of, run_training, save_trained
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ class Demo(Sampling):
         resume = self._prepare(partial)
         try:
             summary = self._chain(console, partial, resume, begun, load("digits"), device)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("interrupted; give the same command again to go on where it was") from None
+        except KeyboardInterrupt as stop:
+            raise type(stop)(f"{stop_word(stop)}; give the same command again to go on where it was") from None
         publish(partial, self.out)
         console.result(score_table(summary["rows"], summary["floor"], ("frechet", "kernel", "energy")))
         console.result(str(self.out / "report.html"))

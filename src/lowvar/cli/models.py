@@ -128,7 +128,7 @@ def default_samplers(model: Model) -> list[str]:
         name
         for name, sampler in SAMPLERS.items()
         if (sampler.covariance is None or model.calibration is not None or sampler.covariance == "learned")
-        and (sampler.covariance != "learned" or model.denoiser.head == "range")
+        and (sampler.covariance != "learned" or model.denoiser.head is not None)
         and (not (sampler.needs_twin or sampler.noise) or model.calibration is not None)
     ]
 

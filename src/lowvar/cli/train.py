@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowvar.cli import ranks
 from lowvar.cli.console import Console
 from lowvar.cli.folders import check_free, publish
-from lowvar.cli.options import Common, DataFlags, MaybeInt, MaybePath, choose_device
+from lowvar.cli.options import Common, DataFlags, MaybeInt, MaybePath, MaybeText, choose_device
+from lowvar.cli.stops import stop_word
 from lowvar.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +36,8 @@ class Train(DataFlags, Common):
     """Train a network from scratch.
 
     Writes a diffusers pipeline folder with the network's averaged weights. Until then checkpoints are kept in
-    OUT.partial, where the same command with --resume goes on to the same weights as an undisturbed run.
+    OUT.partial, where the same command with --resume goes on to the same weights as an undisturbed run. Under torchrun
+    the processes share every batch, and the first of them writes.
     """
 
     out: Path
@@ -49,6 +52,10 @@ class Train(DataFlags, Common):
     """of weights, data order, times and noise; default: the config's"""
     checkpoint_every: MaybeInt = None
     """updates between checkpoints; default: the config's"""
+    head: MaybeText = None
+    """variance head: range, logvar, basis, lowrank or none; default: the config's"""
+    rank: MaybeInt = None
+    """directions of head lowrank, 0 to 16; default: the config's"""
     resume: bool = False
     """go on in OUT.partial; from the start if there is none"""
 
@@ -61,14 +68,12 @@ class Train(DataFlags, Common):
         from lowvar.train.config import config_from
 
         values = {} if self.config is None else _read_yaml(self.config)
-        given = ("updates", "batch_size", "seed", "checkpoint_every")
+        given = ("updates", "batch_size", "seed", "checkpoint_every", "head", "rank")
         values |= {name: value for name in given if (value := getattr(self, name)) is not None}
         return config_from(values)
 
-    def run(self, console: Console) -> dict[str, Any]:
-        """See the base class."""
-        begun = time.perf_counter()
-        partial = partial_of(self.out)
+    def _make_way(self, partial: Path) -> None:
+        """Refuses what is in the way of --out and of its unfinished run, or removes it where that was asked for."""
         check_free(self.out, overwrite=self.overwrite)
         if partial.exists() and not self.resume:
             if not self.overwrite:
@@ -76,6 +81,13 @@ class Train(DataFlags, Common):
                     f"{partial} holds an unfinished run; go on with --resume, or start anew with --overwrite"
                 )
             clear_partial(partial)
+
+    def run(self, console: Console) -> dict[str, Any]:
+        """See the base class."""
+        begun = time.perf_counter()
+        partial = partial_of(self.out)
+        ranks.join(self.device)
+        ranks.main_first(lambda: self._make_way(partial))
         config = self.settings()
         from lowvar.cli.results import about_data, summarise, write_run
         from lowvar.train.loop import Trainer
@@ -84,15 +96,14 @@ class Train(DataFlags, Common):
         data = self.load(config.seed)
         resolved = {"data": self.data, "size": self.size, "channels": self.channels, **dataclasses.asdict(config)}
         trainer = Trainer(data, config, partial, resume=self.resume, device=self.device)
-        _begin(partial, resolved)
+        ranks.main_first(lambda: _begin(partial, resolved))
         try:
             last = run_training(trainer, partial, console)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"interrupted after {trainer.update} of {config.updates} updates; {_kept(partial)}: give the same "
-                "command with --resume to go on"
+        except KeyboardInterrupt as stop:
+            raise type(stop)(
+                f"{stop_word(stop)} after {trainer.update} of {config.updates} updates; {_kept(partial)}: "
+                "give the same command with --resume to go on"
             ) from None
-        save_trained(trainer, partial)
         summary = summarise(
             self,
             config.seed,
@@ -109,9 +120,14 @@ class Train(DataFlags, Common):
             data=about_data(data),
         )
         summary["config"] = resolved
-        write_run(partial, summary)
-        shutil.rmtree(partial / "checkpoints", ignore_errors=True)
-        publish(partial, self.out)
+
+        def finish() -> None:
+            save_trained(trainer, partial)
+            write_run(partial, summary)
+            shutil.rmtree(partial / "checkpoints", ignore_errors=True)
+            publish(partial, self.out)
+
+        ranks.main_first(finish)
         console.result(f"validation loss {last['validation_loss']:.4f} after {trainer.update} updates")
         console.result(str(self.out / "report.html"))
         return summary
@@ -197,6 +213,7 @@ def save_trained(trainer: Trainer, folder: Path) -> Any:
         timestep_spacing="trailing",
         variance="learned" if config.head != "none" else "small",
         head=config.network_head,
+        spectrum=trainer.spectrum,
     )
     pipeline: Any = DDPMPipeline(trainer.ema_network(), scheduler)  # type: ignore[arg-type]
     pipeline.save_pretrained(str(folder), safe_serialization=True)

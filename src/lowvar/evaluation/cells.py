@@ -19,6 +19,7 @@ from lowvar.evaluation.peers import Spacing, make_peer, peer_named, run_peer
 from lowvar.process.denoiser import Denoiser, NetworkDenoiser
 from lowvar.process.discrete import DiscreteVP
 from lowvar.process.grid import GRIDS, make_grid
+from lowvar.process.head import COVARIANCE_HEADS
 from lowvar.process.kernel import ReverseKernel
 from lowvar.process.multistep import MultistepSolver
 from lowvar.process.noise import Independent, NoiseSource
@@ -178,8 +179,10 @@ def resolve(
             raise UserError(f"sampler {name} is as published: it takes no --eta, --tau or --covariance")
     sampler = replace(sampler, solver=solver)
     if sampler.covariance == "learned":
-        if denoiser.head != "range":
-            raise UserError(f"sampler {name} needs a network with a learned-range variance head, and this one has none")
+        if denoiser.head is None:
+            raise UserError(f"sampler {name} needs a network with a variance head, and this one has none")
+        if denoiser.head in COVARIANCE_HEADS and isinstance(sampler.solver, ReverseKernel):  # it says what C is
+            sampler = replace(sampler, solver=replace(sampler.solver, variance="posterior"))
         return sampler, denoiser
     if sampler.covariance is None:
         return sampler, denoiser

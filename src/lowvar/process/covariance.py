@@ -329,6 +329,15 @@ class LowRankPlusDiagonal(Covariance):
         _, M = self._capacity()
         return torch.log(self.variance).flatten(1).sum(1) + torch.linalg.slogdet(M)[1]
 
+    def inverse_trace(self, other: Covariance) -> Tensor:
+        """See the base class; d r^2 + r^3 against a diagonal, by the Woodbury identity."""
+        if not isinstance(other, Isotropic | Diagonal):
+            return super().inverse_trace(other)
+        ratio = (other.diagonal() / self.variance).flatten(1)
+        W, M = self._capacity()
+        inner = W.transpose(1, 2) @ (ratio[:, :, None] * W)
+        return ratio.sum(1) - torch.diagonal(torch.linalg.solve(M, inner), dim1=-2, dim2=-1).sum(-1)
+
     def affine(self, a: Scalar, b: Scalar) -> LowRankPlusDiagonal:
         """See the base class."""
         variance = per_sample(a, self.variance) + per_sample(b, self.variance) * self.variance

@@ -8,11 +8,8 @@ With x_t = alpha x_0 + sigma eps, a network that predicts ... has x0_hat =
     flow      u = eps - x_0                              (x - sigma out) / (alpha + sigma)
     edm       F of Karras et al. 2022, Table 1           c_skip y + c_out F(c_in y),  y = x / alpha, s = sigma / alpha
 
-and twice as many output channels where it has a variance head:
-
-    range     f = (v + 1) / 2, log-interpolation between beta_tilde and beta of a step (Nichol & Dhariwal 2021)
-    logvar    C = exp(h) sigma^2 / (alpha^2 + sigma^2), pixel by pixel; the factor is the posterior variance of
-              unit-variance Gaussian data, so that h = 0 is a sensible start at every noise level
+and further output channels where it has a variance head: as many again (range, logvar, basis) or more (lowrank). What
+they mean stands in `head`.
 
 Means and variances are computed in float32 or wider, whatever the network's own precision.
 """
@@ -26,7 +23,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lowvar.process.covariance import Covariance, Diagonal
+from lowvar.process.covariance import Covariance
+from lowvar.process.head import HEADS, Head, Spectrum, covariance_of, expand, rank_of
 from lowvar.process.matrix import Implicit
 from lowvar.process.posterior import Posterior
 from lowvar.process.schedule import Level, Schedule
@@ -45,13 +43,7 @@ __all__ = [
 ]
 
 Prediction = Literal["epsilon", "sample", "v_prediction", "flow", "edm"]
-Head = Literal["range", "logvar"]
 CovarianceModel = Callable[[Tensor, Level, Posterior], Covariance]
-
-
-def expand(value: Tensor, like: Tensor) -> Tensor:
-    """A level's value () or (B,) shaped to multiply `like` (B, ...) without changing its dtype."""
-    return value.to(like).reshape(-1, *([1] * (like.ndim - 1))) if value.ndim else value
 
 
 def from_prediction(kind: Prediction, x: Tensor, out: Tensor, level: Level, sigma_data: float = 0.5) -> Tensor:
@@ -130,14 +122,15 @@ class NetworkDenoiser(Denoiser):
             whose first entry is one, or an object with `.sample` (diffusers' UNet2DModel, UNet2DConditionModel, DiT).
         schedule: its noise schedule.
         prediction: what it predicts (see the module).
-        head: its variance head, if it has one; the output then has twice the channels of x.
+        head: its variance head, if it has one; the output then has the channels that `head` lists beside those of x.
         clip: bound b of data in [-b, b], or None for unbounded data such as latents.
         sigma_data: for `prediction="edm"`.
         conditioning: further keyword arguments of the network (class labels, prompt embeddings).
+        spectrum: of the data in the head's basis, for `head="basis"`.
 
     Raises:
-        ValueError: if prediction or head are unknown, v-prediction meets a schedule that is not VP, or the output's
-            channels do not fit.
+        ValueError: if prediction or head are unknown, v-prediction meets a schedule that is not VP, head and spectrum
+            are not given together, or the output's channels do not fit.
 
     Example:
         >>> from lowvar.process.schedule import CosineVP
@@ -156,17 +149,25 @@ class NetworkDenoiser(Denoiser):
         clip: float | None = None,
         sigma_data: float = 0.5,
         conditioning: Mapping[str, Any] | None = None,
+        spectrum: Spectrum | None = None,
     ) -> None:
         if prediction not in ("epsilon", "sample", "v_prediction", "flow", "edm"):
             raise ValueError(f"prediction is {prediction!r}; allowed: epsilon, sample, v_prediction, flow, edm")
-        if head not in (None, "range", "logvar"):
-            raise ValueError(f"head is {head!r}; allowed: None, range, logvar")
+        if head not in (None, *HEADS):
+            raise ValueError(f"head is {head!r}; allowed: None, {', '.join(HEADS)}")
+        if (head == "basis") != (spectrum is not None):
+            raise ValueError(
+                "head 'basis' needs the data's spectrum in its basis: give spectrum=Spectrum(basis, variance)"
+                if head == "basis"
+                else f"a spectrum belongs to head 'basis', and the head is {head!r}"
+            )
         if prediction == "v_prediction" and schedule.family != "vp":
             raise ValueError(f"v-prediction is defined for variance-preserving schedules, not for {schedule.family!r}")
         self.network, self.schedule = network, schedule
         self.prediction: Prediction = prediction
         self.head: Head | None = head
         self.clip, self.sigma_data, self.conditioning = clip, sigma_data, dict(conditioning or {})
+        self.spectrum = spectrum
 
     def raw(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor | None]:
         """The network's prediction and its head's raw output (None without head), float32 or wider."""
@@ -178,19 +179,16 @@ class NetworkDenoiser(Denoiser):
         out = self.network(entry, timestep, **self.conditioning)
         out = out if isinstance(out, Tensor) else (out[0] if isinstance(out, tuple) else out.sample)
         out = out if out.dtype in (torch.float32, torch.float64) else out.float()
-        if self.head is None:
-            if out.shape != x.shape:
+        C, found = x.shape[1], out.shape[1]
+        if rank_of(self.head, C, found) is None or out.shape[2:] != x.shape[2:]:
+            if self.head is None:
                 raise ValueError(
-                    f"the network returned shape {tuple(out.shape)} for states {tuple(x.shape)}; with twice the "
-                    "channels it has a variance head: name it (head='range' or 'logvar')"
+                    f"the network returned shape {tuple(out.shape)} for states {tuple(x.shape)}; with more channels it "
+                    f"has a variance head: name it (head={', '.join(map(repr, HEADS))})"
                 )
-            return out, None
-        if out.shape[1] != 2 * x.shape[1]:
-            raise ValueError(
-                f"head {self.head!r} needs {2 * x.shape[1]} output channels, the network has {out.shape[1]}"
-            )
-        mean, head = out.chunk(2, dim=1)
-        return mean, head
+            more = f" and {C} more for every direction" if self.head == "lowrank" else ""
+            raise ValueError(f"head {self.head!r} needs {2 * C} output channels{more}, the network has {found}")
+        return out[:, :C], None if self.head is None else out[:, C:]
 
     def interpret(self, x: Tensor, level: Level, out: Tensor, head: Tensor | None) -> Posterior:
         """The posterior that a prediction and a raw head output stand for."""
@@ -198,9 +196,8 @@ class NetworkDenoiser(Denoiser):
         covariance = fraction = None
         if head is not None and self.head == "range":
             fraction = (head + 1) / 2
-        elif head is not None:
-            prior = level.sigma**2 / (level.alpha**2 + level.sigma**2)
-            covariance = Diagonal(torch.exp(head.clamp(max=20.0)) * expand(prior, x))
+        elif head is not None and self.head is not None:
+            covariance = covariance_of(self.head, head, level, x.shape[1], self.spectrum)
         posterior = Posterior(mean, covariance, fraction)
         return posterior if self.clip is None else posterior.clip(self.clip)
 

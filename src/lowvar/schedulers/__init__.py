@@ -53,6 +53,7 @@ from lowvar.process.denoiser import expand
 from lowvar.process.discrete import DiscreteVP
 from lowvar.process.flow import TwinFlow
 from lowvar.process.grid import custom
+from lowvar.process.head import COVARIANCE_HEADS, Spectrum
 from lowvar.process.kernel import ReverseKernel
 from lowvar.process.multistep import MultistepSolver
 from lowvar.process.noise import NoiseSource, TorchGenerators
@@ -76,7 +77,14 @@ from lowvar.schedulers._grids import chosen_times
 from lowvar.schedulers._reader import Reader
 from lowvar.schedulers._rows import Rows
 from lowvar.schedulers._steps import Steps
-from lowvar.schedulers._storage import CALIBRATION_FILE, load_tensors, names_tensors, save_tensors
+from lowvar.schedulers._storage import (
+    CALIBRATION_FILE,
+    load_tensors,
+    names_tensors,
+    save_tensors,
+    spectrum_from_json,
+    spectrum_to_json,
+)
 
 __all__ = ["CALIBRATION_FILE", "ReverseVarianceScheduler", "ReverseVarianceSchedulerOutput", "sampler_fields"]
 
@@ -118,8 +126,10 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         predictor, corrector, decay: as in `lowvar.process.MultistepSolver`.
         grid: None, a name (uniform, trailing, leading, quadratic, uniform-logsnr, karras, variance-matched, path) or a list
             of decreasing times in [0, 1].
-        head: the network's variance head: None, range (Nichol & Dhariwal 2021) or logvar.
+        head: the network's variance head: None, range (Nichol & Dhariwal 2021), logvar, basis or lowrank
+            (`lowvar.process.head`).
         calibration: a `Calibration`, or the JSON fields of one as they stand in the config.
+        spectrum: the `Spectrum` of head basis, or the JSON fields of one as they stand in the config.
         sigma_data: standard deviation of the data that an `edm` network was trained for.
         use_dynamic_shifting, time_shift_type, shift_terminal: of flow schedules, as in diffusers'
             FlowMatchEulerDiscreteScheduler: times are shifted by the `mu` of `set_timesteps`.
@@ -175,6 +185,7 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         max_shift: float = 1.15,
         base_image_seq_len: int = 256,
         max_image_seq_len: int = 4096,
+        spectrum: Any = None,
     ) -> None:
         check(self.config)
         self.schedule: Schedule = make_schedule(self.config)
@@ -184,6 +195,10 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
             fields, self._tensors = calibration.to_json()
             self._calibration = calibration
             self.register_to_config(calibration=fields)
+        if isinstance(spectrum, Spectrum):
+            fields, tensors = spectrum_to_json(spectrum)
+            self._tensors = {**self._tensors, **tensors}
+            self.register_to_config(spectrum=fields)
         self._require_schedule()
         self._solver_without_twin()  # what is out of range is said now
         table = self.schedule.alphas_cumprod if isinstance(self.schedule, DiscreteVP) else None
@@ -243,6 +258,46 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         assert calibration is not None, "__init__ refuses fields that need a calibration and have none"
         return calibration
 
+    # ----------------------------------------------------------------------------------------------- variance head
+
+    @property
+    def spectrum(self) -> Spectrum | None:
+        """The spectrum of head basis, or None.
+
+        Raises:
+            UserError: if the config came without the tensors beside it, or does not fit together.
+        """
+        fields = self.config.get("spectrum")
+        if fields is None:
+            return None
+        if names_tensors(fields) and not self._tensors:
+            raise UserError(
+                f"this scheduler's config came without {CALIBRATION_FILE}, which holds the basis of its head: load it "
+                "with from_pretrained"
+            )
+        return spectrum_from_json(fields, self._tensors)
+
+    @property
+    def _covariance_head(self) -> bool:
+        """Whether variance `learned` is a covariance of x_0 that the network says, not Nichol & Dhariwal's range."""
+        return self.config["variance"] == "learned" and self.config["head"] in COVARIANCE_HEADS
+
+    def _make_reader(self) -> Reader:
+        c = self.config
+        needs_head = c["sampler"] == "kernel" and c["variance"] in ("learned", "convert")
+        kind = PREDICTIONS[c["prediction_type"]]
+        rest = (c["sigma_data"], needs_head, self._evaluations, self.spectrum)
+        try:
+            return Reader(self.schedule, kind, c["head"], self._bound, *rest)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    @property
+    def _reader(self) -> Reader:
+        if self._made_reader is None:
+            self._made_reader = self._make_reader()
+        return self._made_reader
+
     # ------------------------------------------------------------------------------------------------------- grids
 
     def set_timesteps(
@@ -290,13 +345,10 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         self._steps = Steps(self.schedule, self._evaluations, device)
         self.timesteps = self._steps.timesteps
         # read now: StableDiffusionPipeline switches clip_sample off in the config of the scheduler it is given
-        bound = float(c["clip_sample_range"]) if c["clip_sample"] else None
-        needs_head = c["sampler"] == "kernel" and c["variance"] == "learned"
-        kind = PREDICTIONS[c["prediction_type"]]
-        try:
-            self._reader = Reader(self.schedule, kind, c["head"], bound, c["sigma_data"], needs_head, self._evaluations)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        self._bound = float(c["clip_sample_range"]) if c["clip_sample"] else None
+        self._made_reader: Reader | None = None
+        if self._tensors or c["spectrum"] is None or not names_tensors(c["spectrum"]):
+            self._made_reader = self._make_reader()  # else when the tensors beside the config are there
         self._recipe: Recipe | None = None
         self._chain: Chain | None = None
         self._rows: Rows | None = None
@@ -404,7 +456,7 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
     def _made_recipe(self) -> Recipe:
         if self._recipe is None:
             structure, model, solver = self.config["variance"], None, self._solver_without_twin()
-            if uses_covariance(self.config) and (structure, self.config["head"]) != ("learned", "logvar"):
+            if uses_covariance(self.config) and not self._covariance_head:
                 calibration = self._required()
                 model = TwinCovariance(calibration.twin) if structure == "twin" else calibration.model(structure)
             if needs_twin(self.config):
@@ -421,7 +473,7 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         c = self.config
         try:
             if c["sampler"] == "kernel":
-                rule = c["variance"] in RULES and (c["variance"], c["head"]) != ("learned", "logvar")
+                rule = c["variance"] in RULES and not self._covariance_head
                 return ReverseKernel(c["eta"], c["variance"] if rule else "posterior")
             if c["sampler"] in OWN:
                 return MultistepSolver(None, c["predictor"], c["corrector"], c["tau"], c["decay"])
@@ -468,7 +520,7 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
     # --------------------------------------------------------------------------------------------- saving, loading
 
     def __repr__(self) -> str:
-        shown = {k: v for k, v in self.config.items() if not k.startswith("_") and k != "calibration"}
+        shown = {k: v for k, v in self.config.items() if k[0] != "_" and k not in ("calibration", "spectrum")}
         if self._fields is not None:
             shown["calibration"] = f"<{self._fields.get('fingerprint')}>"
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
@@ -496,10 +548,11 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
             pretrained_model_name_or_path, subfolder=subfolder, return_unused_kwargs=return_unused_kwargs, **kwargs
         )
         scheduler = cast("Self", made[0] if isinstance(made, tuple) else made)
+        if any(f is not None and names_tensors(f) for f in (scheduler._fields, scheduler.config.get("spectrum"))):
+            scheduler._tensors = load_tensors(pretrained_model_name_or_path, subfolder, kwargs)
         if scheduler._fields is not None:
-            if names_tensors(scheduler._fields):
-                scheduler._tensors = load_tensors(pretrained_model_name_or_path, subfolder, kwargs)
             scheduler._required()  # what does not fit is said now, not at the first step
+        assert scheduler._reader is not None  # likewise
         return made
 
     @classmethod
@@ -553,6 +606,8 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         if name == cls.__name__:
             fields = {k: config[k] for k in known if k in config}
             calibration = calibration or getattr(scheduler, "calibration", None)
+            if not is_config and scheduler.spectrum is not None:
+                fields["spectrum"] = scheduler.spectrum
         else:
             fields = translate(name, config)
             if calibration is not None and fields["sampler"] == "kernel":

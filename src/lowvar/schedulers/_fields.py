@@ -9,6 +9,7 @@ from lowvar.errors import UserError
 from lowvar.process.denoiser import Prediction
 from lowvar.process.discrete import schedule_from_config, schedule_from_diffusers
 from lowvar.process.grid import GRIDS
+from lowvar.process.head import HEADS
 from lowvar.process.kernel import ReverseKernel
 from lowvar.process.multistep import MultistepSolver
 from lowvar.process.schedule import VE, Flow, Schedule
@@ -114,7 +115,9 @@ def check(c: Mapping[str, Any]) -> None:
     allowed("sampler", c["sampler"], (*OWN, *named_samplers()))
     if c["calibration"] is None:  # else the calibration knows what it has
         allowed("variance", c["variance"], (*RULES, *CALIBRATED))
-    allowed("head", c["head"], (None, "range", "logvar"))
+    allowed("head", c["head"], (None, *HEADS))
+    if (c["head"] == "basis") != (c["spectrum"] is not None):
+        raise UserError(f"head is {c['head']!r}: head 'basis', and only it, needs the data's spectrum beside it")
     allowed("time_shift_type", c["time_shift_type"], ("exponential", "linear"))
     if c["grid"] is None or isinstance(c["grid"], str):
         allowed("grid", c["grid"], (None, *GRIDS, *CALIBRATED_GRIDS))
@@ -128,7 +131,7 @@ def check(c: Mapping[str, Any]) -> None:
     if needs and c["calibration"] is None:
         raise UserError(f"{needs} needs a calibration: make one with `lowvar calibrate --model MODEL --data DATA`")
     if c["sampler"] == "kernel" and c["variance"] == "learned" and c["head"] is None:
-        raise UserError("variance 'learned' needs a network with a variance head: set head to 'range' or 'logvar'")
+        raise UserError(f"variance 'learned' needs a network with a variance head: set head to {', '.join(HEADS)}")
     if c["sampler"] not in OWN and (c["eta"], c["tau"]) != (1.0, 0.0):
         raise UserError(f"sampler {c['sampler']!r} has a stochasticity of its own: eta and tau are of {', '.join(OWN)}")
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lowvar.errors import UserError
-from lowvar.process.denoiser import Head, NetworkDenoiser, Prediction, from_prediction
+from lowvar.process.denoiser import NetworkDenoiser, Prediction, from_prediction
+from lowvar.process.head import HEADS, Head, Spectrum, rank_of
 from lowvar.process.posterior import Posterior
 from lowvar.process.schedule import Level, Schedule
 
@@ -22,6 +23,7 @@ class Reader:
         schedule, prediction, head, clip, sigma_data: as for `NetworkDenoiser`.
         needs_head: whether the head is used; an output without one is then refused.
         levels: at which the network is asked, (N,).
+        spectrum: as for `NetworkDenoiser`.
     """
 
     def __init__(
@@ -33,8 +35,10 @@ class Reader:
         sigma_data: float,
         needs_head: bool,
         levels: Level,
+        spectrum: Spectrum | None = None,
     ) -> None:
-        self._denoiser = NetworkDenoiser(_nobody, schedule, prediction, cast("Head | None", head), clip, sigma_data)
+        kind = cast("Head | None", head)
+        self._denoiser = NetworkDenoiser(_nobody, schedule, prediction, kind, clip, sigma_data, spectrum=spectrum)
         self._needs_head, self._levels = needs_head, levels
         self._without_signal: list[bool] = (levels.alpha == 0).tolist()
         # x0_hat is linear in the state and the output
@@ -56,12 +60,12 @@ class Reader:
             UserError: if the output does not fit the states or what is asked of it.
         """
         out, head, C = output.to(x.dtype), None, x.shape[1]
-        if out.shape[1] == 2 * C:
-            if self._denoiser.head is None:
-                raise UserError(
-                    f"the network returned {2 * C} channels for {C}: it has a variance head; name it (head='range' or "
-                    "'logvar')"
-                )
+        if out.shape[1] == 2 * C and self._denoiser.head is None:
+            raise UserError(
+                f"the network returned {2 * C} channels for {C}: it has a variance head; name it (head="
+                f"{', '.join(map(repr, HEADS))})"
+            )
+        if self._denoiser.head is not None and rank_of(self._denoiser.head, C, out.shape[1]) is not None:
             out, head = out[:, :C], out[:, C:]
         if out.shape != x.shape:
             raise UserError(f"the network returned shape {tuple(output.shape)} for a sample {tuple(x.shape)}")

@@ -3,12 +3,12 @@
 from lowvar.train.config import TrainConfig, config_from, make_objective, make_schedule, make_times
 from lowvar.train.draws import DrawPlan, Draws
 from lowvar.train.edm import EDM, LognormalTimes
-from lowvar.train.hybrid import RangeVLB
+from lowvar.train.hybrid import HybridVLB
 from lowvar.train.loop import Fitted, NonFiniteError, Trainer, fit
 from lowvar.train.minsnr import MinSNR
 from lowvar.train.networks import NetworkConfig, build_network
 from lowvar.train.nll import PosteriorNLL
-from lowvar.train.objectives import Losses, Objective, Simple, VarianceTerm, Weighting
+from lowvar.train.objectives import LikelihoodOnly, Losses, Objective, Simple, VarianceTerm, Weighting
 from lowvar.train.p2 import P2
 from lowvar.train.records import Record, Saved, Update, Validation
 from lowvar.train.timesteps import LossSecondMomentTimes, TimeDraw, Times, UniformTimes
@@ -20,6 +20,8 @@ __all__ = [
     "DrawPlan",
     "Draws",
     "Fitted",
+    "HybridVLB",
+    "LikelihoodOnly",
     "LognormalTimes",
     "LossSecondMomentTimes",
     "Losses",
@@ -28,7 +30,6 @@ __all__ = [
     "NonFiniteError",
     "Objective",
     "PosteriorNLL",
-    "RangeVLB",
     "Record",
     "Saved",
     "Simple",

@@ -9,21 +9,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from lowvar.errors import UserError
-from lowvar.process.denoiser import Head
 from lowvar.process.discrete import DiscreteVP, schedule_from_diffusers
+from lowvar.process.head import MAX_RANK, Head
 from lowvar.process.schedule import Schedule
 from lowvar.train.edm import EDM, LognormalTimes
-from lowvar.train.hybrid import RangeVLB
+from lowvar.train.hybrid import HybridVLB
 from lowvar.train.minsnr import MinSNR
 from lowvar.train.networks import NetworkConfig
 from lowvar.train.nll import PosteriorNLL
-from lowvar.train.objectives import Objective, Simple, VarianceTerm, Weighting
+from lowvar.train.objectives import LikelihoodOnly, Objective, Simple, VarianceTerm, Weighting
 from lowvar.train.p2 import P2
 from lowvar.train.timesteps import LossSecondMomentTimes, Times, UniformTimes
 
@@ -44,9 +44,15 @@ class TrainConfig:
         clip_grad: largest gradient norm; 0 does not clip.
         ema: decay of the moving average of the weights, which is what comes out.
         prediction: what the network predicts.
-        head: variance head: `range` (hybrid loss), `logvar` (Gaussian likelihood), or `none`.
-        head_weight: factor of the head's term; None: 0.001 (lambda of the hybrid loss) for `range`, 0.01 for `logvar`.
-        weighting: of the squared error by noise level.
+        head: variance head (`lowvar.process.head`): `range`, `logvar`, `basis`, `lowrank` or `none`.
+        rank: directions of head `lowrank`; None: 4.
+        basis: of head `basis`: `dct`, or `pca` of the training data; None: `dct`.
+        head_loss: what trains the head: `vlb`, the bound of a step (the hybrid loss), or `nll`, the Gaussian likelihood
+            of the data given the state (not for `range`); None: `vlb` for `range`, `nll` for the others.
+        head_weight: factor of the head's term; None: 0.001 (lambda of the hybrid loss) for `vlb`, 0.01 for `nll`.
+        detach_mean: whether the head's term leaves the mean's gradient alone; if not, it trains the mean too.
+        weighting: of the squared error by noise level; `none` leaves it out, so that the head's term is the loss (with
+            `detach_mean` false).
         times: density of training times.
         beta_schedule: table of the noise schedule, by diffusers' name.
         train_timesteps: length T of that table.
@@ -71,9 +77,13 @@ class TrainConfig:
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.995
     prediction: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
-    head: Literal["range", "logvar", "none"] = "range"
+    head: Literal["range", "logvar", "basis", "lowrank", "none"] = "range"
+    rank: Annotated[int, Field(ge=0, le=MAX_RANK)] | None = None
+    basis: Literal["dct", "pca"] | None = None
+    head_loss: Literal["vlb", "nll"] | None = None
     head_weight: Annotated[float, Field(gt=0)] | None = None
-    weighting: Literal["simple", "min-snr", "p2", "edm"] = "simple"
+    detach_mean: bool = True
+    weighting: Literal["simple", "min-snr", "p2", "edm", "none"] = "simple"
     times: Literal["uniform", "loss-second-moment", "lognormal"] = "uniform"
     beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear", "sigmoid"] = "squaredcos_cap_v2"
     train_timesteps: Annotated[int, Field(ge=2)] = 1000
@@ -84,10 +94,44 @@ class TrainConfig:
     checkpoint_every: Annotated[int, Field(ge=1)] = 500
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        """Refuses settings of a head that is not asked for."""
+        if self.rank is not None and self.head != "lowrank":
+            raise ValueError(f"rank is {self.rank} and head {self.head}; a rank belongs to head lowrank: leave it out")
+        if self.basis is not None and self.head != "basis":
+            raise ValueError(f"basis is {self.basis} and head {self.head}; a basis belongs to head basis: leave it out")
+        if self.head == "none":
+            given = [name for name in ("head_loss", "head_weight") if getattr(self, name) is not None]
+            given += [] if self.detach_mean else ["detach_mean"]
+            if given:
+                raise ValueError(f"{given[0]} is a setting of a variance head, and head is none; leave it out")
+        if self.head == "range" and self.head_loss == "nll":
+            raise ValueError(
+                "head_loss nll needs a head for the covariance of the data given a state, logvar, basis or lowrank; "
+                "head range says what a step's variance is, and is trained by head_loss vlb"
+            )
+        if self.weighting == "none" and (self.head == "none" or self.detach_mean):
+            raise ValueError(
+                "weighting none leaves the squared error out, so that the head's term must train the mean: give a head "
+                "and detach_mean: false with it"
+            )
+        return self
+
     @property
     def network_head(self) -> Head | None:
         """The head as `NetworkDenoiser` names it."""
         return None if self.head == "none" else self.head
+
+    @property
+    def head_rank(self) -> int:
+        """r of the head: 0 unless it is `lowrank`."""
+        return 0 if self.head != "lowrank" else 4 if self.rank is None else self.rank
+
+    @property
+    def head_basis(self) -> Literal["dct", "pca"] | None:
+        """The basis of the head, or None unless it is `basis`."""
+        return None if self.head != "basis" else self.basis or "dct"
 
 
 def config_from(values: Mapping[str, Any]) -> TrainConfig:
@@ -108,6 +152,8 @@ def config_from(values: Mapping[str, Any]) -> TrainConfig:
 
 def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
+    if first["type"] == "value_error":  # settings that do not fit together
+        return first["msg"].removeprefix("Value error, ")
     where = [str(piece) for piece in first["loc"] if str(piece) not in ("TrainConfig", "NetworkConfig")]
     path = ".".join(where)
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
@@ -133,14 +179,22 @@ def make_schedule(config: TrainConfig) -> DiscreteVP:
 
 def make_objective(config: TrainConfig, levels: int | None = 256) -> Objective:
     """The objective; `levels` are the data's grey levels, for the likelihood bins of the hybrid loss."""
-    weightings: dict[str, Weighting] = {"simple": Simple(), "min-snr": MinSNR(), "p2": P2(), "edm": EDM()}
+    weightings: dict[str, Weighting] = {
+        "simple": Simple(),
+        "min-snr": MinSNR(),
+        "p2": P2(),
+        "edm": EDM(),
+        "none": LikelihoodOnly(),
+    }
     weight = config.head_weight
     term: VarianceTerm | None = None
-    if config.head == "range":
-        term = RangeVLB(0.001 if weight is None else weight, levels)
-    elif config.head == "logvar":
-        term = PosteriorNLL(0.01 if weight is None else weight)
-    return Objective(weightings[config.weighting], term)
+    if config.head != "none":
+        kind = config.head_loss or ("vlb" if config.head == "range" else "nll")
+        if kind == "vlb":
+            term = HybridVLB(0.001 if weight is None else weight, levels)
+        else:
+            term = PosteriorNLL(0.01 if weight is None else weight)
+    return Objective(weightings[config.weighting], term, config.detach_mean)
 
 
 def make_times(config: TrainConfig, schedule: Schedule) -> Times:

@@ -1,11 +1,18 @@
-r"""The hybrid objective for a learned-range head (Nichol & Dhariwal 2021, Sec. 3.1).
+r"""The hybrid objective (Nichol & Dhariwal 2021, Sec. 3.1), for any variance head.
 
     L_hybrid = L_simple + lambda L_vlb,      lambda = 0.001,      L_vlb = sum over the T steps of the bound's terms,
 
 in bits a dimension, with the mean detached in L_vlb. A single step t -> t - 1/T drawn uniformly estimates the sum by
 T times its term, so a sample's loss is mse + lambda T term: T / 1000 of the term, as in improved-diffusion's rescaled
 loss. The term is KL(q(x_s | x_t, x_0) || p(x_s | x_t)), at the first timestep (s = 0) the decoder's -log P(x_0 |
-x_t).
+x_t). With a learned-range head the step's variance is the head's; with the others, which say what C = Cov[x_0 | x_t]
+is, it is that of the ancestral kernel, lambda^2 I + kappa^2 C, and lambda^2 keeps it from collapsing. The decoder uses
+the diagonal of C.
+
+A step of size snr_s - snr_t sees C through (snr_s - snr_t) C only, and squared: at T = 1000 the bound says little about
+C (the range head has the same trouble). `PosteriorNLL` asks about C itself.
+
+Where the mean is not detached (`Objective.detach_mean`), the bound trains the mean as well.
 """
 
 from __future__ import annotations
@@ -21,9 +28,10 @@ from lowvar.process.kernel import ReverseKernel
 from lowvar.process.posterior import Posterior
 from lowvar.process.schedule import Level, Schedule
 from lowvar.sample.likelihood import step_bits
+from lowvar.train.nll import posterior_of
 from lowvar.train.objectives import VarianceTerm
 
-__all__ = ["RangeVLB", "neighbours", "training_steps"]
+__all__ = ["HybridVLB", "neighbours", "training_steps"]
 
 
 def training_steps(schedule: Schedule, default: int = 1000) -> int:
@@ -48,8 +56,8 @@ def neighbours(schedule: Schedule, t: Tensor, steps: int) -> tuple[Level, Level]
 
 
 @dataclass(frozen=True)
-class RangeVLB(VarianceTerm):
-    """lambda L_vlb for networks with `head="range"`.
+class HybridVLB(VarianceTerm):
+    """lambda L_vlb for networks with a variance head.
 
     Args:
         weight: lambda.
@@ -67,11 +75,17 @@ class RangeVLB(VarianceTerm):
 
     def bits(self, denoiser: NetworkDenoiser, x0: Tensor, x: Tensor, level: Level, out: Tensor, head: Tensor) -> Tensor:
         """See the base class."""
-        if denoiser.head != "range":
-            raise ValueError(f"the hybrid loss trains head 'range', the network has {denoiser.head!r}")
-        mean = from_prediction(denoiser.prediction, x, out, level, denoiser.sigma_data)
-        posterior = Posterior(mean, None, (head + 1) / 2)
+        posterior, data = self._posterior(denoiser, x0, x, level, out, head)
         s, before = neighbours(denoiser.schedule, level.t.cpu(), training_steps(denoiser.schedule, self.steps))
-        kernel = ReverseKernel(variance="learned", last="decoder")
+        kernel = ReverseKernel(variance="learned" if denoiser.head == "range" else "posterior", last="decoder")
         where = level.t.device
-        return step_bits(x0, x, posterior, kernel, level, s.to(where), before.to(where), self.levels)
+        return step_bits(data, x, posterior, kernel, level, s.to(where), before.to(where), self.levels)
+
+    def _posterior(
+        self, denoiser: NetworkDenoiser, x0: Tensor, x: Tensor, level: Level, out: Tensor, head: Tensor
+    ) -> tuple[Posterior, Tensor]:
+        """The posterior and the data; with a covariance in float64, since S / lambda^2 is close to I."""
+        if denoiser.head == "range":
+            mean = from_prediction(denoiser.prediction, x, out, level, denoiser.sigma_data)
+            return Posterior(mean, None, (head + 1) / 2), x0
+        return posterior_of(denoiser, x, level, out, head), x0.double()

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from lowvar.train.networks import build_network
 from lowvar.train.objectives import Losses, Objective
 from lowvar.train.records import Record, Saved, Update, Validation
 from lowvar.train.snapshot import Parts, capture, restore
+from lowvar.train.spectrum import make_spectrum, restored, stored
 from lowvar.train.timesteps import UniformTimes
 from lowvar.train.validation import BINS, ValidationSet, logsnr_edges
 
@@ -111,7 +112,8 @@ class Trainer:
             raise UserError("device is cuda, but no CUDA device is there; give auto or cpu")
         self.data, self.config = data, config
         self.folder = None if folder is None else Path(folder)
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=device == "cpu")
+        cpu = device == "cpu" or not torch.cuda.is_available()  # said outright: else processes on CPUs do not meet
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu)
         parts = self.accelerator.num_processes
         if config.batch_size % parts:
             raise UserError(
@@ -122,8 +124,11 @@ class Trainer:
         self.times = make_times(config, self.schedule)
         self.plan = DrawPlan(data.train, self.schedule, config.batch_size, config.seed)
         self.validation = ValidationSet(data.calibration, self.schedule, UniformTimes(config.train_timesteps))
+        self.spectrum = None if config.head_basis is None else make_spectrum(data, config.head_basis)
+        if self.spectrum is not None and parts > 1:  # eigenvectors may differ between machines
+            self.spectrum = restored(_of_the_main_process(self.accelerator, stored(self.spectrum)), self.spectrum)
         if network is None:
-            network = build_network(data.shape, config.network, config.network_head, config.seed)
+            network = build_network(data.shape, config.network, config.network_head, config.seed, config.head_rank)
         self._average = _copy(network)
         optimizer = torch.optim.AdamW(network.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
         self._scheduler = get_scheduler(
@@ -146,7 +151,8 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------- one update
 
     def _as_denoiser(self, network: nn.Module) -> NetworkDenoiser:
-        return NetworkDenoiser(network, self.schedule, self.config.prediction, self.config.network_head)
+        head = self.config.network_head
+        return NetworkDenoiser(network, self.schedule, self.config.prediction, head, spectrum=self.spectrum)
 
     def _step(self) -> Update:
         a, config = self.accelerator, self.config
@@ -270,6 +276,7 @@ class Trainer:
     def _save(self, folder: Path) -> Path:
         a = self.accelerator
         path = folder / f"update-{self.update:07d}"
+        failure: UserError | None = None
         if a.is_main_process:
             state, tensors = capture(self._parts())
             state |= {
@@ -278,9 +285,17 @@ class Trainer:
                 "seconds": self.seconds,
                 "since": dataclasses.astuple(self._since),
             }
-            path = checkpoints.save(folder, state, tensors | {"times": self.times.state()})
-            checkpoints.prune(folder, self.config.keep_checkpoints)
-        a.wait_for_everyone()
+            own = {"times": self.times.state(), "spectrum": {} if self.spectrum is None else stored(self.spectrum)}
+            try:
+                path = checkpoints.save(folder, state, tensors | own)
+                checkpoints.prune(folder, self.config.keep_checkpoints)
+            except UserError as error:
+                failure = error
+        if a.num_processes > 1:  # the others wait, and stop where it failed
+            failed = bool(_summed(a, torch.tensor(float(failure is not None))))
+            failure = failure or (UserError(f"the main process could not write {path}") if failed else None)
+        if failure is not None:
+            raise failure
         return path
 
     def _resume(self) -> None:
@@ -290,7 +305,9 @@ class Trainer:
         if kept is None:
             self._truncate_metrics()
             return
-        saved, own = kept.state["identity"], json.loads(json.dumps(self._identity()))
+        own = json.loads(json.dumps(self._identity()))
+        added = {"rank": None, "basis": None, "head_loss": None, "detach_mean": True}  # later than some checkpoints
+        saved = added | kept.state["identity"]
         other = sorted(k for k in own.keys() | saved.keys() if own.get(k) != saved.get(k))
         if other:
             key = other[0]
@@ -300,6 +317,9 @@ class Trainer:
             )
         restore(self._parts(), kept.state, kept.tensors, self.accelerator.device)
         self.times = self.times.restored(kept.tensors.get("times", {})) if self.times.state() else self.times
+        if self.spectrum is not None:  # as it was: eigenvectors may differ between machines
+            self.spectrum = restored(kept.tensors["spectrum"], self.spectrum)
+            self._denoiser = self._as_denoiser(self._network)
         self.update, self.seconds = int(kept.state["update"]), float(kept.state["seconds"])
         self._since = _Since(*kept.state["since"])
         self._truncate_metrics()
@@ -379,6 +399,13 @@ def _summed(accelerator: Any, values: Tensor) -> Tensor:
     if accelerator.num_processes == 1:
         return values.cpu()
     return accelerator.reduce(values.to(accelerator.device), "sum").cpu()
+
+
+def _of_the_main_process(accelerator: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The main process's values of tensors that all processes have, on the CPU."""
+    from accelerate.utils import broadcast
+
+    return {k: cast("Tensor", broadcast(v.to(accelerator.device))).cpu() for k, v in tensors.items()}
 
 
 def _gathered(accelerator: Any, bins: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,9 @@
 r"""Networks for training from scratch: diffusers' UNet2DModel, sized by a few numbers.
 
 Resolutions H, H/2, .., H / 2^(levels - 1) with widths w, 2 w, 4 w, ..; attention, where asked for, at the lowest. A
-variance head doubles the output channels. The size must be divisible by 2^(levels - 1), so that what is halved can be
+variance head adds output channels (see `lowvar.process.head`). Of a basis or low-rank head those that hold log
+variances begin at 0, where their parametrisation begins right; the directions of a low rank begin random, because the
+likelihood's gradient in U is 0 at U = 0. The size must be divisible by 2^(levels - 1), so that what is halved can be
 doubled back.
 
 Initial weights are a function of `seed` alone: torch's global generator is left as it was.
@@ -11,14 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import field
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from lowvar.errors import UserError
-from lowvar.process.denoiser import Head
+from lowvar.process.head import Head, head_channels
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -48,18 +50,24 @@ class NetworkConfig:
 
 
 def build_network(
-    shape: Sequence[int], config: NetworkConfig | None = None, head: Head | None = None, seed: int = 0
+    shape: Sequence[int],
+    config: NetworkConfig | None = None,
+    head: Head | None = None,
+    seed: int = 0,
+    rank: int = 0,
 ) -> UNet2DModel:
     """A U-Net for images of a shape.
 
     Args:
         shape: (C, H, W) of the data.
         config: its size (default `NetworkConfig()`).
-        head: variance head, if any: the output then has 2 C channels.
+        head: variance head, if any: the output then has its channels as well.
         seed: of the initial weights.
+        rank: r of head `lowrank`.
 
     Raises:
         UserError: if the size does not go through the network's levels.
+        ValueError: if the rank is out of range.
 
     Example:
         >>> network = build_network((1, 8, 8), NetworkConfig(width=8), head="range")
@@ -82,10 +90,10 @@ def build_network(
     lowest = config.levels - 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return UNet2DModel(
+        network = UNet2DModel(
             sample_size=height if height == width else (height, width),
             in_channels=channels,
-            out_channels=channels * (1 if head is None else 2),
+            out_channels=head_channels(head, channels, rank),
             block_out_channels=widths,
             layers_per_block=config.layers,
             down_block_types=tuple(
@@ -98,6 +106,12 @@ def build_network(
             attention_head_dim=min(16, config.width),
             dropout=config.dropout,
         )
+    if head in ("basis", "lowrank"):
+        last: Any = network.conv_out
+        with torch.no_grad():
+            for parameter in last.parameters():
+                parameter[channels : 2 * channels] = 0
+    return network
 
 
 def count_parameters(network: torch.nn.Module) -> int:

@@ -1,10 +1,15 @@
-r"""The Gaussian likelihood that trains a direct log-variance head.
+r"""The Gaussian likelihood of the data given a state, which trains a head for Cov[x_0 | x_t].
 
-    NLL = -log N(x_0; x0_hat, C) / d,      C = exp(h) sigma^2 / (alpha^2 + sigma^2) pixel by pixel,
+    NLL = -log N(x_0; x0_hat, C) / d = [(x_0 - x0_hat)^T C^-1 (x_0 - x0_hat) + logdet C + d log 2 pi] / (2 d)
 
-with the mean detached, in bits a dimension. Its minimum over C is C_i = E (x_0 - x0_hat)_i^2 given x_t, the posterior
-variance where the mean is the posterior mean (Kendall & Gal 2017; for diffusion posteriors Bao et al. 2022b). Unlike
-the bound of a step it does not depend on the grid, so the head serves any number of reverse steps.
+in bits a dimension, with the C of any head of `lowvar.process.head` but `range`. Given x_t its minimum is, over all
+diagonal C, C_ii = E (x_0 - x0_hat)_i^2; over all C diagonal in a basis, the same along its directions; over all C,
+E (x_0 - x0_hat)(x_0 - x0_hat)^T: the posterior covariance where the mean is the posterior mean (Kendall & Gal 2017; for
+diffusion posteriors Bao et al. 2022b), and with it the square of the mean's own error elsewhere. Values of different
+heads compare: the lower, the more of C the head's family holds. Unlike the bound of a step the likelihood does not
+depend on the grid, so the head serves any number of reverse steps.
+
+With the mean not detached (`Objective.detach_mean`) errors of the mean count relative to C.
 """
 
 from __future__ import annotations
@@ -12,19 +17,36 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from lowvar.process.denoiser import NetworkDenoiser, expand, from_prediction
+from lowvar.process.denoiser import NetworkDenoiser, from_prediction
+from lowvar.process.head import COVARIANCE_HEADS, covariance_of
+from lowvar.process.kernel import Gaussian
+from lowvar.process.posterior import Posterior
 from lowvar.process.schedule import Level
 from lowvar.train.objectives import VarianceTerm
 
-__all__ = ["PosteriorNLL"]
+__all__ = ["PosteriorNLL", "posterior_of"]
+
+
+def posterior_of(denoiser: NetworkDenoiser, x: Tensor, level: Level, out: Tensor, head: Tensor) -> Posterior:
+    """The posterior that a prediction and a raw covariance head stand for, unclipped, float64.
+
+    Raises:
+        ValueError: if the network's head is not one for Cov[x_0 | x_t].
+    """
+    if denoiser.head is None or denoiser.head not in COVARIANCE_HEADS:
+        raise ValueError(
+            f"this likelihood trains the heads {', '.join(COVARIANCE_HEADS)}, the network has {denoiser.head!r}"
+        )
+    mean = from_prediction(denoiser.prediction, x, out, level, denoiser.sigma_data)
+    covariance = covariance_of(denoiser.head, head.double(), level, x.shape[1], denoiser.spectrum)
+    return Posterior(mean.double(), covariance)
 
 
 @dataclass(frozen=True)
 class PosteriorNLL(VarianceTerm):
-    """weight * NLL for networks with `head="logvar"`.
+    """weight * NLL for networks with a head for Cov[x_0 | x_t].
 
     Args:
         weight: of the term; it trades what head and mean share, not the head's optimum.
@@ -42,10 +64,8 @@ class PosteriorNLL(VarianceTerm):
         return self.weight
 
     def bits(self, denoiser: NetworkDenoiser, x0: Tensor, x: Tensor, level: Level, out: Tensor, head: Tensor) -> Tensor:
-        """See the base class."""
-        if denoiser.head != "logvar":
-            raise ValueError(f"this likelihood trains head 'logvar', the network has {denoiser.head!r}")
-        mean = from_prediction(denoiser.prediction, x, out, level, denoiser.sigma_data)
-        logvar = head.clamp(max=20.0) + expand(torch.log(level.sigma**2 / (level.alpha**2 + level.sigma**2)), head)
-        nats = 0.5 * (logvar + (x0 - mean) ** 2 * torch.exp(-logvar) + math.log(2 * math.pi))
-        return nats.flatten(1).mean(1) / math.log(2.0)
+        """See the base class; float64."""
+        posterior = posterior_of(denoiser, x, level, out, head)
+        assert posterior.covariance is not None
+        law = Gaussian(posterior.mean, posterior.covariance)
+        return -law.log_prob(x0.double()) / (x0[0].numel() * math.log(2.0))

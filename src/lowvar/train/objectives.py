@@ -16,8 +16,9 @@ and an objective is *one weighting function of logsnr*, w(logsnr) on ||x_0 - x0_
 `Simple` has w = k (the plain mean squared error of the target). Labels say what an objective does to the plain one of
 the same prediction: `unbiased` (the same expected gradient) or `changes the objective`.
 
-The variance term sees the mean detached, so the mean's gradient is that of the squared error alone, bit for bit
-(Nichol & Dhariwal 2021, Sec. 3.1).
+By default the variance term sees the mean detached, so the mean's gradient is that of the squared error alone, bit for
+bit (Nichol & Dhariwal 2021, Sec. 3.1). With `detach_mean=False` the likelihood trains the mean too, and with
+`LikelihoodOnly`, w = 0, nothing else does: with the bound of a step that is L_vlb of Ho et al. 2020.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from torch.nn import functional as F
 from lowvar.process.denoiser import NetworkDenoiser, Prediction, expand, to_target
 from lowvar.process.schedule import Level
 
-__all__ = ["Label", "Losses", "Objective", "Simple", "VarianceTerm", "Weighting", "log_error_factor"]
+__all__ = ["Label", "LikelihoodOnly", "Losses", "Objective", "Simple", "VarianceTerm", "Weighting", "log_error_factor"]
 
 Label = Literal["unbiased", "changes the objective"]
 _BOUND = 60.0  # a weight is read at |logsnr| <= 60: schedules that begin at pure noise have -inf
@@ -96,6 +97,22 @@ class Simple(Weighting):
         return log_error_factor(prediction, logsnr, sigma_data)
 
 
+@dataclass(frozen=True)
+class LikelihoodOnly(Weighting):
+    """w = 0: the squared error is left out, and a variance term that sees the mean is all there is.
+
+    Example:
+        >>> float(LikelihoodOnly().target_weight(torch.tensor(3.0), "epsilon"))
+        0.0
+    """
+
+    label: ClassVar[Label] = "changes the objective"
+
+    def log_weight(self, logsnr: Tensor, prediction: Prediction, sigma_data: float = 0.5) -> Tensor:
+        """See the base class."""
+        return torch.full_like(logsnr.double(), -math.inf)
+
+
 class VarianceTerm(ABC):
     """What trains a variance head; it is added to the loss times `factor`."""
 
@@ -105,7 +122,10 @@ class VarianceTerm(ABC):
 
     @abstractmethod
     def bits(self, denoiser: NetworkDenoiser, x0: Tensor, x: Tensor, level: Level, out: Tensor, head: Tensor) -> Tensor:
-        """The term a sample, bits a dimension, (B,), given the *detached* prediction `out` and the raw head output."""
+        """The term a sample, bits a dimension, (B,), given the prediction `out` and the raw head output.
+
+        Whether `out` carries a gradient is the objective's choice (`Objective.detach_mean`), not the term's.
+        """
 
 
 @dataclass(frozen=True)
@@ -130,6 +150,10 @@ class Objective:
     Args:
         weighting: of the squared error.
         variance: for the head, or None.
+        detach_mean: whether the variance term sees the mean without its gradient.
+
+    Raises:
+        ValueError: if nothing trains the mean.
 
     Example:
         >>> from lowvar.process import CosineVP
@@ -142,12 +166,22 @@ class Objective:
 
     weighting: Weighting
     variance: VarianceTerm | None = None
+    detach_mean: bool = True
+
+    def __post_init__(self) -> None:
+        """Checks that something trains the mean."""
+        if isinstance(self.weighting, LikelihoodOnly) and (self.variance is None or self.detach_mean):
+            raise ValueError(
+                "LikelihoodOnly leaves the squared error out, so that a variance term with detach_mean=False must "
+                "train the mean"
+            )
 
     @property
     def label(self) -> Label:
         """`unbiased` if the expected gradient is that of the plain mean squared error, else `changes the objective`.
 
-        A variance term leaves the mean's gradient alone but reaches what mean and head share, so it counts as a change.
+        A variance term, even where it leaves the mean's gradient alone, reaches what mean and head share, so it counts
+        as a change.
         """
         return self.weighting.label if self.variance is None else "changes the objective"
 
@@ -193,5 +227,5 @@ class Objective:
             )
         if self.variance is None or head is None:
             return Losses(loss, error)
-        bits = self.variance.bits(denoiser, x0, x, level, out.detach(), head)
+        bits = self.variance.bits(denoiser, x0, x, level, out.detach() if self.detach_mean else out, head)
         return Losses(loss + self.variance.factor(denoiser) * bits.to(loss), error, bits.to(loss))
