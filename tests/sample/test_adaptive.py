@@ -120,8 +120,8 @@ def test_refuses(grid: Tensor) -> None:
         StepControl(SCHEDULE, torch.tensor([1.0, 0.0]), torch.ones(1))
     with pytest.raises(ValueError, match="one positive number"):
         StepControl(SCHEDULE, grid, torch.zeros(K))
-    with pytest.raises(ValueError, match="rho is 0.5"):
+    with pytest.raises(ValueError, match=r"rho is 0\.5"):
         StepControl(SCHEDULE, grid, torch.ones(K), 0.5)
+    control = StepControl(SCHEDULE, grid, torch.ones(K))
     with pytest.raises(ValueError, match="variance is 'large'"):
-        control = StepControl(SCHEDULE, grid, torch.ones(K))
         adaptive_generate(TARGET.denoiser(SCHEDULE, None), ReverseKernel(1.0, "large"), control, (8,), 2)
