@@ -124,11 +124,10 @@ PAIRS = (
 )
 
 
-def report() -> None:
-    """Writes the committed results from the cells that were run."""
+def report(seeds: list[int]) -> None:
+    """Writes the committed results from the cells that were run for all of the seeds."""
     import lowvar
 
-    seeds = sorted(int(p.name[4:]) for p in CACHE.glob("seed*"))
     records: dict[Cell, list[dict[str, Any]]] = {}
     for cell in cells():
         files = [CACHE / f"seed{s}" / cell.file for s in seeds]
@@ -228,9 +227,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--report", action="store_true", help="only write the results from the cells that were run")
     arguments = parser.parse_args()
+    seeds = [int(s) for s in arguments.seeds.split(",")]
     if not arguments.report:
-        run(arguments.models, [int(s) for s in arguments.seeds.split(",")], arguments.minutes, arguments.threads)
-    report()
+        run(arguments.models, seeds, arguments.minutes, arguments.threads)
+    report(seeds)
 
 
 if __name__ == "__main__":

@@ -354,24 +354,27 @@ def discrete_data(p: Tensor, n: int) -> Tensor:
 
 @pytest.mark.parametrize("skew", [0.0, 0.4])
 def test_upper_bound_on_discrete_data(skew: float) -> None:
-    """Entropy sum -p log2 p through the decoder of 17 levels: a bound on any grid, within .02 bits of it finely."""
+    """Entropy through the decoder of 17 levels: a bound on any grid, and on a fine one no more than its own noise away.
+
+    The last evaluation is at logsnr 5, where a bin is still 1.5 standard deviations wide: later, the Gaussian decoder
+    of an entry that is almost decided loses a few hundredths of a bit.
+    """
     p = torch.exp(-skew * torch.arange(17, dtype=torch.float64))
     p = p / p.sum()
-    entropy = float(-(p * torch.log2(p)).sum())
     x0, schedule = discrete_data(p, 1000), CosineVP()
     surprise = -torch.log2(p[((x0 + 1) * 8).round().long()]).mean(1)  # -log2 p(x0) a dimension
-    gaps = []
-    for steps, end in ((6, 7.0), (25, 7.0), (120, 7.0)):
-        grid = uniform_logsnr(schedule, steps, t_end=float(schedule.time(end)))
+    assert abs(float(surprise.mean()) + float((p * torch.log2(p)).sum())) < 0.05
+    excess = []
+    for steps in (4, 12, 150):
+        grid = uniform_logsnr(schedule, steps, t_end=float(schedule.time(5.0)))
         bound = vlb(_Discrete(schedule, p), ReverseKernel(last="decoder"), grid, x0, 17, Independent(32))
-        excess = bound.total - surprise
-        gaps.append(float(excess.mean()))
-        assert gaps[-1] > -3 * float(excess.std()) / math.sqrt(len(x0))
+        excess.append(bound.total - surprise)
+        assert float(excess[-1].mean()) > -3 * float(excess[-1].std()) / math.sqrt(1000)
         worse = vlb(_Discrete(schedule, p, best=False), ReverseKernel(last="decoder"), grid, x0, 17, Independent(32))
         assert float(worse.mean) > float(bound.mean) + 0.05
-    assert gaps[0] > gaps[1] > gaps[2]
-    assert gaps[2] < 0.02
-    assert abs(float(surprise.mean()) - entropy) < 0.05
+    for coarse, fine in itertools.pairwise(excess):
+        assert float((coarse - fine).mean()) > 3 * float((coarse - fine).std()) / math.sqrt(1000)
+    assert float(excess[-1].mean()) < 0.01 + 3 * float(excess[-1].std()) / math.sqrt(1000)
 
 
 def test_curve_predicts_every_term() -> None:
