@@ -9,7 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowvar.process import VE, CosineVP, Flow, Gaussian, Independent, Isotropic, ReverseKernel, Schedule
+from lowvar.process import (
+    VE,
+    CosineVP,
+    Denoiser,
+    Flow,
+    Gaussian,
+    Independent,
+    Isotropic,
+    ReverseKernel,
+    Schedule,
+    WithCovariance,
+)
 from lowvar.process.cost import CostCurve, Noise, decoder_nats, monotone, posterior_costs
 from lowvar.process.covariance import Covariance, Diagonal
 from lowvar.process.grid import karras, make_grid, trailing, uniform, uniform_logsnr
@@ -269,10 +280,8 @@ def _dense(target: MixtureTarget, x: Tensor, level: object) -> Tensor:
     return C.dense()[0]
 
 
-def _attached(denoiser: object, variance: Tensor) -> object:
-    from lowvar.process import WithCovariance
-
-    return WithCovariance(denoiser, lambda x, level, posterior: Diagonal(variance[None]))  # type: ignore[arg-type]
+def _attached(denoiser: Denoiser, variance: Tensor) -> Denoiser:
+    return WithCovariance(denoiser, lambda x, level, posterior: Diagonal(variance[None]))
 
 
 # -------------------------------------------------------------------------------------------------------- chosen grids
@@ -283,12 +292,13 @@ def test_chains_are_the_cheapest() -> None:
     L = Independent(4).uniform(range(7), (7,), dtype=torch.float64)
     L = torch.where(torch.ones(7, 7, dtype=torch.bool).triu(1), L, math.inf)
     D = Independent(5).uniform([0], (7,), dtype=torch.float64)[0]
-    for K, (cost, path) in enumerate(chains(L, D), 1):
+    found = list(chains(L, D))
+    assert len(found) == 7
+    for K, (cost, path) in enumerate(found, 1):
         every = [(0, *rest) for rest in itertools.combinations(range(1, 7), K - 1)]
         costs = [float(sum(L[a, b] for a, b in itertools.pairwise(p)) + D[p[-1]]) for p in every]
         assert cost == pytest.approx(min(costs), rel=1e-12)
         assert tuple(path) == every[costs.index(min(costs))]
-    assert K == 7
 
 
 @pytest.fixture(scope="module")
