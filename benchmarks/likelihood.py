@@ -2,7 +2,8 @@ r"""Bits per dimension on held-out digits: calibrated variances on chosen grids 
 
 What it claims, and how it is made to hold:
 
-- one network (the demo's), the same 300 held-out images (fewer where a row says so) and the same noise at step k for all;
+- one network (the demo's) a seed, the same 300 held-out images (the first of them where a row has fewer) and the same
+  noise at step k for all;
 - the variational bound of the ancestral chain with the data's 17 grey levels decoded, no clipping of covariances;
 - peers are DDPM's fixed variances (Ho et al. 2020) and Analytic-DPM (Bao et al. 2022) on the grids they are used with
   (equally spaced timesteps; the table shows the better of `uniform` and `trailing` a number of steps);
@@ -208,9 +209,8 @@ def _markdown(results: dict[str, Any]) -> str:
     for p in results["paired"]:
         verdict = "ahead" if p["high"] < 0 else ("behind" if p["low"] > 0 else "level")
         ours, peer = (f"{c['variance']}@{c['steps']} ({c['grid']})" for c in (p["ours"], p["peer"]))
-        lines.append(
-            f"| {p['what']} | {ours} | {peer} | {p['images']} | {p['value']:+.4f} [{p['low']:+.4f}, {p['high']:+.4f}] | {verdict} |"
-        )
+        interval = f"{p['value']:+.4f} [{p['low']:+.4f}, {p['high']:+.4f}]"
+        lines.append(f"| {p['what']} | {ours} | {peer} | {p['images']} | {interval} | {verdict} |")
     gaps = [
         abs(r["value"] - r["predicted"]) for r in results["rows"] if r["variance"] in ("isotropic", "pixel", "basis")
     ]
