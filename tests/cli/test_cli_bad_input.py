@@ -255,3 +255,27 @@ def test_heads_that_cannot_be(lowvar: Lowvar, model: Path, tmp_path: Path, words
     assert done.status == 2
     assert said in done.sentence
     assert left(tmp_path) == []
+        (("--steps", "auto"), "--steps auto needs --tol"),
+        (("--steps", "auto", "--tol", "0"), "above 0"),
+        (("--steps", "5", "--tol", "0.1"), "--tol belongs to --steps auto"),
+        (("--steps", "auto", "--tol", "0.1", "--sampler", "ddim"), "ancestral kernel"),
+        (("--steps", "auto", "--tol", "1e-9", "--sampler", "ddpm-basis"), "give a larger one"),
+        (("--steps", "5", "--grid", "optimal:best"), "grid is 'optimal:best'; allowed"),
+        (("--steps", "5", "--levels", "1"), "--levels is 1"),
+        (("--steps", "5", "--adaptive", "--sampler", "twin-ode"), "ancestral kernel"),
+        (("--steps", "1", "--adaptive", "--sampler", "ddpm-basis"), "at least 2 steps"),
+        (("--steps", "some"), "--steps"),
+    ],
+)
+def test_step_choices(lowvar: Lowvar, calibrated: Path, tmp_path: Path, words: tuple[str, ...], said: str) -> None:
+    done = lowvar("sample", "--model", calibrated, "--out", tmp_path / "s.npz", *words)
+    assert done.status == 2
+    assert said in done.sentence
+    assert not (tmp_path / "s.npz").exists()
+
+
+@pytest.mark.parametrize("words", [("--steps", "auto", "--tol", "0.1"), ("--adaptive",), ("--grid", "optimal")])
+def test_step_choices_need_a_calibration(lowvar: Lowvar, model: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+    done = lowvar("sample", "--model", model, "--out", tmp_path / "s.npz", *words)
+    assert done.status == 2
+    assert "lowvar calibrate" in done.sentence

@@ -341,3 +341,66 @@ def test_demo(lowvar: Lowvar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def full_stop(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
+
+
+# ------------------------------------------------------------------------------------------------- steps of `sample`
+
+
+@pytest.mark.parametrize("sampler", ["ddpm-isotropic", "ddpm-small"])
+def test_steps_auto(lowvar: Lowvar, calibrated: Path, tmp_path: Path, sampler: str) -> None:
+    """As few steps as the tolerance allows: fewer for a larger one, and what it predicts stands in the summary."""
+    words = [
+        "sample",
+        "--model",
+        calibrated,
+        "--sampler",
+        sampler,
+        "--steps",
+        "auto",
+        "--n",
+        2,
+        "--levels",
+        17,
+        "--json",
+    ]
+    done = [lowvar(*words, "--tol", tol, "--out", tmp_path / f"{tol}.npz").json for tol in (0.02, 1.0)]
+    assert done[0]["steps"] > done[1]["steps"] >= 1
+    for summary, tol in zip(done, (0.02, 1.0), strict=True):
+        assert summary["path_kl"] <= tol
+        assert summary["nfe"] == summary["steps"] == len(summary["times"]) - 1
+        assert summary["scheduler"]["grid"] == "optimal"
+        assert load_samples(tmp_path / f"{tol}.npz").shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize("grid", ["entropic", "variance-matched:pixel", "optimal"])
+def test_calibrated_grids(lowvar: Lowvar, calibrated: Path, tmp_path: Path, grid: str) -> None:
+    words = [
+        "sample",
+        "--model",
+        calibrated,
+        "--sampler",
+        "ddpm-pixel",
+        "--grid",
+        grid,
+        "--n",
+        2,
+        "--steps",
+        4,
+        "--json",
+    ]
+    done = lowvar(*words, "--out", tmp_path / "s.npz")
+    assert len(done.json["times"]) == 5
+    assert done.json["scheduler"]["grid"] == grid
+    coarse = lowvar(*words, "--levels", 3, "--out", tmp_path / "c.npz")
+    assert coarse.json["times"][-2] > done.json["times"][-2]  # coarse data are decided sooner
+
+
+def test_adaptive_steps(lowvar: Lowvar, calibrated: Path, tmp_path: Path) -> None:
+    words = ["sample", "--model", calibrated, "--sampler", "ddpm-basis", "--steps", 6, "--n", 5, "--adaptive", "--json"]
+    found = []
+    for size in (2, 5):
+        out = tmp_path / f"{size}.npz"
+        done = lowvar(*words, "--batch-size", size, "--out", out)
+        assert 2 * 6 / 1.5 - 2 < done.json["nfe"] < 2 * 6 * 1.5 + 2
+        found.append(load_samples(out))
+    np.testing.assert_allclose(found[0], found[1], atol=1e-3)  # a difference quotient enlarges rounding

@@ -33,8 +33,11 @@ from lowvar.process import (
     WithCovariance,
     schedule_from_diffusers,
 )
-from lowvar.process.grid import trailing, uniform, uniform_logsnr
+from lowvar.process.cost import CostCurve, monotone
+from lowvar.process.grid import make_grid, trailing, uniform, uniform_logsnr
+from lowvar.process.planning import optimal
 from lowvar.sample.likelihood import VLB, discretised_log_prob, kl_bits, step_bits, vlb
+from lowvar.testing import mixture8
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "improved_diffusion_vlb.json").read_text())
 LN2 = math.log(2)
@@ -283,3 +286,111 @@ def test_gradients_stay_finite_far_from_the_data(far: float) -> None:
         # d/dm of -log Phi(-z) is about -z / s at z = (far - 1 / (L - 1)) / s
         expected = -(far - 1 / (levels - 1)) / std**2 / (4 * math.log(2))
         torch.testing.assert_close(of_mean[0], torch.full_like(of_mean[0], expected), rtol=0.01, atol=0)
+
+
+# ------------------------------------------------------------------------------- targets with known entropy, any kernel
+
+
+def mixture_gaps(denoiser: Denoiser, kernel: ReverseKernel, grid: Tensor, n: int = 600) -> Tensor:
+    """Bound minus -log p(x0) minus the prior's own mismatch, sample by sample, nats: mean >= 0 for any bound."""
+    target = mixture8()
+    x0 = target.sample(range(n), Independent(11))
+    bound = vlb(denoiser, kernel, grid, x0, None, Independent(12))
+    clean = CosineVP().at(0.0)
+    return bound.total * 8 * LN2 + target.log_prob(x0, clean)
+
+
+@pytest.mark.parametrize("name", ["trailing", "uniform-logsnr", "optimal"])
+@pytest.mark.parametrize("covariance", ["isotropic", "diagonal", "pca-diagonal", "dense"])
+def test_upper_bound_on_a_mixture(name: str, covariance: Any) -> None:
+    """8 dimensions, anisotropic, 6 components: every covariance and grid bounds the entropy, better ones closer."""
+    schedule, target = CosineVP(), mixture8()
+    if name == "optimal":
+        logsnr = torch.linspace(-8, 9, 35, dtype=torch.float64)
+        mmse = torch.tensor([target.mmse(schedule.level(v), n=256)[0] for v in logsnr], dtype=torch.float64)
+        grid = optimal(CostCurve(logsnr, monotone(mmse[:, None]), 8), schedule, 12).grid
+    else:
+        grid = make_grid(name, schedule, 12)
+    gaps = {}
+    for form in (covariance, "isotropic"):
+        gap = mixture_gaps(target.denoiser(schedule, form), ReverseKernel(last="decoder"), grid)
+        se = float(gap.std()) / math.sqrt(len(gap))
+        assert float(gap.mean()) > -3 * se
+        gaps[form] = gap
+    better = gaps["isotropic"] - gaps[covariance]
+    assert covariance == "isotropic" or float(better.mean()) > 3 * float(better.std()) / math.sqrt(len(better))
+
+
+@pytest.mark.parametrize(("variance", "eta"), [("small", 1.0), ("large", 1.0), ("posterior", 0.6)])
+def test_upper_bound_of_other_kernels(variance: Any, eta: float) -> None:
+    schedule = CosineVP()
+    kernel = ReverseKernel(eta, variance, "decoder")
+    gap = mixture_gaps(mixture8().denoiser(schedule, "dense"), kernel, uniform_logsnr(schedule, 20), 300)
+    assert float(gap.mean()) > 3 * float(gap.std()) / math.sqrt(len(gap))  # strictly above: none of these is exact
+
+
+class _Discrete(Denoiser):
+    """Independent entries on 17 levels with given probabilities: exact posterior, variance pixel by pixel."""
+
+    def __init__(self, schedule: Schedule, p: Tensor, best: bool = True) -> None:
+        self.schedule, self.p, self.best = schedule, p, best
+        self.levels = torch.linspace(-1, 1, 17, dtype=torch.float64)
+
+    def __call__(self, x: Tensor, level: Level) -> Posterior:
+        from lowvar.process import Diagonal
+
+        distance = (x[..., None] - level.alpha * self.levels) ** 2 / (2 * level.sigma**2)
+        w = torch.softmax(torch.log(self.p) - distance, -1)
+        mean = w @ self.levels
+        variance = (w * (self.levels - mean[..., None]) ** 2).sum(-1)
+        # a decoder of variance 0 has no bins; 1e-6 is a hundredth of a bin
+        return Posterior(mean, Diagonal(variance.clamp_min(1e-6)) if self.best else Isotropic(0.1, (6,)))
+
+
+def discrete_data(p: Tensor, n: int) -> Tensor:
+    u = Independent(31).uniform(range(n), (6,), dtype=torch.float64)
+    return torch.linspace(-1, 1, 17, dtype=torch.float64)[torch.searchsorted(torch.cumsum(p, 0), u).clamp_max(16)]
+
+
+@pytest.mark.parametrize("skew", [0.0, 0.4])
+def test_upper_bound_on_discrete_data(skew: float) -> None:
+    """Entropy through the decoder of 17 levels: a bound on any grid, and on a fine one no more than its own noise away.
+
+    The last evaluation is at logsnr 5, where a bin is still 1.5 standard deviations wide: later, the Gaussian decoder
+    of an entry that is almost decided loses a few hundredths of a bit.
+    """
+    p = torch.exp(-skew * torch.arange(17, dtype=torch.float64))
+    p = p / p.sum()
+    x0, schedule = discrete_data(p, 1000), CosineVP()
+    surprise = -torch.log2(p[((x0 + 1) * 8).round().long()]).mean(1)  # -log2 p(x0) a dimension
+    assert abs(float(surprise.mean()) + float((p * torch.log2(p)).sum())) < 0.05
+    excess = []
+    for steps in (4, 12, 100):
+        grid = uniform_logsnr(schedule, steps, t_end=float(schedule.time(5.0)))
+        bound = vlb(_Discrete(schedule, p), ReverseKernel(last="decoder"), grid, x0, 17, Independent(32))
+        excess.append(bound.total - surprise)
+        assert float(excess[-1].mean()) > -3 * float(excess[-1].std()) / math.sqrt(1000)
+        worse = vlb(_Discrete(schedule, p, best=False), ReverseKernel(last="decoder"), grid, x0, 17, Independent(32))
+        assert float(worse.mean) > float(bound.mean) + 0.05
+    gain = excess[0] - excess[-1]
+    assert float(gain.mean()) > 3 * float(gain.std()) / math.sqrt(1000)
+    assert float(excess[-1].mean()) < 0.01 + 3 * float(excess[-1].std()) / math.sqrt(1000)
+
+
+def test_curve_predicts_every_term() -> None:
+    """Table costs are the bound's terms in expectation: decoder and each step within 4 standard errors (mixture)."""
+    schedule, target = CosineVP(), mixture8()
+    grid = uniform_logsnr(schedule, 7, t_end=float(schedule.time(5.0)))
+    logsnr, n = schedule.logsnr(grid[:-1]), 1500
+    x0 = target.sample(range(n), Independent(41))
+    v = torch.tensor([target.mmse(schedule.level(t), n=20_000)[0] for t in logsnr], dtype=torch.float64)[:, None]
+    curve = CostCurve(logsnr, v, 8).ending_with(v, None)
+    table = WithCovariance(
+        target.denoiser(schedule, None), lambda x, t, _: Isotropic(curve.variance_at(t.logsnr)[0], (8,))
+    )
+    bound = vlb(table, ReverseKernel(last="decoder"), grid, x0, None, Independent(42))
+    terms = torch.cat([bound.kl, bound.decoder[:, None]], 1) * 8 * LN2
+    expected = torch.cat([curve.step(logsnr[:-1], logsnr[1:]), curve.ending(logsnr[-1:])])
+    se = terms.std(0) / math.sqrt(n)
+    assert bool(((terms.mean(0) - expected).abs() < 4 * se + 2e-3 * expected.abs()).all())
+    assert float(se.max()) < 0.1

@@ -200,7 +200,7 @@ class Sample(Sampling):
         assert calibration is not None
         if plan.steps < 2:
             raise UserError("--adaptive needs at least 2 steps")
-        table = {"analytic": "isotropic", "twin": "basis"}.get(variance, variance)
+        table = str({"analytic": "isotropic", "twin": "basis"}.get(variance, variance))
         control = StepControl.of(cost_curve(calibration, denoiser.schedule, table), denoiser.schedule, plan.grid)
         small = variance == "small"
         with console.progress(self.n, "sampling") as bar:

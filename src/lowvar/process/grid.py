@@ -38,6 +38,7 @@ __all__ = [
     "uniform",
     "uniform_logsnr",
     "variance_matched",
+    "whole_timesteps",
 ]
 
 
@@ -137,6 +138,43 @@ def to_timesteps(schedule: Schedule, grid: Tensor) -> Tensor:
     For discrete tables these are the (possibly fractional) indices that diffusers calls timesteps.
     """
     return schedule.timestep(grid[:-1])
+
+
+def whole_timesteps(schedule: Schedule, grid: Tensor) -> list[int]:
+    """The grid's evaluations as whole timesteps, decreasing, for any scheduler that takes `timesteps`, K numbers.
+
+    Rounded to the training timesteps; where two would coincide the later is moved down (and up again where it would
+    pass 0), so that the number of evaluations stays.
+
+    Schedulers of diffusers with `set_timesteps(timesteps=...)` and pipelines with a `timesteps` argument take it as it
+    is: DDPM, DPM-Solver++ and its SDE form, Euler, Heun, LCM, TCD. `DDIMScheduler` does not: it computes the step's end
+    from the number of steps; DPM-Solver++ of `solver_order=1` is DDIM on any timesteps.
+
+    Args:
+        schedule: a table of T training timesteps (`DiscreteVP`), which the network is conditioned on.
+        grid: decreasing times (K + 1,).
+
+    Raises:
+        ValueError: if the schedule has no whole timesteps, or fewer than the grid.
+
+    Example:
+        >>> from lowvar.process.discrete import schedule_from_diffusers
+        >>> schedule = schedule_from_diffusers({})
+        >>> whole_timesteps(schedule, custom(schedule, [1.0, 0.5, 0.0012, 0.0011]))
+        [999, 499, 1, 0]
+    """
+    T = getattr(schedule, "steps", None)
+    if T is None or len(grid) - 1 > T:
+        raise ValueError(
+            f"{len(grid) - 1} whole timesteps need a schedule of as many training timesteps (a `DiscreteVP`), and this "
+            f"one has {T or 'none'}"
+        )
+    found = to_timesteps(schedule, grid).round().long().clamp(0, T - 1).tolist()
+    for k in range(1, len(found)):
+        found[k] = min(found[k], found[k - 1] - 1)
+    for k in range(len(found) - 1, -1, -1):
+        found[k] = max(found[k], len(found) - 1 - k)
+    return found
 
 
 def from_timesteps(schedule: Schedule, timesteps: Sequence[float] | Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def _local_quadratic(at: Tensor, knots: Tensor, values: Tensor) -> tuple[Tensor,
 
 
 def knot_rate(cost: CostCurve, rule: Rule, logsnr: Tensor) -> Tensor:
-    """The density of knots in logsnr of a rule, up to a factor, at logsnr (F,); (F,), positive.
+    """The density of knots in logsnr of a rule at logsnr (F,); (F,), positive: sqrt(snr^2 R) for `small` and `table`.
 
     Where a density vanishes (and where noise of the curve makes it negative) it is held at a thousandth of its scale,
     so that no step becomes infinitely long.
@@ -76,13 +76,14 @@ def knot_rate(cost: CostCurve, rule: Rule, logsnr: Tensor) -> Tensor:
     g = (torch.exp(knots)[:, None] * cost.variance).clamp(1e-9, 1 - 1e-9)  # snr v <= 1 as v <= sigma^2 / alpha^2
     u, slope = _local_quadratic(logsnr, knots, knots[:, None] - _logit(g))
     g = torch.sigmoid(logsnr[:, None] - u)
-    scale = float((g**2).sum(1).max())
     if rule == "entropic":
-        return g.sum(1).clamp_min(1e-3 * float(g.sum(1).max()))
-    second = (g * (1 - g) * slope).sum(1)
+        total = g.mean(1) * cost.d
+        return total.clamp_min(1e-3 * float(total.max()))
+    squares = (g**2).mean(1) * cost.d
+    second = (g * (1 - g) * slope).mean(1) * cost.d
     if rule == "small":
-        second = second + (g**2).sum(1)
-    return second.clamp_min(1e-6 * scale).sqrt()
+        second = second + squares
+    return second.clamp_min(1e-6 * float(squares.max())).sqrt()
 
 
 def _mass(cost: CostCurve, rule: Rule, low: float, high: float) -> tuple[Tensor, Tensor]:

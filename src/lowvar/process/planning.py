@@ -137,8 +137,8 @@ def optimal(
         for _ in range(steps - 1):
             next(found)
         path = next(found)[1]
-    chosen = logsnr[path]
-    return Plan(_times(schedule, chosen, t_start), float(cost.path_kl(chosen)) / cost.d)
+    grid = _times(schedule, logsnr[path], t_start)
+    return Plan(grid, cost.grid_kl(schedule, grid) / cost.d)
 
 
 def fewest_steps(
@@ -174,10 +174,11 @@ def fewest_steps(
     logsnr = _candidates(cost, schedule, t_start, None, candidates)
     least = torch.inf
     for k, (_, path) in enumerate(chains(cost.matrix(logsnr), cost.ending(logsnr)), 1):
-        reached = float(cost.path_kl(logsnr[path])) / cost.d
+        grid = _times(schedule, logsnr[path], t_start)
+        reached = cost.grid_kl(schedule, grid) / cost.d
         least = min(least, reached)
         if reached <= tol:
-            return Plan(_times(schedule, logsnr[path], t_start), reached)
+            return Plan(grid, reached)
         if k >= most:
             break
     raise ValueError(

@@ -13,8 +13,8 @@ shortest step of K - 1 is moved there, so that every sample ends with the same l
 Samples arrive at different times and finish after different numbers of steps: rows of a batch have a level each, and a
 place that falls free is taken by the next sample. Noise belongs to (sample, step), so the batch size does not matter.
 
-Cost: a step is 2 evaluations (the mean and its derivative along z), the last 1. A grid of K steps costs K, so that adaptive
-steps must save half of them to break even; `benchmarks/grids.py` measures whether they do.
+Cost: a step is 2 evaluations (the mean and its derivative along z), the last 1. A grid of K steps costs K, so that
+adaptive steps must save half of them to break even; `benchmarks/grids.py` measures whether they do.
 """
 
 from __future__ import annotations
