@@ -255,6 +255,11 @@ def test_heads_that_cannot_be(lowvar: Lowvar, model: Path, tmp_path: Path, words
     assert done.status == 2
     assert said in done.sentence
     assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
         (("--steps", "auto"), "--steps auto needs --tol"),
         (("--steps", "auto", "--tol", "0"), "above 0"),
         (("--steps", "5", "--tol", "0.1"), "--tol belongs to --steps auto"),

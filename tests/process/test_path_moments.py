@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_the_chain_is_the_best_of_all(steps: int) -> None:
 
     def price(levels: tuple[int, ...]) -> float:
         nodes = [0, *(i + 1 for i in levels)]
-        return float(sum(cost[i, j] for i, j in zip(nodes, nodes[1:], strict=False)) + last[nodes[-1]])
+        return float(sum(cost[i, j] for i, j in pairwise(nodes)) + last[nodes[-1]])
 
     best = min(combinations(range(L), steps), key=price)
     error, levels = list(moments.chosen())[steps - 1]

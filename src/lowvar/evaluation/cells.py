@@ -158,8 +158,8 @@ def resolve(
     if name not in SAMPLERS:
         raise UserError(f"sampler is {name!r}; allowed: {', '.join(SAMPLERS)}")
     with teaching():
-        twins = () if calibration is None else (calibration.twin, calibration.mixture, calibration.paths)
-        sampler = named_sampler(name, *twins)
+        c = calibration
+        sampler = named_sampler(name) if c is None else named_sampler(name, c.twin, c.mixture, c.paths)
         solver = sampler.solver
         if isinstance(solver, ReverseKernel):
             if tau is not None:

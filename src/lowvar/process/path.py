@@ -82,7 +82,7 @@ class PathMoments:
 
     @cached_property
     def kappa(self) -> Tensor:
-        """The coefficients kappa(a, b), (G, L, L); 0 where nothing was left over."""
+        """Coefficients of r(l_a) for r(l_b), (G, L, L); 0 where nothing was left over."""
         size = self.moments.diagonal(dim1=1, dim2=2)[:, :, None]
         return torch.where(size > 0, self.moments / size.clamp_min(1e-300), torch.zeros_like(self.moments))
 

@@ -124,8 +124,8 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         eta: the kernel's stochasticity, 0 to 1; `large` and `learned` are defined for 1 only.
         tau: the multistep samplers' stochasticity, 0 to 1.
         predictor, corrector, decay: as in `lowvar.process.MultistepSolver`.
-        grid: None, a name (uniform, trailing, leading, quadratic, uniform-logsnr, karras, variance-matched, path) or a list
-            of decreasing times in [0, 1].
+        grid: None, a name (uniform, trailing, leading, quadratic, uniform-logsnr, karras, variance-matched, path) or
+            a list of decreasing times in [0, 1].
         head: the network's variance head: None, range (Nichol & Dhariwal 2021), logvar, basis or lowrank
             (`lowvar.process.head`).
         calibration: a `Calibration`, or the JSON fields of one as they stand in the config.

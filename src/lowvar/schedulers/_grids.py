@@ -80,7 +80,7 @@ def _own(
 
 
 def _from_noise(calibration: Calibration, schedule: Schedule, steps: int) -> Tensor:
-    """The path grid of K - 1 evaluations after one at t = 1, where pipelines begin whatever the scheduler would like."""
+    """The path grid of K - 1 evaluations after one at t = 1, where every pipeline begins."""
     one = torch.ones(1, dtype=torch.float64)
     if steps == 1:
         return torch.cat([one, 0 * one])
