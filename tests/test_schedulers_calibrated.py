@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowvar.calibrate import Calibration, calibrate
+from lowvar.calibrate.grids import calibrated_grid
 from lowvar.errors import UserError
 from lowvar.process.basis import DCTBasis
 from lowvar.process.covariance import Diagonal
@@ -138,7 +139,7 @@ def test_a_covariance_that_depends_on_the_state(calibration: Calibration, monkey
 def test_variance_matched_grid(calibration: Calibration) -> None:
     scheduler = ReverseVarianceScheduler(**{**FIELDS, "grid": "variance-matched"}, calibration=calibration)
     scheduler.set_timesteps(6)
-    wanted = SCHEDULE.timestep(calibration.grid(SCHEDULE, 6))[:-1]
+    wanted = SCHEDULE.timestep(calibrated_grid("variance-matched", calibration, SCHEDULE, 6).grid)[:-1]
     assert torch.allclose(scheduler.timesteps.double(), wanted, atol=1e-3)
     assert scheduler.timesteps.tolist() != make_grid("trailing", SCHEDULE, 6).tolist()
 

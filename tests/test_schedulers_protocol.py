@@ -18,7 +18,7 @@ from lowvar.process.noise import Independent
 from lowvar.process.schedule import VE
 from lowvar.process.twin import GaussianTwin
 from lowvar.sample import SAMPLERS, named_sampler
-from lowvar.sample.trajectory import initial_state, trajectory
+from lowvar.sample.trajectory import trajectory
 from lowvar.schedulers import ReverseVarianceScheduler, sampler_fields
 
 torch.set_num_threads(1)
@@ -288,7 +288,7 @@ def test_edm_with_every_solver(name: str) -> None:
     )
     scheduler.set_timesteps(12)
     source = Independent(3)
-    x0 = initial_state(source, range(64), SHAPE, schedule.at(1.0), torch.zeros(1, dtype=torch.float64))
+    x0 = scheduler.start(source.normal(range(64), SHAPE, dtype=torch.float64))
     x = x0
     for t in scheduler.timesteps:
         level = schedule.at(schedule.time_of(t))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowvar.calibrate import Calibration, CovarianceTable, analytic_variance, calibrate, standardised_residuals
 from lowvar.calibrate.calibration import default_logsnr
+from lowvar.calibrate.grids import calibrated_grid
 from lowvar.calibrate.residual import residual_moments
 from lowvar.errors import UserError
 from lowvar.process import (
@@ -134,7 +135,9 @@ def test_another_schedule_is_refused() -> None:
     assert cosine.fingerprint in str(error.value)
     assert linear.fingerprint in str(error.value)
     with pytest.raises(UserError, match="calibrate again"):
-        calibration.grid(linear, 5)
+        calibrated_grid("optimal", calibration, linear, 5)
+    with pytest.raises(UserError, match="calibrate again"):
+        calibration.path_grid(linear, 5)
 
 
 def test_json_round_trip() -> None:
@@ -178,7 +181,7 @@ def test_grid_ignores_errors_above_the_twin() -> None:
     calibration = _calibration(CosineVP())
     noisy = calibration.logsnr < -4
     spoilt = replace(calibration, mmse=torch.where(noisy, calibration.mmse * 10, calibration.mmse))
-    a, b = calibration.grid(CosineVP(), 6), spoilt.grid(CosineVP(), 6)
+    a, b = (calibrated_grid("variance-matched", c, CosineVP(), 6).grid for c in (calibration, spoilt))
     assert float((a - b).abs().max()) < 0.05
 
 

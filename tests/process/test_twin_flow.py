@@ -19,7 +19,7 @@ from lowvar.process.kernel import ReverseKernel
 from lowvar.process.mixture import MixtureTwin
 from lowvar.process.multistep import MultistepSolver
 from lowvar.process.noise import Independent
-from lowvar.process.schedule import VE, CosineVP, Flow, Schedule
+from lowvar.process.schedule import VE, CosineVP, Flow, LinearVP, Schedule
 from lowvar.process.twin import GaussianTwin
 from lowvar.sample import generate, trajectory
 from lowvar.testing import mixture2, mixture8, rotation
@@ -118,7 +118,7 @@ def test_order_one_on_a_mixture(measured: bool) -> None:
 
 def test_three_evaluations_are_ahead_of_five() -> None:
     """8-d mixture, one Gaussian for a control variate, against first- and second-order methods on the same score."""
-    target, schedule, n = mixture8(), CosineVP(), 2048
+    target, schedule, n = mixture8(), LinearVP(), 2048
     denoiser, truth = target.denoiser(schedule, None), target.sample(range(50_000, 50_000 + n)).float()
     paths = path_moments(denoiser, target.twin)
     ours = generate(denoiser, TwinFlow(target.twin, paths), paths.grid(schedule, 3), (8,), n, batch_size=n)
@@ -126,7 +126,7 @@ def test_three_evaluations_are_ahead_of_five() -> None:
     assert distance < 0.002  # n samples of the target itself have 0 +- .001
     for solver in (ReverseKernel(0.0, "small"), MultistepSolver(None, 2, 2)):
         theirs = generate(denoiser, solver, trailing(schedule, 5), (8,), n, batch_size=n)
-        assert energy_distance(theirs, truth) > 0.01
+        assert energy_distance(theirs, truth) > 0.02
 
 
 def test_spacing_is_checked() -> None:

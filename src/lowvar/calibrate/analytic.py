@@ -42,8 +42,7 @@ def analytic_variance(noise_power: Tensor, level: Level, bound: float | None = N
         Variances (n,), not negative.
 
     Example:
-        >>> from lowvar.calibrate.claims import Claims
-    from lowvar.process.schedule import CosineVP
+        >>> from lowvar.process.schedule import CosineVP
         >>> level = CosineVP().at(torch.tensor([0.5]))
         >>> analytic_variance(level.sigma**2, level).allclose(level.sigma**2)  # unit-variance Gaussian data
         True

@@ -33,7 +33,6 @@ from lowvar.errors import UserError
 from lowvar.process.basis import Basis, DCTBasis, MatrixBasis, PixelBasis
 from lowvar.process.covariance import BasisDiagonal
 from lowvar.process.denoiser import CovarianceModel, Denoiser, WithCovariance
-from lowvar.process.grid import variance_matched
 from lowvar.process.mixture import MixtureTwin
 from lowvar.process.noise import Independent, NoiseSource
 from lowvar.process.path import PathMoments
@@ -43,7 +42,7 @@ from lowvar.process.twin import GaussianTwin
 __all__ = ["JSON_LIMIT", "Calibration", "calibrate", "default_logsnr"]
 
 JSON_LIMIT = 65536
-_PATHS = ("logsnr", "moments", "variance")
+_PATHS = ("logsnr", "moments", "variance", "size")
 
 
 def default_logsnr(schedule: Schedule, knots: int = 49) -> Tensor:
@@ -74,6 +73,7 @@ class Calibration:
         heads: trained heads by name (see `heads`).
         converted: C from a learned-range head, or None.
         conditional: tables by class, by structure.
+        levels: grey levels of the data, where they have any.
     """
 
     fingerprint: str
@@ -89,6 +89,7 @@ class Calibration:
     heads: Mapping[str, HeadEstimator] = field(default_factory=dict)
     converted: Converted | None = None
     conditional: Mapping[Structure, ConditionalTable] = field(default_factory=dict)
+    levels: int | None = None
 
     @property
     def event_shape(self) -> torch.Size:
@@ -171,16 +172,6 @@ class Calibration:
         self.require(denoiser.schedule)
         return WithCovariance(denoiser, self.model(structure, labels), clip)
 
-    def grid(self, schedule: Schedule, steps: int) -> Tensor:
-        """The variance-matched grid of the calibrated mmse curve (isotropic kernel).
-
-        The mmse of the exact posterior is at most the twin's; where a network does worse than the twin (an epsilon
-        network at high noise), its excess is an error of its own that no step can mend, and the twin's value stands.
-        """
-        self.require(schedule)
-        mmse = torch.minimum(self.mmse, self.twin.mmse(schedule.level(self.logsnr)))
-        return variance_matched(schedule, steps, self.logsnr, mmse)
-
     def path_grid(self, schedule: Schedule, steps: int) -> Tensor:
         """The grid of the twin's flow: the best `steps` evaluations by the statistics of its remainder.
 
@@ -222,6 +213,7 @@ class Calibration:
             "fingerprint": self.fingerprint,
             "event_shape": list(self.event_shape),
             "n": self.n,
+            "levels": self.levels,
             "logsnr": self.logsnr.tolist(),
             "mmse": self.mmse.tolist(),
             "mmse_se": self.mmse_se.tolist(),
@@ -237,7 +229,7 @@ class Calibration:
             parts = {name: put(f"mixture.{name}", getattr(self.mixture, name)) for name in ("mean", "spectrum")}
             fields["mixture"] = {"weight": self.mixture.weight.tolist(), **parts}
         if self.paths is not None:
-            fields["paths"] = {k: keep(f"paths.{k}", getattr(self.paths, k)) for k in _PATHS}
+            fields["paths"] = {k: put(f"paths.{k}", getattr(self.paths, k)) for k in _PATHS}
         if self.heads:
             fields["heads"] = {name: write_head(head, keep) for name, head in self.heads.items()}
         if self.conditional:
@@ -300,7 +292,8 @@ class Calibration:
         }
         n = int(fields["n"])
         measured = (logsnr, mmse, mmse_se, analytic, tables, twin, n)
-        return cls(fields["fingerprint"], *measured, mixture, paths, heads, converted, conditional)
+        more = (mixture, paths, heads, converted, conditional, fields.get("levels"))
+        return cls(fields["fingerprint"], *measured, *more)
 
 
 def _short(numbers: Any) -> Any:
@@ -342,6 +335,7 @@ def calibrate(
     bound: float | None = None,
     components: Sequence[int] = COMPONENTS,
     paths: int = PATHS,
+    levels: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Calibration:
     """Calibrates a denoiser on data it was not trained on.
@@ -360,6 +354,7 @@ def calibrate(
             fitted to `twin_batches` and compared on `batches` (where both are
             the same: three quarters and the rest).
         paths: reverse paths for the statistics of the remainder, `LEVELS` evaluations each; 0: none.
+        levels: grey levels of the data, on which it depends where likelihood grids end.
         progress: called with the number of evaluations of paths made; the passes over `batches` tell their own.
 
     Returns:
@@ -397,6 +392,7 @@ def calibrate(
         moments.n,
         mixture,
         table,
+        levels=levels,
     )
 
 

@@ -135,6 +135,7 @@ def calibrated_grid(
     Raises:
         UserError: if the name is unknown or steps are out of range.
     """
+    calibration.require(schedule)
     if name in GRIDS:
         grid = make_grid(name, schedule, steps)
         return Plan(grid, _predicted(cost_curve(calibration, schedule, structure, levels), schedule, grid))

@@ -2,8 +2,8 @@ r"""Fitting the mixture twin: EM in the Gaussian twin's basis, and the number of
 
 Coordinates are whitened, w = (B^T x - mean) / sqrt(c), so that a diagonal mixture is fitted to directions of one size
 and its variances are relative to the data's own; scikit-learn's `GaussianMixture` does the EM. Each component's
-variances are then shrunk towards their mean over components, as if `SHRINK` observations said the mean (a component of 30 images
-knows 30 squares a direction), which also keeps any component from collapsing on single images.
+variances are then shrunk towards their mean over components, as if `SHRINK` observations said the mean (a component of
+30 images knows 30 squares a direction), which also keeps any component from collapsing on single images.
 
 K is chosen by what the mixture is for: the smallest error E ||x_0 - D_mix(x_t)||^2 on images it was not fitted to,
 each level relative to the Gaussian twin's, averaged over levels. For a network with the exact posterior mean that

@@ -93,4 +93,4 @@ def path_moments(
             part = r[:, :, groups == g].flatten(1)
             moments[g] += part @ part.T / (n * size[g])
     c = torch.zeros(G, dtype=torch.float64).index_add_(0, groups, within) / size
-    return PathMoments(points.logsnr, moments, c)
+    return PathMoments(points.logsnr, moments, c, size)

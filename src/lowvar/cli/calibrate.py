@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Calibrate"]
 
-CANDIDATES = ("ddpm-basis", "ddim-basis", "adams-ode", "twin-ode", "twin-sde")
+CANDIDATES = ("ddpm-basis", "unipc-basis", "adams-ode", "twin-ode", "twin-flow")
 _ROUNDS = 8
 _LEAST = 6  # images a head needs
 
@@ -46,7 +46,7 @@ class Calibrate(DataFlags, Sampling):
     steps: int = 10
     """steps for which samplers are compared"""
     choose: int = 512
-    """samples a sampler in that comparison; 0: no comparison, twin-ode becomes the default"""
+    """samples a sampler in that comparison; 0: no comparison, twin-flow becomes the default"""
     head: MaybeText = None
     """covariances that depend on the state: npr, sn, ocm, lowrank (trained), convert (from a network's own
     learned-range head); several separated by commas; default none"""
@@ -219,9 +219,8 @@ class Calibrate(DataFlags, Sampling):
         from lowvar.evaluation import Cell, evaluate
         from lowvar.metrics import Scorer
         from lowvar.process.noise import Independent
-        from lowvar.sample import SAMPLERS
 
-        recommended: dict[str, Any] = {"sampler": "twin-ode", "grid": SAMPLERS["twin-ode"].grid, "steps": self.steps}
+        recommended: dict[str, Any] = {"sampler": "twin-flow", "grid": "path", "steps": self.steps}
         grids = {"data": data.test.images(torch.arange(min(64, len(data.test))))}
         if not self.choose:
             return recommended, {}, grids

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Demo"]
 
-OWN = ("ddpm-small", "ddpm-large", "ddpm-learned", "ddpm-basis", "twin-ode", "twin-sde")
+OWN = ("ddpm-small", "ddpm-large", "ddpm-learned", "ddpm-basis", "twin-ode", "twin-sde", "twin-flow")
 PEERS = ("diffusers:ddpm", "diffusers:ddim", "diffusers:dpmsolver++")
 STEPS = (3, 5, 10, 20)
 LAST = (50, ("ddpm-basis", "twin-sde", "diffusers:ddpm"))  # many steps are dear: few rows
@@ -150,7 +150,7 @@ class Demo(Sampling):
             )
         for note in found.notes:
             console.note(note)
-        chosen = found.recommended or {"sampler": "twin-ode", "grid": "trailing", "steps": 10}
+        chosen = found.recommended or {"sampler": "twin-flow", "grid": "path", "steps": 10}
         save_model(model, partial, calibration, sampler=chosen["sampler"], grid=chosen["grid"])
         summary = summarise(
             self,

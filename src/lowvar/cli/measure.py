@@ -75,6 +75,7 @@ def calibrate_on(
             replicates=replicates,
             noise=Independent(seed + 1),
             bound=denoiser.clip,
+            levels=data.levels,
             progress=bar.update,
         )
 

@@ -187,6 +187,7 @@ def scheduler_of(
         fields |= {"sampler": sampler, "grid": SAMPLERS[sampler].grid}
     given = {"variance": covariance, "eta": eta, "tau": tau, "grid": grid}
     fields |= {name: value for name, value in given.items() if value is not None}
+    fields["start_with_twin"] = True
     made = ReverseVarianceScheduler.from_scheduler(model.pipeline.scheduler, **fields)
     kernel = made.config["sampler"] == "kernel"
     if tau is not None and kernel:
@@ -222,7 +223,7 @@ def run_scheduler(
     discrete = isinstance(model.denoiser.schedule, DiscreteVP)
     parts = []
     for index in torch.arange(n).split(batch_size):
-        x = noise.normal(index, model.shape, draw=0, device=device) * scheduler.init_noise_sigma
+        x = scheduler.start(noise.normal(index, model.shape, draw=0, device=device))
         for t in scheduler.timesteps:
             timestep = t if discrete else t.float()
             entry = scheduler.scale_model_input(x, t)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lowvar.cli.console import Console
 from lowvar.cli.folders import check_free, new_file
-from lowvar.cli.options import MaybeFloat, MaybePath, MaybeText, Sampling, at_least, choose_device
+from lowvar.cli.options import MaybeFloat, MaybeInt, MaybePath, MaybeText, Sampling, at_least, choose_device
 from lowvar.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,11 +51,12 @@ class Sample(Sampling):
     tau: MaybeFloat = None
     """stochasticity of adams-* and twin-*: 0 (ODE) to 1 (SDE)"""
     grid: MaybeText = None
-    """trailing, uniform, leading, quadratic, uniform-logsnr or karras; of a calibrated model also entropic,
+    """trailing, uniform, leading, quadratic, uniform-logsnr or karras; of a calibrated model also path, entropic,
     variance-matched or optimal, made for the sampler's own noise or, for example, optimal:basis for that of ddpm-basis;
     default: the sampler's own, and optimal for --steps auto"""
-    levels: int = 256
-    """grey levels of the data, on which it depends where entropic, variance-matched and optimal grids end"""
+    levels: MaybeInt = None
+    """grey levels of the data, on which it depends where entropic, variance-matched and optimal grids end; default: the
+    calibration's"""
     adaptive: bool = False
     """steps of their own for every sample, around the grid; 2 evaluations a step (ddpm-* of a calibrated model)"""
     png: MaybePath = None
@@ -66,7 +67,7 @@ class Sample(Sampling):
         begun = time.perf_counter()
         at_least("--n", self.n)
         at_least("--batch-size", self.batch_size)
-        at_least("--levels", self.levels, 2)
+        at_least("--levels", 2 if self.levels is None else self.levels, 2)
         if self.steps != "auto":
             at_least("--steps", self.steps)
             if self.tol is not None:
@@ -177,7 +178,7 @@ class Sample(Sampling):
             )
         structure = {"analytic": "isotropic", "twin": "basis"}.get(c["variance"], c["variance"])
         structure = structure if c["sampler"] == "kernel" and c["variance"] not in ("large", "learned") else "isotropic"
-        name, levels = self._grid_name(scheduler), self.levels
+        name, levels = self._grid_name(scheduler), self.levels or calibration.levels or 256
         if self.steps == "auto":
             assert self.tol is not None
             most = getattr(schedule, "steps", 1000)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowvar.calibrate import Calibration, marginal_deficit
+from lowvar.calibrate.grids import FAMILIES, calibrated_grid, is_calibrated
 from lowvar.errors import UserError
 from lowvar.evaluation.peers import Spacing, make_peer, peer_named, run_peer
 from lowvar.process.denoiser import Denoiser, NetworkDenoiser
@@ -38,7 +39,7 @@ class Cell:
     Attributes:
         sampler: a name of `SAMPLERS`, or `diffusers:NAME`.
         steps: number of reverse steps.
-        grid: name of the step grid, `variance-matched` for the calibrated one, a peer's spacing, or None for
+        grid: name of the step grid, a peer's spacing, or None for
             the default.
     """
 
@@ -109,25 +110,21 @@ def check_steps(steps: int, schedule: Schedule) -> int:
 
 
 def sampling_grid(name: str, schedule: Schedule, steps: int, calibration: Calibration | None = None) -> Tensor:
-    """The step grid of a name, (steps + 1,) times; `variance-matched` is the variance-matched grid of a calibration.
+    """The step grid of a name, (steps + 1,) times: of `GRIDS`, or one that a calibration makes.
 
     Raises:
-        UserError: for a number of steps the schedule does not have, an unknown name, or `variance-matched` without
+        UserError: for a number of steps the schedule does not have, an unknown name, or a calibrated grid without
             a calibration.
     """
     check_steps(steps, schedule)
-    if name == "variance-matched":
+    if name == "path" or is_calibrated(name):
         if calibration is None:
-            raise UserError(
-                "grid 'variance-matched' needs a calibrated model: run `lowvar calibrate`, or choose another grid"
-            )
-        return calibration.grid(schedule, steps)
-    if name == "path":
-        if calibration is None:
-            raise UserError("grid 'path' needs a calibrated model: run `lowvar calibrate`, or choose another grid")
-        return calibration.path_grid(schedule, steps)
+            raise UserError(f"grid {name!r} needs a calibrated model: run `lowvar calibrate`, or choose another grid")
+        if name == "path":
+            return calibration.path_grid(schedule, steps)
+        return calibrated_grid(name, calibration, schedule, steps, levels=calibration.levels).grid
     if name not in GRIDS:
-        raise UserError(f"grid is {name!r}; allowed: {', '.join(GRIDS)}, variance-matched, path")
+        raise UserError(f"grid is {name!r}; allowed: {', '.join((*GRIDS, *FAMILIES, 'path'))}")
     with teaching():
         return make_grid(name, schedule, steps)
 

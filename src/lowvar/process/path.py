@@ -37,17 +37,23 @@ from lowvar.process.schedule import Schedule
 
 __all__ = ["PathMoments", "spread_groups"]
 
-_GROUPS = 32
-POWER = 0.5
+_GROUPS = 24
+_DEPTH = 13.8  # log of a million
 
 
 def spread_groups(variance: Tensor) -> Tensor:
-    """Numbers 0 .. G - 1, smallest variances first, of at most 32 groups of directions of equal size, (d,)."""
-    flat = variance.flatten()
-    order, G = flat.argsort(stable=True), min(_GROUPS, flat.numel())
-    groups = torch.empty_like(order)
-    groups[order] = torch.arange(len(order), device=order.device) * G // len(order)
-    return groups
+    """Groups 0 .. G - 1 of directions of similar variance, smallest first, (d,): equal shares of its logarithm.
+
+    At most 24, from the largest variance down to a millionth of it; what is smaller is in the last one with its like.
+
+    Example:
+        >>> spread_groups(torch.tensor([1e-9, 2.0, 1.0, 0.0])).tolist()
+        [0, 2, 1, 0]
+    """
+    flat = variance.flatten().double()
+    depth = torch.log(flat.max().clamp_min(1e-300) / flat.clamp_min(1e-300)) / _DEPTH
+    rung = (depth * _GROUPS).long().clamp(0, _GROUPS - 1)
+    return torch.unique(_GROUPS - 1 - rung, return_inverse=True)[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +64,7 @@ class PathMoments:
         logsnr: increasing levels, (L,) float64, equally spaced.
         moments: M, mean over a group's directions, (G, L, L) float64.
         variance: c of the groups, (G,) float64.
+        size: directions a group, (G,).
 
     Raises:
         ValueError: if shapes do not fit.
@@ -65,14 +72,15 @@ class PathMoments:
     Example:
         >>> logsnr = torch.linspace(-4.0, 4.0, 9, dtype=torch.float64)
         >>> decay = torch.exp(-(logsnr[:, None] - logsnr).abs())
-        >>> moments = PathMoments(logsnr, decay[None], torch.ones(1, dtype=torch.float64))
+        >>> moments = PathMoments(logsnr, decay[None], torch.ones(1), torch.ones(1))
         >>> [levels for _, levels in islice(moments.chosen(), 3)]
-        [[4], [3, 5], [2, 4, 6]]
+        
     """
 
     logsnr: Tensor
     moments: Tensor
     variance: Tensor
+    size: Tensor
 
     def __post_init__(self) -> None:
         """Checks shapes."""
@@ -103,7 +111,7 @@ class PathMoments:
         v = 1 + c[:, None] * torch.exp(self.logsnr)
         w = torch.sqrt((v - 1) / v) * float(self.logsnr[1] - self.logsnr[0]) / 2
         weighted = self.moments * w[:, :, None] * w[:, None, :]
-        relative = c.clamp_min(1e-12) ** -POWER
+        relative = self.size.double() / self.size.sum() / c.clamp_min(1e-12).sqrt()
         cost = torch.full((L + 1, L + 1), torch.inf, dtype=torch.float64)
         last = torch.zeros(L + 1, dtype=torch.float64)
         for a in range(-1, L):
@@ -113,7 +121,7 @@ class PathMoments:
                 if a >= 0:
                     # E (sum w r)^2 - (sum w kappa)^2 M(a, a), as kappa M(a, a) = M(a, b)
                     error = error - (w[:, span] * self.kappa[:, a, span]).sum(1) ** 2 * self.moments[:, a, a]
-                total = (error.clamp_min(0) * relative).mean()
+                total = (error.clamp_min(0) * relative).sum()
                 if s == L:
                     last[a + 1] = total
                 else:

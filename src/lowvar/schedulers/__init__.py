@@ -62,12 +62,12 @@ from lowvar.process.solver import Solver
 from lowvar.sample.named import SAMPLERS
 from lowvar.schedulers._chain import Chain, Recipe, TwinCovariance
 from lowvar.schedulers._fields import (
-    CALIBRATED_GRIDS,
     OWN,
     PREDICTIONS,
     RULES,
     check,
     make_schedule,
+    needs_calibration,
     needs_twin,
     sampler_fields,
     translate,
@@ -124,10 +124,12 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         eta: the kernel's stochasticity, 0 to 1; `large` and `learned` are defined for 1 only.
         tau: the multistep samplers' stochasticity, 0 to 1.
         predictor, corrector, decay: as in `lowvar.process.MultistepSolver`.
-        grid: None, a name (uniform, trailing, leading, quadratic, uniform-logsnr, karras, variance-matched, path) or
-            a list of decreasing times in [0, 1].
+        grid: None, a name (uniform, trailing, leading, quadratic, uniform-logsnr, karras, or of a calibration: path,
+            entropic, variance-matched, optimal) or a list of decreasing times in [0, 1].
         head: the network's variance head: None, range (Nichol & Dhariwal 2021), logvar, basis or lowrank
             (`lowvar.process.head`).
+        start_with_twin: of sampler twin-flow with grid path: begin at the grid's first level, at the state that `start`
+            makes of noise without an evaluation. A pipeline hands over the noise itself, and begins at t = 1.
         calibration: a `Calibration`, or the JSON fields of one as they stand in the config.
         spectrum: the `Spectrum` of head basis, or the JSON fields of one as they stand in the config.
         sigma_data: standard deviation of the data that an `edm` network was trained for.
@@ -176,6 +178,7 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         decay: float = 0.0,
         grid: str | list[float] | None = None,
         head: str | None = None,
+        start_with_twin: bool = False,
         calibration: Any = None,
         sigma_data: float = 0.5,
         use_dynamic_shifting: bool = False,
@@ -336,7 +339,7 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         self._set(times, device)
 
     def _grid_calibration(self) -> Calibration | None:
-        return self._required() if self.config["grid"] in CALIBRATED_GRIDS else None
+        return self._required() if needs_calibration(self.config["grid"]) else None
 
     def _set(self, times: Tensor, device: str | torch.device | None) -> None:
         c = self.config
@@ -395,6 +398,13 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         if self.schedule.family != "ve":
             return sample
         return self._reader.scale(sample, self._expected if timestep is None else self._index(timestep))
+
+    def start(self, noise: Tensor) -> Tensor:
+        """The state at the first timestep from standard normal noise (B, C, ..): what a pipeline's start stands for.
+
+        `init_noise_sigma` times the noise for most samplers; sampler twin-flow lets it flow along the twin.
+        """
+        return self._made_recipe().solver.initial(noise, self.schedule.at(1.0), self._levels[0])
 
     def keep_head(self, head: Tensor) -> None:
         """Hands over the variance head's channels of the network's next output, where a pipeline cuts them off."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lowvar.calibrate.grids import check_grid, is_calibrated
 from lowvar.errors import UserError
 from lowvar.process.denoiser import Prediction
 from lowvar.process.discrete import schedule_from_config, schedule_from_diffusers
-from lowvar.process.grid import GRIDS
 from lowvar.process.head import HEADS
 from lowvar.process.kernel import ReverseKernel
 from lowvar.process.multistep import MultistepSolver
@@ -17,7 +17,6 @@ from lowvar.sample.named import SAMPLERS
 
 __all__ = [
     "CALIBRATED",
-    "CALIBRATED_GRIDS",
     "OWN",
     "PREDICTIONS",
     "RULES",
@@ -25,6 +24,7 @@ __all__ = [
     "check",
     "make_schedule",
     "named_samplers",
+    "needs_calibration",
     "needs_twin",
     "require_edm",
     "sampler_fields",
@@ -33,7 +33,6 @@ __all__ = [
 ]
 
 RULES = ("small", "large", "learned")
-CALIBRATED_GRIDS = ("variance-matched", "path")
 CALIBRATED = ("analytic", "isotropic", "channel", "pixel", "basis", "twin")
 PREDICTIONS: dict[str, Prediction] = {
     "epsilon": "epsilon",
@@ -108,6 +107,17 @@ def needs_twin(c: Mapping[str, Any]) -> bool:
     return c["sampler"] == "twin" or (c["sampler"] not in OWN and SAMPLERS[c["sampler"]].needs_twin)
 
 
+def needs_calibration(grid: Any) -> bool:
+    """Whether a grid's name asks for a calibration."""
+    return isinstance(grid, str) and (grid == "path" or is_calibrated(grid))
+
+
+def check_grid_name(grid: str | None) -> None:
+    """Refuses the name of no grid."""
+    if grid is not None and grid != "path":
+        check_grid(grid)
+
+
 def check(c: Mapping[str, Any]) -> None:
     """Refuses fields that are not allowed, or not together."""
     allowed("prediction_type", c["prediction_type"], tuple(PREDICTIONS))
@@ -120,13 +130,13 @@ def check(c: Mapping[str, Any]) -> None:
         raise UserError(f"head is {c['head']!r}: head 'basis', and only it, needs the data's spectrum beside it")
     allowed("time_shift_type", c["time_shift_type"], ("exponential", "linear"))
     if c["grid"] is None or isinstance(c["grid"], str):
-        allowed("grid", c["grid"], (None, *GRIDS, *CALIBRATED_GRIDS))
+        check_grid_name(c["grid"])
     needs = ""
     if needs_twin(c):
         needs = f"sampler {c['sampler']!r}"
     elif uses_covariance(c):
         needs = f"variance {c['variance']!r}" if c["sampler"] == "kernel" else f"sampler {c['sampler']!r}"
-    elif c["grid"] in CALIBRATED_GRIDS:
+    elif needs_calibration(c["grid"]):
         needs = f"grid {c['grid']!r}"
     if needs and c["calibration"] is None:
         raise UserError(f"{needs} needs a calibration: make one with `lowvar calibrate --model MODEL --data DATA`")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowvar.calibrate.calibration import Calibration
+from lowvar.calibrate.grids import calibrated_grid, is_calibrated
 from lowvar.errors import UserError
 from lowvar.process.grid import custom, make_grid, spaced_timesteps
 from lowvar.process.schedule import Flow, Schedule
@@ -63,11 +64,13 @@ def _own(
         spacing, offset = config["timestep_spacing"], config["steps_offset"]
         times = (spaced_timesteps(spacing, T, int(steps), offset) + 1) / T
         return _shifted(config, schedule, times, mu) if isinstance(schedule, Flow) else times
-    if grid == "variance-matched":
+    if isinstance(grid, str) and is_calibrated(grid):
         assert calibration is not None, "fields that need a calibration are refused without one"
-        return calibration.grid(schedule, steps)
+        return calibrated_grid(grid, calibration, schedule, steps, levels=calibration.levels).grid
     if grid == "path":
         assert calibration is not None, "fields that need a calibration are refused without one"
+        if config["start_with_twin"]:
+            return calibration.path_grid(schedule, steps)
         return _from_noise(calibration, schedule, steps)
     if isinstance(grid, str):
         if isinstance(schedule, Flow) and grid in _IN_TIME:
