@@ -74,7 +74,7 @@ class PathMoments:
         >>> decay = torch.exp(-(logsnr[:, None] - logsnr).abs())
         >>> moments = PathMoments(logsnr, decay[None], torch.ones(1), torch.ones(1))
         >>> [levels for _, levels in islice(moments.chosen(), 3)]
-        
+        [[6], [5, 7], [4, 6, 8]]
     """
 
     logsnr: Tensor
