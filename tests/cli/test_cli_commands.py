@@ -123,7 +123,7 @@ def test_calibrated_folder_opens_in_diffusers(calibrated: Path) -> None:
 
     pipeline = diffusers.DiffusionPipeline.from_pretrained(str(calibrated))
     assert isinstance(pipeline.scheduler, lowvar.schedulers.ReverseVarianceScheduler)
-    assert pipeline.scheduler.config["sampler"] == "twin"
+    assert pipeline.scheduler.config["sampler"] == "twin-flow"
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ def test_calibrate_on_a_stock_folder(name: str, lowvar: Lowvar, images: Path, tm
     pipeline: Any = open_pipeline(out)
     scheduler = pipeline.scheduler
     assert type(scheduler) is ReverseVarianceScheduler
-    assert scheduler.config["sampler"] == "twin"
+    assert scheduler.config["sampler"] == "twin-flow"
     assert scheduler.config["head"] == ("range" if learned else None)
     assert json.loads((out / "summary.json").read_text())["fingerprint"] == scheduler.schedule.fingerprint
     pipeline.set_progress_bar_config(disable=True)

@@ -80,6 +80,14 @@ def test_the_coefficient_is_a_regression() -> None:
     torch.testing.assert_close(middle, moments.kappa[:, 2, 4:6].mean(1))
 
 
+def test_a_chain_may_begin_at_pure_noise() -> None:
+    moments, _ = made()
+    to = torch.tensor([-torch.inf, -20.0, float(LOGSNR[1])], dtype=torch.float64)
+    seen = moments.trust(-torch.inf, to)
+    torch.testing.assert_close(seen[:2], torch.ones(2, 2, dtype=torch.float64))
+    torch.testing.assert_close(seen[2], moments.kappa[:, 0, 1])
+
+
 def test_groups_have_similar_variances() -> None:
     variance = torch.exp(12 * torch.rand(300, generator=torch.Generator().manual_seed(0)) - 10)
     groups = spread_groups(variance.reshape(3, 100))

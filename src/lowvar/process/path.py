@@ -96,13 +96,15 @@ class PathMoments:
 
     def trust(self, at: float, to: Tensor) -> Tensor:
         """kappa from logsnr `at` (the nearest level measured) to the later logsnr `to` (n,), shape (n, G)."""
+        low, high = float(self.logsnr[0]), float(self.logsnr[-1])
+        at = min(max(at, low), high)  # a chain may begin at -inf
         a = int((self.logsnr - at).abs().argmin())
         step = float(self.logsnr[1] - self.logsnr[0])
-        place = (a + (to.double() - at) / step).clamp(0, len(self.logsnr) - 1)
-        low = place.floor().long().clamp(max=len(self.logsnr) - 2)
-        weight = (place - low)[:, None]
+        place = (a + (to.double().clamp_min(low) - at) / step).clamp(0, len(self.logsnr) - 1)
+        left = place.floor().long().clamp(max=len(self.logsnr) - 2)
+        weight = (place - left)[:, None]
         row = self.kappa[:, a].T  # (L, G)
-        return row[low] * (1 - weight) + row[low + 1] * weight
+        return row[left] * (1 - weight) + row[left + 1] * weight
 
     @cached_property
     def _arrows(self) -> tuple[Tensor, Tensor]:

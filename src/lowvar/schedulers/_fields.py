@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lowvar.calibrate.grids import check_grid, is_calibrated
+from lowvar.calibrate.grids import FAMILIES, check_grid, is_calibrated
 from lowvar.errors import UserError
 from lowvar.process.denoiser import Prediction
 from lowvar.process.discrete import schedule_from_config, schedule_from_diffusers
+from lowvar.process.grid import GRIDS
 from lowvar.process.head import HEADS
 from lowvar.process.kernel import ReverseKernel
 from lowvar.process.multistep import MultistepSolver
@@ -114,6 +115,8 @@ def needs_calibration(grid: Any) -> bool:
 
 def check_grid_name(grid: str | None) -> None:
     """Refuses the name of no grid."""
+    if grid is not None and grid not in GRIDS and not needs_calibration(grid):
+        raise UserError(f"grid is {grid!r}; allowed: None, {', '.join((*GRIDS, *FAMILIES, 'path'))}")
     if grid is not None and grid != "path":
         check_grid(grid)
 
@@ -186,7 +189,8 @@ def sampler_fields(name: str) -> dict[str, Any]:
         fields = {k: getattr(named.solver, k) for k in ("predictor", "corrector", "tau", "decay")}
         return {"sampler": "twin" if named.needs_twin else "multistep", **fields}
     if not isinstance(named.solver, ReverseKernel):
-        return {"sampler": name} | ({} if named.covariance is None else {"variance": named.covariance})
+        fields = {"sampler": name, "eta": 1.0, "tau": 0.0}  # what a kernel or a multistep solver had is not its own
+        return fields | ({} if named.covariance is None else {"variance": named.covariance})
     variance = named.covariance if named.solver.variance == "posterior" else named.solver.variance
     return {"sampler": "kernel", "variance": variance, "eta": named.solver.eta}
 
