@@ -14,7 +14,8 @@ What is made equal, so that a row compares samplers and nothing else:
   schedulers offer none; the final clip is the same for all;
 - the noise schedule: the betas the network was trained with (of a continuous schedule: its values at (n + 1) / T).
 
-The grid is the peer's own: `spacing` is trailing unless asked otherwise. A peer's other settings are its defaults.
+The grid is the peer's own: `spacing` is trailing unless asked otherwise; `karras` is the peer's `use_karras_sigmas`,
+`default` the spacing it ships with. A peer's other settings are its defaults.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from lowvar.process.schedule import VE, Flow, Schedule
 
 __all__ = ["PEERS", "Peer", "Spacing", "make_peer", "peer_named", "run_peer"]
 
-Spacing = Literal["trailing", "linspace", "leading"]
+Spacing = Literal["trailing", "linspace", "leading", "karras", "default"]
 _SEEDS = 0xFFFFFFFF  # the draw that a sample's generator is seeded from; no reverse step has this number
 
 
@@ -94,6 +95,14 @@ _ALL = (
         head=True,
     ),
     Peer("ddim", "DDIMScheduler", "diffusers DDIM, eta 0", "clip_sample", **_VP),
+    Peer(
+        "euler-ancestral",
+        "EulerAncestralDiscreteScheduler",
+        "diffusers Euler ancestral",
+        None,
+        families=("vp",),
+        predictions=("epsilon", "v_prediction"),
+    ),
     Peer("dpmsolver++", _DPM, "diffusers DPM-Solver++(2M)"),
     Peer("dpmsolver++3", _DPM, "diffusers DPM-Solver++(3M)", fields={"solver_order": 3}),
     Peer("sde-dpmsolver++", _DPM, "diffusers SDE-DPM-Solver++(2M)", fields={"algorithm_type": "sde-dpmsolver++"}),
@@ -162,7 +171,8 @@ def make_peer(peer: Peer, denoiser: NetworkDenoiser, spacing: Spacing = "trailin
         spacing: of the timesteps, where the peer has the choice.
 
     Raises:
-        UserError: if the peer cannot run this schedule, read this prediction, or the spacing is unknown.
+        UserError: if the peer cannot run this schedule, read this prediction, or the spacing is unknown or `karras`
+            where the peer has no such switch.
     """
     import diffusers
 
@@ -186,7 +196,11 @@ def make_peer(peer: Peer, denoiser: NetworkDenoiser, spacing: Spacing = "trailin
         fields["prediction_type"] = "flow_prediction" if denoiser.prediction == "flow" else denoiser.prediction
     if "sigma_data" in accepted:
         fields["sigma_data"] = denoiser.sigma_data
-    if "timestep_spacing" in accepted:
+    if spacing == "karras":
+        if "use_karras_sigmas" not in accepted:
+            raise UserError(f"{name} has no Karras spacing; allowed: trailing, linspace, leading, default")
+        fields["use_karras_sigmas"] = True
+    elif spacing != "default" and "timestep_spacing" in accepted:
         fields["timestep_spacing"] = spacing
     bound = denoiser.clip
     if peer.clip == "clip_sample":
