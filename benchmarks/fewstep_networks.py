@@ -56,7 +56,7 @@ RECIPES = {
 }
 
 
-def _network(recipe: Recipe, shape: tuple[int, int, int]) -> Any:
+def _network(recipe: Recipe, shape: tuple[int, ...]) -> Any:
     from diffusers import UNet2DModel
 
     plain = len(recipe.widths) - recipe.attention
@@ -104,7 +104,7 @@ def train(name: str, seed: int, cache: Path = CACHE) -> Path:
     for update in range(begin, recipe.updates):
         x0 = images[torch.randint(len(images), (recipe.batch,), generator=random)]
         eps = torch.randn(x0.shape, generator=random)
-        t = torch.randint(scheduler.config["num_train_timesteps"], (recipe.batch,), generator=random)
+        t: Any = torch.randint(scheduler.config["num_train_timesteps"], (recipe.batch,), generator=random)
         loss = F.mse_loss(network(scheduler.add_noise(x0, eps, t), t).sample, eps)
         optimizer.zero_grad()
         loss.backward()
@@ -112,7 +112,7 @@ def train(name: str, seed: int, cache: Path = CACHE) -> Path:
         optimizer.step()
         rate.step()
         ema.step(network.parameters())
-        total += float(loss)
+        total += float(loss.detach())
         if (update + 1) % _EVERY == 0:
             print(
                 f"{name}-seed{seed} update {update + 1} of {recipe.updates}: loss {total / _EVERY:.4f}, "

@@ -1,9 +1,9 @@
-r"""The five targets of the few-step benchmark: three mixtures with exact scores, digits and photos with trained networks.
+r"""The five targets of the few-step benchmark: three mixtures with exact scores, digits and photos.
 
 A target gives a denoiser a training seed, what is calibrated for it, and its scores:
 
-    mixture2, mixture8, mixture64    the exact noise prediction E[eps | x_t] under DDPM's default schedule stands in for a
-                                     network, so every sampler, ours or a peer's, calls it as it would call a network;
+    mixture2, mixture8, mixture64    the exact noise prediction E[eps | x_t] under DDPM's default schedule stands in for
+                                     a network, so every sampler, ours or a peer's, calls it as it would call a network;
                                      a "training seed" is then a seed of the samplers' noise only
     digits, photos                   the networks of fewstep_networks.py
 

@@ -1,4 +1,4 @@
-r"""DPM-Solver-v3 (Zheng et al. 2023), written from its paper: a peer of the few-step benchmark, not part of the package.
+r"""DPM-Solver-v3 (Zheng et al. 2023), written from its paper: a peer of the benchmark, not part of the package.
 
 With l = log(alpha / sigma) (lambda in the paper) and the probability-flow ODE dx/dl = sigma^2 x - sigma eps (VP), let
 
@@ -14,8 +14,8 @@ The empirical model statistics are least squares over data x_l = alpha x_0 + sig
 
     l_l = E diag(d (sigma eps_hat) / dx),        f^(1) ~ s_l f + b_l,   f^(1) the derivative of f along the ODE.
 
-The Jacobian's diagonal is E v * (J^T v), v = +-1; the derivative of eps_hat along the ODE is a central difference. Data,
-noise and signs are the same at every l, so that the statistics are smooth in l.
+The Jacobian's diagonal is E v * (J^T v), v = +-1; the derivative of eps_hat along the ODE is a central difference.
+Data, noise and signs are the same at every l, so that the statistics are smooth in l.
 
 Derivatives g^(k) come from earlier evaluations: by the polynomial through all of them, or ("pseudo") each by the
 divided difference of least order. The corrector redoes the step with the new evaluation among them and keeps f as it

@@ -136,7 +136,26 @@ def test_clipping_reaches_the_peer(name: str) -> None:
     assert ends[0] < 1.6 < 2.5 < ends[1]
 
 
+def test_spacings_are_the_peers_own() -> None:
+    """`default` is what the peer ships with, `karras` its own switch; both differ from `trailing`."""
+    shipped = make_peer(PEERS["unipc"], denoiser(), "default")
+    karras = make_peer(PEERS["unipc"], denoiser(), "karras")
+    assert shipped.config["timestep_spacing"] == karras.config["timestep_spacing"] == "linspace"
+    assert karras.config["use_karras_sigmas"]
+    assert not shipped.config["use_karras_sigmas"]
+    found = []
+    for spacing in ("default", "karras", "trailing"):
+        peer = make_peer(PEERS["unipc"], denoiser(), spacing)  # type: ignore[arg-type]
+        peer.set_timesteps(5)
+        found.append([round(t) for t in peer.timesteps.tolist()])
+    assert found[0] == [999, 799, 599, 400, 200]
+    assert found[2] == [999, 799, 599, 399, 199]
+    assert found[1] not in (found[0], found[2])
+
+
 def test_peers_that_cannot_be_run() -> None:
+    with pytest.raises(UserError, match="diffusers:ddim has no Karras spacing"):
+        make_peer(PEERS["ddim"], denoiser(), "karras")
     with pytest.raises(UserError, match="peer is 'diffusers:euler'; allowed: ddpm"):
         peer_named("diffusers:euler")
     with pytest.raises(UserError, match=r"for this model there are .*flow-euler"):
