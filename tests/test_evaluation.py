@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -146,7 +147,9 @@ def test_spacings_are_the_peers_own() -> None:
     found = []
     for spacing in ("default", "karras", "trailing"):
         peer = make_peer(PEERS["unipc"], denoiser(), spacing)  # type: ignore[arg-type]
-        peer.set_timesteps(5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            peer.set_timesteps(5)
         found.append([round(t) for t in peer.timesteps.tolist()])
     assert found[0] == [999, 799, 599, 400, 200]
     assert found[2] == [999, 799, 599, 399, 199]

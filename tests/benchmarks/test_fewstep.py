@@ -11,9 +11,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from fewstep_report import crossing, estimate
-from fewstep_targets import TARGETS, Mixture, replicates_at
-from fewstep_v3 import ModelStatistics, Settings, measure, sample
+from fewstep_report import crossing, estimate  # type: ignore[import-not-found]
+from fewstep_targets import TARGETS, Mixture, replicates_at  # type: ignore[import-not-found]
+from fewstep_v3 import ModelStatistics, Settings, measure, sample  # type: ignore[import-not-found]
 
 from lowvar.metrics.intervals import jackknife
 from lowvar.process import Independent, LinearVP, MatrixBasis
