@@ -137,6 +137,14 @@ def test_clipping_reaches_the_peer(name: str) -> None:
     assert ends[0] < 1.6 < 2.5 < ends[1]
 
 
+def test_ddim_follows_the_clipped_x0() -> None:
+    """x0 = 2 x, clipped to 1 where it matters: the noise a state keeps is that of the clipped x0, as ours is."""
+    d = NetworkDenoiser(lambda x, t: 2 * x, LINEAR, "sample", clip=1.0)
+    theirs, _ = run_peer(PEERS["ddim"], d, 4, range(2), SHAPE, Independent(0))
+    ours = draw(d, Cell("ddim", 4), 2, SHAPE, noise=Independent(0)).samples
+    assert torch.allclose(theirs, ours, atol=2e-3)
+
+
 def test_spacings_are_the_peers_own() -> None:
     """`default` is what the peer ships with, `karras` its own switch; both differ from `trailing`."""
     shipped = make_peer(PEERS["unipc"], denoiser(), "default")

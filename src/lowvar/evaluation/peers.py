@@ -9,7 +9,8 @@ What is made equal, so that a row compares samplers and nothing else:
 - the noise of step k: our draw k + 1 where `step` takes `variance_noise` (DDIM, DPM-Solver++); where it takes only
   `generator` (DDPM, SA-Solver), a list with one `torch.Generator` a sample, seeded from our source, so that sample i
   has the same noise whatever the batch size, though not the same numbers as ours;
-- clipping of x0 to [-b, b], wherever the peer offers it: `clip_sample` (DDPM, DDIM, Heun), or `thresholding` with
+- clipping of x0 to [-b, b], wherever the peer offers it: `clip_sample` (DDPM, DDIM, Heun; DDIM with
+  `use_clipped_model_output`, without which its noise prediction is not that of the clipped x0), or `thresholding` with
   `sample_max_value=b`, whose "dynamic" threshold is then the constant b (the multistep schedulers). Flow and EDM
   schedulers offer none; the final clip is the same for all;
 - the noise schedule: the betas the network was trained with (of a continuous schedule: its values at (n + 1) / T).
@@ -261,6 +262,8 @@ def run_peer(
     extra: dict[str, Any] = {}
     if "generator" in takes and "variance_noise" not in takes:
         extra["generator"] = _generators(noise, index, device)
+    if "use_clipped_model_output" in takes:
+        extra["use_clipped_model_output"] = denoiser.clip is not None
     start = getattr(scheduler, "init_noise_sigma", 1.0)
     x = noise.normal(index, shape, draw=0, device=device) * float(start)
     nfe = 0
