@@ -138,8 +138,8 @@ def test_clipping_reaches_the_peer(name: str) -> None:
 
 
 def test_ddim_follows_the_clipped_x0() -> None:
-    """x0 = 2 x, clipped to 1 where it matters: the noise a state keeps is that of the clipped x0, as ours is."""
-    d = NetworkDenoiser(lambda x, t: 2 * x, LINEAR, "sample", clip=1.0)
+    """x0 = 2 sin 3x, clipped to 1 in places: the noise a state keeps is that of the clipped x0, as ours is."""
+    d = NetworkDenoiser(lambda x, t: 2 * torch.sin(3 * x), LINEAR, "sample", clip=1.0)
     theirs, _ = run_peer(PEERS["ddim"], d, 4, range(2), SHAPE, Independent(0))
     ours = draw(d, Cell("ddim", 4), 2, SHAPE, noise=Independent(0)).samples
     assert torch.allclose(theirs, ours, atol=2e-3)
