@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -136,7 +137,36 @@ def test_clipping_reaches_the_peer(name: str) -> None:
     assert ends[0] < 1.6 < 2.5 < ends[1]
 
 
+def test_ddim_follows_the_clipped_x0() -> None:
+    """x0 = 2 sin 3x, clipped to 1 in places: the noise a state keeps is that of the clipped x0, as ours is."""
+    d = NetworkDenoiser(lambda x, t: 2 * torch.sin(3 * x), LINEAR, "sample", clip=1.0)
+    theirs, _ = run_peer(PEERS["ddim"], d, 4, range(2), SHAPE, Independent(0))
+    ours = draw(d, Cell("ddim", 4), 2, SHAPE, noise=Independent(0)).samples
+    assert torch.allclose(theirs, ours, atol=2e-3)
+
+
+def test_spacings_are_the_peers_own() -> None:
+    """`default` is what the peer ships with, `karras` its own switch; both differ from `trailing`."""
+    shipped = make_peer(PEERS["unipc"], denoiser(), "default")
+    karras = make_peer(PEERS["unipc"], denoiser(), "karras")
+    assert shipped.config["timestep_spacing"] == karras.config["timestep_spacing"] == "linspace"
+    assert karras.config["use_karras_sigmas"]
+    assert not shipped.config["use_karras_sigmas"]
+    found = []
+    for spacing in ("default", "karras", "trailing"):
+        peer = make_peer(PEERS["unipc"], denoiser(), spacing)  # type: ignore[arg-type]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            peer.set_timesteps(5)
+        found.append([round(t) for t in peer.timesteps.tolist()])
+    assert found[0] == [999, 799, 599, 400, 200]
+    assert found[2] == [999, 799, 599, 399, 199]
+    assert found[1] not in (found[0], found[2])
+
+
 def test_peers_that_cannot_be_run() -> None:
+    with pytest.raises(UserError, match="diffusers:ddim has no Karras spacing"):
+        make_peer(PEERS["ddim"], denoiser(), "karras")
     with pytest.raises(UserError, match="peer is 'diffusers:euler'; allowed: ddpm"):
         peer_named("diffusers:euler")
     with pytest.raises(UserError, match=r"for this model there are .*flow-euler"):

@@ -9,12 +9,14 @@ What is made equal, so that a row compares samplers and nothing else:
 - the noise of step k: our draw k + 1 where `step` takes `variance_noise` (DDIM, DPM-Solver++); where it takes only
   `generator` (DDPM, SA-Solver), a list with one `torch.Generator` a sample, seeded from our source, so that sample i
   has the same noise whatever the batch size, though not the same numbers as ours;
-- clipping of x0 to [-b, b], wherever the peer offers it: `clip_sample` (DDPM, DDIM, Heun), or `thresholding` with
+- clipping of x0 to [-b, b], wherever the peer offers it: `clip_sample` (DDPM, DDIM, Heun; DDIM with
+  `use_clipped_model_output`, without which its noise prediction is not that of the clipped x0), or `thresholding` with
   `sample_max_value=b`, whose "dynamic" threshold is then the constant b (the multistep schedulers). Flow and EDM
   schedulers offer none; the final clip is the same for all;
 - the noise schedule: the betas the network was trained with (of a continuous schedule: its values at (n + 1) / T).
 
-The grid is the peer's own: `spacing` is trailing unless asked otherwise. A peer's other settings are its defaults.
+The grid is the peer's own: `spacing` is trailing unless asked otherwise; `karras` is the peer's `use_karras_sigmas`,
+`default` the spacing it ships with. A peer's other settings are its defaults.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from lowvar.process.schedule import VE, Flow, Schedule
 
 __all__ = ["PEERS", "Peer", "Spacing", "make_peer", "peer_named", "run_peer"]
 
-Spacing = Literal["trailing", "linspace", "leading"]
+Spacing = Literal["trailing", "linspace", "leading", "karras", "default"]
 _SEEDS = 0xFFFFFFFF  # the draw that a sample's generator is seeded from; no reverse step has this number
 
 
@@ -94,6 +96,14 @@ _ALL = (
         head=True,
     ),
     Peer("ddim", "DDIMScheduler", "diffusers DDIM, eta 0", "clip_sample", **_VP),
+    Peer(
+        "euler-ancestral",
+        "EulerAncestralDiscreteScheduler",
+        "diffusers Euler ancestral",
+        None,
+        families=("vp",),
+        predictions=("epsilon", "v_prediction"),
+    ),
     Peer("dpmsolver++", _DPM, "diffusers DPM-Solver++(2M)"),
     Peer("dpmsolver++3", _DPM, "diffusers DPM-Solver++(3M)", fields={"solver_order": 3}),
     Peer("sde-dpmsolver++", _DPM, "diffusers SDE-DPM-Solver++(2M)", fields={"algorithm_type": "sde-dpmsolver++"}),
@@ -162,7 +172,8 @@ def make_peer(peer: Peer, denoiser: NetworkDenoiser, spacing: Spacing = "trailin
         spacing: of the timesteps, where the peer has the choice.
 
     Raises:
-        UserError: if the peer cannot run this schedule, read this prediction, or the spacing is unknown.
+        UserError: if the peer cannot run this schedule, read this prediction, or the spacing is unknown or `karras`
+            where the peer has no such switch.
     """
     import diffusers
 
@@ -186,7 +197,11 @@ def make_peer(peer: Peer, denoiser: NetworkDenoiser, spacing: Spacing = "trailin
         fields["prediction_type"] = "flow_prediction" if denoiser.prediction == "flow" else denoiser.prediction
     if "sigma_data" in accepted:
         fields["sigma_data"] = denoiser.sigma_data
-    if "timestep_spacing" in accepted:
+    if spacing == "karras":
+        if "use_karras_sigmas" not in accepted:
+            raise UserError(f"{name} has no Karras spacing; allowed: trailing, linspace, leading, default")
+        fields["use_karras_sigmas"] = True
+    elif spacing != "default" and "timestep_spacing" in accepted:
         fields["timestep_spacing"] = spacing
     bound = denoiser.clip
     if peer.clip == "clip_sample":
@@ -247,6 +262,8 @@ def run_peer(
     extra: dict[str, Any] = {}
     if "generator" in takes and "variance_noise" not in takes:
         extra["generator"] = _generators(noise, index, device)
+    if "use_clipped_model_output" in takes:
+        extra["use_clipped_model_output"] = denoiser.clip is not None
     start = getattr(scheduler, "init_noise_sigma", 1.0)
     x = noise.normal(index, shape, draw=0, device=device) * float(start)
     nfe = 0
