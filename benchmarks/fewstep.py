@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fewstep_samplers import drawn, is_own, key, own_rows, peer_rows, with_memory
+from fewstep_samplers import DEFAULT, drawn, is_own, key, own_rows, peer_rows, with_memory
 from fewstep_targets import CACHE, TARGETS, Target
 
 from lowvar.process.noise import Independent
@@ -42,7 +42,7 @@ __all__ = ["NFES", "PILOT", "Place", "cells", "converged", "main", "pick", "read
 
 NFES = (3, 5, 8, 10, 20, 50)
 PHASES = ((3, 5), (8, 10), (20, 50))
-OWN_EXTRA = {"default": (2, 4)}  # where half of a peer's NFE falls between the columns
+OWN_EXTRA = {DEFAULT: (1, 2, 4)}  # where half of a peer's NFE falls between the columns
 PILOT = {"n": 1024, "seed": 90_000, "nfe": (5, 10)}
 CONVERGED = (("dpmsolver++", 200), ("sde-dpmsolver++", 200))
 CONVERGED_N = {"digits": 2048, "photos": 2048}
@@ -208,6 +208,12 @@ def reference(name: str, seed: int, n: int) -> None:
     calibration = target.calibration(seed)
     twin = calibration.twin.sample(Independent(10_000 + seed).normal(range(n), target.shape))
     twin = twin if denoiser.clip is None else twin.clamp(-denoiser.clip, denoiser.clip)
+    assert calibration.mixture is not None
+    mixture = calibration.mixture.sample(
+        Independent(20_000 + seed).uniform(range(n), (1,))[:, 0],
+        Independent(10_000 + seed).normal(range(n), target.shape),
+    )
+    mixture = mixture if denoiser.clip is None else mixture.clamp(-denoiser.clip, denoiser.clip)
     floor = target.floor(n)
     made = {
         "floor": {
@@ -215,6 +221,8 @@ def reference(name: str, seed: int, n: int) -> None:
             for m, r in floor.items()
         },
         "twin alone": record(target, twin.float(), 0, "none", 0.0),
+        "mixture twin alone": record(target, mixture.float(), 0, "none", 0.0)
+        | {"components": calibration.mixture.components},
         "about": target.about(),
         "seconds_an_evaluation": seconds,
     }

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from fewstep import CONVERGED, NFES, OWN_EXTRA, Place, converged, pick, read
-from fewstep_samplers import OWN, PEERS, own_rows, peer_rows
+from fewstep_samplers import DEFAULT, OWN, PEERS, own_rows, peer_rows
 from fewstep_targets import CACHE, ROOT, TARGETS
 
 from lowvar.metrics import Replicates
@@ -37,7 +37,6 @@ __all__ = ["report"]
 
 RESULTS = ROOT / "benchmarks" / "results" / "fewstep.json"
 TABLE, PLOT = ROOT / "docs" / "results" / "fewstep.md", ROOT / "docs" / "results" / "fewstep.svg"
-_FALLBACK = "twin-ode"  # stands for the default where the package has none yet
 
 
 @dataclass(frozen=True)
@@ -145,9 +144,9 @@ class Table:
         strata = self.strata({"x": place}, metric)
         return estimate(lambda v: v["x"], strata) if strata else None
 
-    def twin(self, metric: str) -> Estimate | None:
-        """The Gaussian twin alone."""
-        records = [r["twin alone"]["scores"] for r in self.references.values()]
+    def alone(self, twin: str, metric: str) -> Estimate | None:
+        """A twin alone, without the network: `twin alone` or `mixture twin alone`."""
+        records = [r[twin]["scores"] for r in self.references.values()]
         return estimate(lambda v: v["x"], [{"x": _replicates(r[metric])} for r in records if r])
 
     def best_peer(self, nfe: int, metric: str) -> Place | None:
@@ -158,8 +157,8 @@ class Table:
 
     @property
     def default(self) -> str:
-        """Our default, or what stands for it."""
-        return "default" if any(p.sampler == "default" for p in self.cells) else _FALLBACK
+        """Our default."""
+        return DEFAULT
 
 
 # --------------------------------------------------------------------------------------------------------------- goals
@@ -314,7 +313,8 @@ def report(n: int, seeds: Sequence[int]) -> None:
             "about": reference["about"],
             "milliseconds_an_evaluation": [1e3 * r["seconds_an_evaluation"] for r in table.references.values()],
             "floor": {m: asdict(_as_estimate(table.floor(m))) for m in table.metrics},
-            "twin_alone": {m: asdict(e) for m in table.metrics if (e := table.twin(m))},
+            "twin_alone": {m: asdict(e) for m in table.metrics if (e := table.alone("twin alone", m))},
+            "mixture_alone": {m: asdict(e) for m in table.metrics if (e := table.alone("mixture twin alone", m))},
             "spacings": {
                 row.name: {str(k): pick(table.pilot, row.name, k) for k in (5, 10)} for row in peer_rows(name)
             },
@@ -405,7 +405,8 @@ def _markdown(results: dict[str, Any], tables: Mapping[str, Table]) -> str:
         references = []
         for title, values in (
             ("floor (data against data)", found["floor"]),
-            ("twin alone, 0 NFE", found["twin_alone"]),
+            ("Gaussian twin alone, 0 NFE", found["twin_alone"]),
+            ("mixture twin alone, 0 NFE", found["mixture_alone"]),
         ):
             texts = [f"{_TITLES[m].lower()} {_show(Estimate(**e))}" for m, e in values.items()]
             references.append(f"{title}: {', '.join(texts)}")
@@ -485,7 +486,7 @@ def _plot(tables: Mapping[str, Table]) -> None:
 
     figure, grid = plt.subplots(2, 3, figsize=(12, 7))
     panels = list(grid.flat)
-    shown = {"default": "C3", "twin-ode": "C1", "adams-ode": "C8", "adams-sde": "C6"}
+    shown = {DEFAULT: "C3", "twin-ode": "C1", "adams-ode": "C8", "adams-sde": "C6"}
     markers = dict(zip(PEERS, "osD^v<>ph*X+x", strict=False))
     for axes, (name, table) in zip(panels, tables.items(), strict=False):
         for title, places in _lines_of(table):

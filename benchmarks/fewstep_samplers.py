@@ -30,20 +30,23 @@ from lowvar.process.noise import Independent, NoiseSource
 from lowvar.process.schedule import Level
 from lowvar.sample import SAMPLERS
 
-__all__ = ["OWN", "PEERS", "PLAIN", "PeerRow", "drawn", "is_own", "key", "own_rows", "peer_rows", "with_memory"]
+__all__ = [
+    "DEFAULT",
+    "OWN",
+    "PEERS",
+    "PLAIN",
+    "PeerRow",
+    "drawn",
+    "is_own",
+    "key",
+    "own_rows",
+    "peer_rows",
+    "with_memory",
+]
 
 VERSION = "1"  # of our samplers, where their declaration does not show a change
-OWN = (
-    "default",
-    "twin-ode",
-    "twin-sde",
-    "adams-ode",
-    "adams-sde",
-    "twin-ode-1",
-    "twin-sde-1",
-    "ddim-basis",
-    "ddpm-basis",
-)
+DEFAULT = "twin-flow"  # what `lowvar calibrate` writes
+OWN = (DEFAULT, "twin-ode", "adams-ode", "adams-sde", "unipc-basis", "ddpm-basis")
 PLAIN = ("adams-ode", "adams-sde")  # our own predictor-corrector without the twin
 
 
