@@ -33,7 +33,7 @@ class Evaluate(DataFlags, Sampling):
     against: MaybeText = None
     """diffusers schedulers to run on the same network, separated by commas"""
     samplers: MaybeText = None
-    """samplers of lowvar, separated by commas; default: all that the model has what it takes for"""
+    """samplers of lowvar, separated by commas; default: the usual ones that the model has what it takes for"""
     grid: MaybeText = None
     """step grid of lowvar's samplers; default: each sampler's own"""
     spacing: str = "trailing"

@@ -122,12 +122,20 @@ def require_shape(model: Model, shape: Sequence[int]) -> None:
         )
 
 
+USUAL = (
+    *("ddpm-small", "ddpm-large", "ddpm-learned", "ddpm-isotropic", "ddpm-basis", "ddim", "ddim-basis"),
+    *("unipc-basis", "adams-ode", "twin-ode", "twin-sde", "twin-flow"),
+)
+"""Samplers that `lowvar evaluate` runs unless others are asked for."""
+
+
 def default_samplers(model: Model) -> list[str]:
-    """The samplers that the model has what it takes for."""
+    """The usual samplers that the model has what it takes for."""
     return [
         name
         for name, sampler in SAMPLERS.items()
-        if (sampler.covariance is None or model.calibration is not None or sampler.covariance == "learned")
+        if name in USUAL
+        and (sampler.covariance is None or model.calibration is not None or sampler.covariance == "learned")
         and (sampler.covariance != "learned" or model.denoiser.head is not None)
         and (not (sampler.needs_twin or sampler.noise) or model.calibration is not None)
     ]
