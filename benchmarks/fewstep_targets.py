@@ -49,6 +49,7 @@ __all__ = ["CACHE", "TARGETS", "ImageTarget", "Mixture", "Target", "replicates_a
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path(os.environ.get("LOWVAR_BENCHMARKS", ROOT / "build" / "benchmarks")) / "fewstep"
 TWIN_EVENTS, CALIBRATION_EVENTS, REFERENCE_EVENTS = 20_000, 1024, 10_000
+CALIBRATED = "1"  # of what `calibrate` measures: another word makes the images' calibrations anew
 _DATA_SEED = 77_000  # of a mixture's draws: reference, floor, calibration, twin are its next four numbers
 
 
@@ -236,7 +237,7 @@ class ImageTarget:
         from safetensors.torch import load_file, save_file
 
         folder = CACHE / self.name / f"seed{seed}"
-        fields, tensors = folder / "calibration.json", folder / "calibration.safetensors"
+        fields, tensors = (folder / f"calibration-{CALIBRATED}.{kind}" for kind in ("json", "safetensors"))
         if not fields.exists():
             made = _calibrate(
                 self.denoiser(seed), self.calibration_data(), lambda: self.data.train.batches(1024)
