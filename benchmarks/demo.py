@@ -37,7 +37,17 @@ RESULTS = ROOT / "benchmarks" / "results" / "demo.json"
 TABLE, PLOT = ROOT / "docs" / "results" / "demo.md", ROOT / "docs" / "results" / "demo.svg"
 
 STEPS = (3, 5, 10, 20)
-OWN = ("twin-flow", "twin-ode", "twin-sde", "adams-ode", "ddpm-basis", "ddpm-small", "ddpm-large", "ddpm-learned", "ddim-basis")
+OWN = (
+    "twin-flow",
+    "twin-ode",
+    "twin-sde",
+    "adams-ode",
+    "ddpm-basis",
+    "ddpm-small",
+    "ddpm-large",
+    "ddpm-learned",
+    "ddim-basis",
+)
 PEERS = ("diffusers:ddpm", "diffusers:ddim", "diffusers:dpmsolver++")
 SPACINGS = ("trailing", "linspace", "leading")
 METRICS = ("frechet", "kernel", "energy")
