@@ -14,7 +14,7 @@ import torch
 from scipy.integrate import quad, solve_ivp
 from torch import Tensor
 
-from lowvar.process.basis import PixelBasis
+from lowvar.process.basis import MatrixBasis, PixelBasis
 from lowvar.process.kernel import ReverseKernel
 from lowvar.process.multistep import MultistepPlan, MultistepSolver
 from lowvar.process.noise import Independent
@@ -22,7 +22,7 @@ from lowvar.process.schedule import VE, CosineVP, Flow, Level, Schedule
 from lowvar.process.solver import Solver
 from lowvar.process.twin import GaussianTwin
 from lowvar.sample import trajectory
-from lowvar.testing import mixture2
+from lowvar.testing import mixture2, rotation
 
 TARGET = mixture2()
 X = Independent(3).normal(range(6), (2,), dtype=torch.float64)
@@ -294,3 +294,31 @@ def test_starts_from_pure_noise(tau: float) -> None:
 def test_errors_name_what_is_allowed(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MultistepSolver(**arguments)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(("corrector", "which"), [(0, []), (2, [1, 2]), (3, [1, 2])])
+@pytest.mark.parametrize("with_twin", [False, True])
+def test_a_step_goes_on_from_the_corrected_state(corrector: int, which: list[int], with_twin: bool) -> None:
+    """y_{k+1} = Phi y + predictor remainders with y of `corrected`; a correction is due after every step but the last
+    noisy one. The twin has a mean and a basis of its own."""
+    mean = torch.tensor([0.7, -0.4], dtype=torch.float64)
+    twin = GaussianTwin(mean, MatrixBasis(rotation(2, 3), (2,)), torch.tensor([2.0, 0.1], dtype=torch.float64))
+    solver = MultistepSolver(twin if with_twin else None, 2, corrector, decay=0.5 * with_twin)
+    denoiser = TARGET.denoiser(CosineVP(), None)
+    levels = denoiser.schedule.at(torch.tensor([0.9, 0.7, 0.4, 0.2, 0.0], dtype=torch.float64))
+
+    def y(x: Tensor, k: int) -> Tensor:
+        centred = x - levels.alpha[k] * mean if with_twin else x
+        return (twin.basis.forward(centred) if with_twin else centred) / levels.sigma[k]
+
+    plan, state = solver.prepare(levels), solver.start(X)
+    for k in range(3):
+        posterior, step = denoiser(state.x, levels[k]), plan.steps[k]
+        corrected = solver.corrected(plan, k, state, posterior)
+        assert solver.corrects(plan, k) == (k in which) == (not torch.equal(corrected, state.x))
+        state, _ = solver.step(plan, k, state, posterior, None)
+        assert step is not None
+        expected = step.phi * y(corrected, k)
+        expected = expected + sum(w * r for w, r in zip(step.predictor, state.memory, strict=False))
+        torch.testing.assert_close(y(state.x, k + 1), expected, rtol=1e-10, atol=1e-10)
+    assert not any(solver.corrects(plan, k) for k in (3, 4))

@@ -4,8 +4,8 @@ The forward process fixes the moments of every marginal, whatever the data's law
 B diag(c) B^T (the Gaussian twin), x_s has mean alpha_s m and, along direction i, variance alpha_s^2 c_i + sigma_s^2. A
 solver run from its usual start has sample mean m_i' and variance v_i' there, each with a standard error. After step k
 
-    deficit_i = alpha_s^2 c_i + sigma_s^2 - v_i',      added_i = shrink(deficit_i)   if deficit_i > 0, else 0,
-    shift_i   = shrink(m_i' - (B^T alpha_s m)_i),
+    deficit_i = alpha_s^2 c_i + sigma_s^2 - v_i',      added_i = shrink(deficit_i) / g_i^2   if deficit_i > 0, else 0,
+    shift_i   = shrink(m_i' - (B^T alpha_s m)_i) / g_i,
     shrink(d) = d max(0, 1 - (se / d)^2),
 
 so that nothing is ever removed, and what does not stand out of its sampling error is not added: an estimate d of D with
@@ -13,9 +13,19 @@ standard error se has E d^2 = D^2 + se^2, and shrink keeps the share D^2 / E d^2
 sqrt((m_4 - v'^2) / n) for the variance, with the sample's fourth moment, and sqrt(v' / n) for the mean. The noise of
 one step is in place when the next is measured. The step to s = 0 gets none: it returns a posterior mean.
 
-On a Gaussian the result has the exact marginal covariance wherever the solver lost some. On other data it restores the
-covariance in the basis, and nothing else. Of a predictor-corrector it is the prediction that is measured: the state at
-which the network is asked. It costs n evaluations a step, once per solver and grid, and no data beyond the twin.
+A corrector redoes the step once the posterior at its end is known, and fills part of what the prediction lacks; so m'
+and v' are those of the corrected state where one follows, of the state itself elsewhere. The noise enters at the
+prediction and reaches the corrected state g times as large,
+
+    g = 1 + b dx0_hat/dx  along i, b the weight of the new posterior in the correction      (1 without a corrector),
+
+with the twin's derivative, the Wiener gain alpha_s c / (alpha_s^2 c + sigma_s^2). Weight and gain are positive, so that
+g >= 1, but for a solver that has another twin within it; there g counts as at least 1, so that never more than the
+deficit is added.
+
+On a Gaussian the states from which steps are made have the exact marginal covariance wherever the solver lost some. On
+other data it is restored in the basis, to first order behind a corrector, and nothing else is. It costs n evaluations a
+step, 2 n with a corrector, once per solver and grid, and no data beyond the twin.
 """
 
 from __future__ import annotations
@@ -31,6 +41,7 @@ from lowvar.errors import UserError
 from lowvar.process.basis import Basis
 from lowvar.process.denoiser import Denoiser
 from lowvar.process.noise import Independent, NoiseSource
+from lowvar.process.schedule import Level
 from lowvar.process.solver import Solver, State
 from lowvar.process.twin import GaussianTwin
 from lowvar.process.with_noise import WithNoise
@@ -69,7 +80,7 @@ class MarginalDeficit:
         basis: B.
         variance: to be added after each step, (K, *event_shape) float64, >= 0; 0 where s = 0.
         shift: of the mean after each step, same shape; 0 where s = 0.
-        measured: variance of the chain before the addition, same shape.
+        measured: variance of the chain before the addition (of the corrected state where one follows), same shape.
         n: starts.
     """
 
@@ -137,7 +148,7 @@ def marginal_deficit(
     """Runs n chains side by side, measures what each step's marginal lacks and adds it before the next.
 
     Args:
-        denoiser, solver, grid: as in `lowvar.sample.generate`; one evaluation a step.
+        denoiser, solver, grid: as in `lowvar.sample.generate`; a solver of one evaluation a step.
         twin: gives the true moments and the basis.
         n: chains, at least 2.
         noise: source of starts and noise (default `Independent(2**40)`: not the samples' own).
@@ -176,21 +187,34 @@ def marginal_deficit(
             z = source.normal(index, shape, draw=2 * k + 1, dtype=dtype, device=device) if not clean else None
             with torch.no_grad():
                 states[j], _ = chain.step(plan, k, states[j], denoiser(states[j].x, levels[k]), z)
-        level = levels[k + 1]
-        mean, second, fourth = _moments([twin.rotate(state.x.double().cpu(), level) for state in states])
+        level, reached, gain = levels[k + 1], [state.x for state in states], torch.ones_like(zero[0])
+        if chain.corrects(plan, k + 1):
+            with torch.no_grad():
+                reached = [chain.corrected(plan, k + 1, s, denoiser(s.x, level)) for s in states]
+            gain = _gain(chain, plan, k + 1, states[0], twin, level)
+        mean, second, fourth = _moments([twin.rotate(x.double().cpu(), level) for x in reached])
         measured[k] = second
         if clean:
             continue
-        shift[k] = shrink(mean, torch.sqrt(second / n))
+        shift[k] = shrink(mean, torch.sqrt(second / n)) / gain
         lacking = twin.marginal_variance(level, zero) - second
         se = torch.sqrt((fourth - second**2).clamp_min(0) / n)
-        variance[k] = shrink(lacking.clamp_min(0), se)
+        variance[k] = shrink(lacking.clamp_min(0), se) / gain**2
         for j, index in enumerate(parts):
             z = source.normal(index, shape, draw=2 * k + 2, dtype=dtype, device=device)
             x = states[j].x + basis.inverse(variance[k].sqrt().to(z) * basis.forward(z))
             x = x - basis.inverse(shift[k : k + 1].to(x)) if centre else x
             states[j] = State(x, states[j].memory)
     return MarginalDeficit(describe(solver), levels.logsnr, basis, variance, shift, measured, n)
+
+
+def _gain(solver: Solver, plan: Any, k: int, state: State, twin: GaussianTwin, level: Level) -> Tensor:
+    """g along the directions, (*event_shape) float64, >= 1: a unit pushed through the corrector, which is affine."""
+    unit = twin.basis.inverse(torch.ones_like(state.x))
+    ends = [
+        solver.corrected(plan, k, State(x, state.memory), twin.posterior(x, level)) for x in (state.x, state.x + unit)
+    ]
+    return twin.basis.forward(ends[1] - ends[0])[0].double().cpu().clamp_min(1)
 
 
 def _moments(batches: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

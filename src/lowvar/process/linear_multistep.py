@@ -196,14 +196,22 @@ class LinearMultistep(Solver):
         """See the base class."""
         return State(x, ())
 
+    def corrects(self, plan: list[LinearStep], k: int) -> bool:
+        """See the base class."""
+        return k > 0 and bool(plan[k - 1].correction)
+
+    def corrected(self, plan: list[LinearStep], k: int, state: State, posterior: Posterior) -> Tensor:
+        """See the base class."""
+        if not self.corrects(plan, k):
+            return state.x
+        return _add(state.x, plan[k - 1].correction, (posterior.mean, *state.memory))
+
     def step(
         self, plan: list[LinearStep], k: int, state: State, posterior: Posterior, z: Tensor | None
     ) -> tuple[State, StepInfo]:
         """See the base class; `info.law` is the Gaussian of x_s given x_t and the posteriors so far."""
-        step, x = plan[k], state.x
+        step, x = plan[k], self.corrected(plan, k, state, posterior)
         values = (posterior.mean, *state.memory)[: max(self.nodes[0] + 1, self.nodes[1])]
-        if k and plan[k - 1].correction:
-            x = _add(x, plan[k - 1].correction, values)
         law = Gaussian(_add(step.a * x, step.weights, values), self._noise(x, step, posterior))
         return State(law.mean if z is None else law.sample(z), values), StepInfo(k, posterior, law)
 

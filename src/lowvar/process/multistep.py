@@ -80,6 +80,13 @@ class MultistepPlan:
     gain: list[Tensor]
     steps: list[_Step | None]
 
+    def due(self, k: int) -> Tensor | None:
+        """Weights of the correction that step k begins with, or None: the first step, or the step to clean data."""
+        if not 0 < k < len(self.steps) or self.steps[k] is None:
+            return None
+        previous = self.steps[k - 1]
+        return None if previous is None else previous.correction
+
     def to(self, like: Tensor) -> MultistepPlan:
         """The plan in the dtype and on the device of `like`: steps then copy nothing from one device to another."""
         return MultistepPlan(
@@ -222,6 +229,28 @@ class MultistepSolver(Solver):
     def _unrotate(self, c: Tensor) -> Tensor:
         return c if self.twin is None else self.twin.basis.inverse(c)
 
+    def corrects(self, plan: MultistepPlan, k: int) -> bool:
+        """See the base class."""
+        return plan.due(k) is not None
+
+    def corrected(self, plan: MultistepPlan, k: int, state: State, posterior: Posterior) -> Tensor:
+        """See the base class."""
+        if not self.corrects(plan, k):
+            return state.x
+        y, _ = self._at(plan, k, state, posterior)
+        return self._unrotate(plan.sigma[k] * y) + plan.shift[k].to(y)
+
+    def _at(self, plan: MultistepPlan, k: int, state: State, posterior: Posterior) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """y_k, corrected where a correction is due, and the remainders r_k, r_{k-1}, ..."""
+        x, x0 = state.x, posterior.mean
+        centred = self._rotate(x - plan.shift[k].to(x))
+        remainder = x0 if self.twin is None else self._rotate(x0 - plan.mean.to(x0))
+        remainder = remainder - plan.gain[k].to(x) * centred
+        values = (remainder, *state.memory)[:4]
+        y = centred / plan.sigma[k]
+        due = plan.due(k)
+        return y if due is None else _add(y, due, values), values
+
     def step(
         self, plan: MultistepPlan, k: int, state: State, posterior: Posterior, z: Tensor | None
     ) -> tuple[State, StepInfo]:
@@ -229,19 +258,11 @@ class MultistepSolver(Solver):
         step, info = plan.steps[k], StepInfo(k, posterior)
         if step is None:
             return State(posterior.mean, ()), info
-        x, x0 = state.x, posterior.mean
-        centred = self._rotate(x - plan.shift[k].to(x))
-        remainder = x0 if self.twin is None else self._rotate(x0 - plan.mean.to(x0))
-        remainder = remainder - plan.gain[k].to(x) * centred
-        values = (remainder, *state.memory)[:4]
-        y = centred / plan.sigma[k]
-        previous = plan.steps[k - 1] if k else None
-        if previous is not None and previous.correction is not None:
-            y = _add(y, previous.correction, values)
+        y, values = self._at(plan, k, state, posterior)
         y_s = _add(step.phi.to(y) * y, step.predictor, values)
         if self.tau and z is not None:
             y_s = y_s + step.std.to(y) * self._rotate(z)
-        x_s = self._unrotate(plan.sigma[k + 1] * y_s) + plan.shift[k + 1].to(x)
+        x_s = self._unrotate(plan.sigma[k + 1] * y_s) + plan.shift[k + 1].to(y)
         return State(x_s, values), info
 
 

@@ -88,6 +88,14 @@ class Solver(ABC):
     def step(self, plan: Any, k: int, state: State, posterior: Posterior, z: Tensor | None) -> tuple[State, StepInfo]:
         """Evaluation k: from level k to level k + 1, with standard normal z of the state's shape (None: no noise)."""
 
+    def corrects(self, plan: Any, k: int) -> bool:
+        """Whether step k (0 to K) begins by correcting the state at level k with the posterior there."""
+        return False
+
+    def corrected(self, plan: Any, k: int, state: State, posterior: Posterior) -> Tensor:
+        """The state at level k that step k goes on from: x itself unless `corrects`; affine in x and the mean."""
+        return state.x
+
     def evaluations(self, levels: Level) -> Level:
         """The levels of a grid (K + 1,) at which the posterior is asked for, in order."""
         return levels[:-1]

@@ -3,7 +3,8 @@ r"""Calibrated noise for any solver: what its marginal lacks is added after each
     x_s <- x_s + B (v_s^1/2 z),     Cov(x_s) <- Cov(x_s) + B diag(v_s) B^T.
 
 v_s (and a shift of the mean) are measured once for a solver on a grid: `lowvar.calibrate.MarginalDeficit`. The solver's
-own noise and this one are drawn together, as one Gaussian of the sum of both covariances.
+own noise and this one are drawn together, as one Gaussian of the sum of both covariances. Where the solver corrects x_s
+once the posterior there is known, the noise comes before: the network is asked at the noisy prediction.
 """
 
 from __future__ import annotations
@@ -84,6 +85,14 @@ class WithNoise(Solver):
     def start(self, x: Tensor) -> State:
         """See the base class."""
         return self.solver.start(x)
+
+    def corrects(self, plan: Any, k: int) -> bool:
+        """See the base class."""
+        return self.solver.corrects(plan, k)
+
+    def corrected(self, plan: Any, k: int, state: State, posterior: Posterior) -> Tensor:
+        """See the base class."""
+        return self.solver.corrected(plan, k, state, posterior)
 
     def step(self, plan: Any, k: int, state: State, posterior: Posterior, z: Tensor | None) -> tuple[State, StepInfo]:
         """See the base class."""
