@@ -176,7 +176,7 @@ HELD = "calibrated here: analytic, isotropic, pixel, basis"
     ("name", "said"),
     [
         ("npr", f"covariance is 'npr'; {HELD}.*; train it with `lowvar calibrate --head npr`"),
-        ("convert", f"covariance is 'convert'; {HELD}.*`lowvar calibrate --head convert` makes it"),
+        ("convert", f"covariance is 'convert'; {HELD}.*by `lowvar calibrate --head convert`"),
         ("channel", f"covariance is 'channel'; {HELD}"),
     ],
 )

@@ -54,7 +54,7 @@ def missing_covariance(name: str, held: Sequence[str]) -> UserError:
     """
     hint = f"; train it with `lowvar calibrate --head {name}`" if name in HEADS else ""
     if name == "convert":
-        hint = "; of a network with a learned-range head `lowvar calibrate --head convert` makes it"
+        hint = "; make it of a network with head 'range' by `lowvar calibrate --head convert`"
     return UserError(f"covariance is {name!r}; calibrated here: {', '.join(held)}{hint}")
 
 

@@ -174,7 +174,7 @@ class Sample(Sampling):
                 f"{what} needs a calibrated model: run `lowvar calibrate --model MODEL --data DATA --out RUN` first"
             )
         c, schedule = scheduler.config, model.denoiser.schedule
-        structure = {"analytic": "isotropic", "twin": "basis"}.get(c["variance"], c["variance"])
+        structure = str({"analytic": "isotropic", "twin": "basis"}.get(c["variance"], c["variance"]))
         known = c["sampler"] == "kernel" and structure in STRUCTURES  # of a head the costs are not known
         structure, known = structure if known else "isotropic", known and c["eta"] == 1
         if not known and (self.adaptive or self.steps == "auto"):
