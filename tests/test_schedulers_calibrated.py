@@ -125,8 +125,8 @@ def test_a_covariance_that_depends_on_the_state(calibration: Calibration, monkey
     def head(x: Tensor, level: Any, posterior: Any) -> Any:
         return Diagonal(0.1 * (x**2 + posterior.mean**2) / (1 + level.sigma**2))
 
-    monkeypatch.setattr(Calibration, "model", lambda self, name: {"mine": head}[name])
-    scheduler = ReverseVarianceScheduler(**FIELDS, variance="mine", eta=0.5, calibration=calibration)
+    monkeypatch.setattr(Calibration, "model", lambda self, name: {"pixel": head}[name])
+    scheduler = ReverseVarianceScheduler(**FIELDS, variance="pixel", eta=0.5, calibration=calibration)
     source, x = Independent(7), Independent(8).normal(range(3), SHAPE, dtype=torch.float64)
     steps = trajectory(
         WithCovariance(denoiser(), head), ReverseKernel(0.5), make_grid("trailing", SCHEDULE, 6), x, source

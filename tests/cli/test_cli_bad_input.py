@@ -270,6 +270,8 @@ def test_heads_that_cannot_be(lowvar: Lowvar, model: Path, tmp_path: Path, words
         (("--steps", "5", "--adaptive", "--sampler", "twin-ode"), "ancestral kernel"),
         (("--steps", "1", "--adaptive", "--sampler", "ddpm-basis"), "at least 2 steps"),
         (("--steps", "some"), "--steps"),
+        (("--steps", "5", "--sampler", "ddpm-npr"), "covariance is 'npr'; calibrated here: analytic, basis, isotropic"),
+        (("--steps", "5", "--covariance", "ocm", "--sampler", "ddim"), "train it with `lowvar calibrate --head ocm`"),
     ],
 )
 def test_step_choices(lowvar: Lowvar, calibrated: Path, tmp_path: Path, words: tuple[str, ...], said: str) -> None:

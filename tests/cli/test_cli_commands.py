@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,6 +159,20 @@ def test_calibrate_trains_heads(lowvar: Lowvar, model: Path, tmp_path: Path) -> 
     assert {"npr", "lowrank", "convert"} <= figures["standardised"].keys() & figures["budget"].keys()
     tensors = load_file(out / "scheduler" / "calibration.safetensors")
     assert tensors["head.lowrank.offset"].shape == (3, 1, 8, 8)
+    drawn = {}
+    for flag in ("--sampler=ddpm-npr", "--sampler=ddim-lowrank", "--sampler=ddpm-convert", "--covariance=lowrank"):
+        words = ["--sampler", "ddpm-small"] if flag.startswith("--cov") else []
+        file = tmp_path / "s.npz"
+        done = lowvar("sample", "--model", out, flag, *words, "--steps", 3, "--n", 2, "--out", file, "--overwrite")
+        assert done.status == 0, done.err
+        drawn[flag] = load_samples(file)
+    assert all(not np.array_equal(a, b) for a, b in combinations(drawn.values(), 2))
+    words = ["--data", "digits", "--steps", 2, "--n", 64, "--metrics", "energy", "--out", tmp_path / "scores", "--json"]
+    rows = lowvar("evaluate", "--model", out, *words).json["rows"]
+    named = {f"{family}-{name}" for family in ("ddpm", "ddim") for name in ("npr", "lowrank", "convert")}
+    assert named < {row["sampler"] for row in rows}
+    done = lowvar("sample", "--model", out, "--sampler", "ddpm-npr", "--adaptive", "--out", tmp_path / "a.npz")
+    assert "with a table for its noise" in done.sentence
 
 
 @pytest.mark.slow

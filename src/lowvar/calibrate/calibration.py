@@ -39,10 +39,23 @@ from lowvar.process.path import PathMoments
 from lowvar.process.schedule import Schedule
 from lowvar.process.twin import GaussianTwin
 
-__all__ = ["JSON_LIMIT", "Calibration", "calibrate", "default_logsnr"]
+__all__ = ["JSON_LIMIT", "Calibration", "calibrate", "default_logsnr", "missing_covariance"]
 
 JSON_LIMIT = 65536
 _PATHS = ("logsnr", "moments", "variance", "size")
+
+
+def missing_covariance(name: str, held: Sequence[str]) -> UserError:
+    """What is said where a calibration does not hold a covariance: what it holds, and how to get the other.
+
+    Example:
+        >>> print(missing_covariance("npr", ("analytic", "isotropic")))
+        covariance is 'npr'; calibrated here: analytic, isotropic; train it with `lowvar calibrate --head npr`
+    """
+    hint = f"; train it with `lowvar calibrate --head {name}`" if name in HEADS else ""
+    if name == "convert":
+        hint = "; make it of a network with head 'range' by `lowvar calibrate --head convert`"
+    return UserError(f"covariance is {name!r}; calibrated here: {', '.join(held)}{hint}")
 
 
 def default_logsnr(schedule: Schedule, knots: int = 49) -> Tensor:
@@ -96,6 +109,16 @@ class Calibration:
         """Shape of an event."""
         return self.twin.mean.shape
 
+    @property
+    def covariances(self) -> tuple[str, ...]:
+        """Names that `model` knows: tables, then what depends on the state (`state_covariances`)."""
+        return ("analytic", *self.tables, *self.state_covariances)
+
+    @property
+    def state_covariances(self) -> tuple[str, ...]:
+        """Names of the covariances that depend on the state: trained heads, and `convert` where there is one."""
+        return (*self.heads, *(() if self.converted is None else ("convert",)))
+
     def require(self, schedule: Schedule) -> None:
         """Refuses another schedule than the one calibrated.
 
@@ -118,11 +141,7 @@ class Calibration:
         if structure == "analytic":
             return CovarianceTable("isotropic", self.logsnr, self.analytic, tuple(self.event_shape))
         if structure not in self.tables:
-            names = ["analytic", *self.tables, *self.heads, *(["convert"] if self.converted is not None else [])]
-            hint = ""
-            if structure in HEADS:
-                hint = f"; train it with `lowvar calibrate --head {structure}`"
-            raise UserError(f"covariance is {structure!r}; calibrated here: {', '.join(names)}{hint}")
+            raise missing_covariance(structure, self.covariances)
         return self.tables[structure]  # type: ignore[index]
 
     def model(self, structure: str, labels: Tensor | None = None) -> CovarianceModel:
@@ -143,9 +162,7 @@ class Calibration:
             return self.conditional[structure].of(labels)  # type: ignore[index]
         if structure in self.heads:
             return self.heads[structure]
-        if structure == "convert":
-            if self.converted is None:
-                raise UserError("covariance convert was not calibrated here: it needs a network with head 'range'")
+        if structure == "convert" and self.converted is not None:
             return self.converted
         return self.table(structure)
 

@@ -130,11 +130,13 @@ USUAL = (
 
 
 def default_samplers(model: Model) -> list[str]:
-    """The usual samplers that the model has what it takes for."""
+    """The usual samplers that the model has what it takes for, and those of all trained heads that it has."""
+    held = () if model.calibration is None else model.calibration.state_covariances
+    heads = [name for name in held if name != "convert" or model.denoiser.head == "range"]
     return [
         name
         for name, sampler in SAMPLERS.items()
-        if name in USUAL
+        if (name in USUAL or sampler.covariance in heads)
         and (sampler.covariance is None or model.calibration is not None or sampler.covariance == "learned")
         and (sampler.covariance != "learned" or model.denoiser.head is not None)
         and (not (sampler.needs_twin or sampler.noise) or model.calibration is not None)
@@ -179,7 +181,8 @@ def scheduler_of(
     Args:
         model: the model.
         sampler: a name of `lowvar.sample.SAMPLERS`; None keeps the folder's.
-        covariance, eta: of the first-order kernels.
+        covariance: of the first-order kernels: small, large, learned, or one that the calibration holds.
+        eta: of the first-order kernels.
         tau: of the multistep samplers.
         grid: name of a step grid; None keeps the folder's, or the named sampler's own.
 

@@ -28,8 +28,10 @@ class Sample(Sampling):
     """Draw samples from a model.
 
     Writes `samples` (float32 in [-1, 1]) and `seeds` to one .npz file. The sampler is the one in the model folder's
-    scheduler, unless one is named: ddpm-small, ddpm-large, ddpm-learned, ddpm-analytic, ddpm-isotropic, ddpm-pixel,
-    ddpm-basis, ddim, ddim-basis, adams-ode, adams-sde, twin-ode-1, twin-ode, twin-sde-1, twin-sde.
+    scheduler, unless one is named: ddpm-small, ddpm-large, ddpm-learned, ddim, adams-ode, adams-sde, unipc, dpmpp-2m;
+    of a calibrated model twin-flow, twin-ode, twin-sde, and ddpm-NAME and ddim-NAME with NAME a covariance that it
+    holds: analytic, isotropic, channel, pixel, basis, or one made by `lowvar calibrate --head`: npr, sn, ocm, lowrank,
+    convert. An unknown name lists all samplers.
     """
 
     model: Path
@@ -45,7 +47,8 @@ class Sample(Sampling):
     sampler: MaybeText = None
     """name of the sampler; default: the one in the folder's scheduler"""
     covariance: MaybeText = None
-    """of ddpm-* and ddim-*: small, large, learned, analytic, isotropic, channel, pixel or basis"""
+    """of ddpm-* and ddim-*: small, large, learned, analytic, isotropic, channel, pixel, basis, npr, sn, ocm, lowrank or
+    convert"""
     eta: MaybeFloat = None
     """stochasticity of ddpm-* and ddim-*: 0 (DDIM) to 1 (ancestral)"""
     tau: MaybeFloat = None
@@ -162,6 +165,7 @@ class Sample(Sampling):
             UserError: if the model is not calibrated, or the sampler is not one whose costs are known.
         """
         from lowvar.calibrate import calibrated_grid, fewest_steps_for
+        from lowvar.calibrate.grids import STRUCTURES
 
         what = "--adaptive" if self.adaptive else ("--steps auto" if self.steps == "auto" else f"--grid {self.grid}")
         calibration = scheduler.calibration
@@ -170,14 +174,14 @@ class Sample(Sampling):
                 f"{what} needs a calibrated model: run `lowvar calibrate --model MODEL --data DATA --out RUN` first"
             )
         c, schedule = scheduler.config, model.denoiser.schedule
-        known = c["sampler"] == "kernel" and c["eta"] == 1 and c["variance"] not in ("large", "learned")
+        structure = str({"analytic": "isotropic", "twin": "basis"}.get(c["variance"], c["variance"]))
+        known = c["sampler"] == "kernel" and structure in STRUCTURES  # of a head the costs are not known
+        structure, known = structure if known else "isotropic", known and c["eta"] == 1
         if not known and (self.adaptive or self.steps == "auto"):
             raise UserError(
-                f"{what} rests on the path KL of the ancestral kernel, which this sampler is not: give --sampler "
-                "ddpm-small, ddpm-analytic, ddpm-isotropic, ddpm-pixel or ddpm-basis"
+                f"{what} rests on the path KL of the ancestral kernel with a table for its noise, which this sampler "
+                "is not: give --sampler ddpm-small, ddpm-analytic, ddpm-isotropic, ddpm-pixel or ddpm-basis"
             )
-        structure = {"analytic": "isotropic", "twin": "basis"}.get(c["variance"], c["variance"])
-        structure = structure if c["sampler"] == "kernel" and c["variance"] not in ("large", "learned") else "isotropic"
         name, levels = self._grid_name(scheduler), self.levels or calibration.levels or 256
         if self.steps == "auto":
             assert self.tol is not None

@@ -145,12 +145,13 @@ def resolve(
         denoiser: the network.
         calibration: what was calibrated for it, or None.
         covariance: another covariance than the sampler's own, for ddpm-* and ddim-*: small, large, learned, or the
-            structure of a calibrated one.
+            name of one that the calibration holds (`lowvar.sample.COVARIANCES`).
         eta, tau: other stochasticity than the sampler's own: eta for ddpm-* and ddim-*, tau for adams-* and twin-*.
 
     Raises:
         UserError: if the name is unknown, a setting does not belong to the sampler or is out of range, the sampler
-            needs a calibration or a variance head that is not there, or the calibration is of another schedule.
+            needs a calibration, a covariance of it or a variance head that is not there, or the calibration is of
+            another schedule.
     """
     if name not in SAMPLERS:
         raise UserError(f"sampler is {name!r}; allowed: {', '.join(SAMPLERS)}")
@@ -187,7 +188,10 @@ def resolve(
         raise UserError(
             f"sampler {name} needs a calibrated model: run `lowvar calibrate --model MODEL --data DATA` first"
         )
-    return sampler, calibration.attach(denoiser, sampler.covariance)
+    attached = calibration.attach(denoiser, sampler.covariance)
+    if sampler.covariance == "convert" and denoiser.head != "range":
+        raise UserError("covariance convert needs a network with a learned-range head, and this one has none")
+    return sampler, attached
 
 
 def draw(

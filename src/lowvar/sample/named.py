@@ -2,6 +2,7 @@ r"""Samplers by name: a solver, the covariance it needs and the grid it is used 
 
 ddpm-*     ancestral kernel (eta = 1) with a choice of variance
 ddim-*     deterministic mean (eta = 0), optionally with calibrated noise kappa^2 C
+           (of both, one for every C that a calibration may hold: `COVARIANCES`)
 adams-*    exponential Adams predictor-corrector without a control variate
 twin-flow  the flow of the mixture twin with a frozen remainder, on the grid of its path statistics
 twin-*     the exponential Adams method on what the Gaussian twin leaves over: ODE (tau = 0) or SDE (tau > 0)
@@ -12,6 +13,7 @@ dpmpp-2m, dpmpp-2m-sde, unipc, sa, heun     the published second-order methods
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,7 +31,21 @@ from lowvar.process.solver import Solver
 from lowvar.process.twin import GaussianTwin
 from lowvar.process.unipc import UniPC
 
-__all__ = ["SAMPLERS", "NamedSampler", "named_sampler"]
+__all__ = ["COVARIANCES", "SAMPLERS", "NamedSampler", "named_sampler"]
+
+COVARIANCES: Mapping[str, str] = {
+    "analytic": "analytic variance",
+    "isotropic": "calibrated isotropic variance",
+    "channel": "calibrated variance a channel",
+    "pixel": "calibrated variance a pixel",
+    "basis": "calibrated variance in the twin's basis",
+    "npr": "head npr, variance of every state",
+    "sn": "head sn, variance of every state",
+    "ocm": "head ocm, variance of every state",
+    "lowrank": "head lowrank, variance of every state along pixels and learned directions",
+    "convert": "variance of every state from the network's learned-range head",
+}
+"""Covariances that a calibration may hold, in words; ddpm-NAME and ddim-NAME are the samplers that use them."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +56,8 @@ class NamedSampler:
         name: its name.
         about: one line for help and reports.
         solver: the solver; that of a twin-* sampler gets its twin from `named_sampler`.
-        covariance: structure of the calibrated covariance it needs (`isotropic`, `pixel`, `basis`, `analytic`),
-            `learned` for the network's own variance head, or None.
+        covariance: the calibrated covariance it needs, a name of `COVARIANCES`; `learned` for the network's own
+            variance head, or None.
         grid: name of its default grid.
         needs_twin: whether it needs the calibrated twin.
         noise: whether the solver's marginal deficit is measured on its grid and added as noise; needs the twin too.
@@ -62,12 +78,12 @@ _ALL = [
     NamedSampler("ddpm-small", "ancestral, variance beta_tilde", ReverseKernel(1.0, "small")),
     NamedSampler("ddpm-large", "ancestral, variance beta", ReverseKernel(1.0, "large")),
     NamedSampler("ddpm-learned", "ancestral, the network's own variance", ReverseKernel(1.0, "learned"), "learned"),
-    NamedSampler("ddpm-analytic", "ancestral, analytic variance", ReverseKernel(1.0), "analytic"),
-    NamedSampler("ddpm-isotropic", "ancestral, calibrated isotropic variance", ReverseKernel(1.0), "isotropic"),
-    NamedSampler("ddpm-pixel", "ancestral, calibrated variance a pixel", ReverseKernel(1.0), "pixel"),
-    NamedSampler("ddpm-basis", "ancestral, calibrated variance in the twin's basis", ReverseKernel(1.0), "basis"),
+    *(NamedSampler(f"ddpm-{c}", f"ancestral, {about}", ReverseKernel(1.0), c) for c, about in COVARIANCES.items()),
     NamedSampler("ddim", "deterministic, first order", ReverseKernel(0.0, "small")),
-    NamedSampler("ddim-basis", "DDIM mean, calibrated noise in the twin's basis", ReverseKernel(0.0), "basis"),
+    *(
+        NamedSampler(f"ddim-{c}", f"DDIM mean, {about.replace('variance', 'noise')}", ReverseKernel(0.0), c)
+        for c, about in COVARIANCES.items()
+    ),
     NamedSampler("adams-ode", "predictor-corrector, no control variate", MultistepSolver(None, 2, 2)),
     NamedSampler("adams-sde", "stochastic (tau = 1/2) predictor-corrector", MultistepSolver(None, 2, 2, 0.5)),
     NamedSampler(

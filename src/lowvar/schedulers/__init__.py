@@ -17,7 +17,8 @@ step to the next, and dropped by `set_timesteps`, by a step out of order and by 
                  a name       another solver of `lowvar.sample.SAMPLERS`, as it stands there
     variance     small, large, learned                                 the kernel's noise without calibration
                  analytic, isotropic, channel, pixel, basis, twin      lambda^2 I + kappa^2 C, C calibrated
-                 a name                                                another covariance that the calibration holds
+                 npr, sn, ocm, lowrank, convert                        the same, C of every state, where the calibration
+                                                                       holds that head
 
 A solver that asks the network twice a step (Heun) has its timesteps twice, as diffusers' own has.
 
@@ -69,6 +70,8 @@ from lowvar.schedulers._fields import (
     make_schedule,
     needs_calibration,
     needs_twin,
+    reads_head,
+    require_held,
     sampler_fields,
     translate,
     uses_covariance,
@@ -203,6 +206,7 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
             self._tensors = {**self._tensors, **tensors}
             self.register_to_config(spectrum=fields)
         self._require_schedule()
+        require_held(self.config)
         self._solver_without_twin()  # what is out of range is said now
         table = self.schedule.alphas_cumprod if isinstance(self.schedule, DiscreteVP) else None
         self._T = num_train_timesteps if table is None else len(table)
@@ -287,9 +291,8 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
 
     def _make_reader(self) -> Reader:
         c = self.config
-        needs_head = c["sampler"] == "kernel" and c["variance"] in ("learned", "convert")
         kind = PREDICTIONS[c["prediction_type"]]
-        rest = (c["sigma_data"], needs_head, self._evaluations, self.spectrum)
+        rest = (c["sigma_data"], reads_head(c), self._evaluations, self.spectrum)
         try:
             return Reader(self.schedule, kind, c["head"], self._bound, *rest)
         except ValueError as error:

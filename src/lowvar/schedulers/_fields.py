@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lowvar.calibrate.calibration import missing_covariance
 from lowvar.calibrate.grids import FAMILIES, check_grid, is_calibrated
 from lowvar.errors import UserError
 from lowvar.process.denoiser import Prediction
@@ -14,7 +15,7 @@ from lowvar.process.head import HEADS
 from lowvar.process.kernel import ReverseKernel
 from lowvar.process.multistep import MultistepSolver
 from lowvar.process.schedule import VE, Flow, Schedule
-from lowvar.sample.named import SAMPLERS
+from lowvar.sample.named import COVARIANCES, SAMPLERS
 
 __all__ = [
     "CALIBRATED",
@@ -27,14 +28,16 @@ __all__ = [
     "named_samplers",
     "needs_calibration",
     "needs_twin",
+    "reads_head",
     "require_edm",
+    "require_held",
     "sampler_fields",
     "translate",
     "uses_covariance",
 ]
 
 RULES = ("small", "large", "learned")
-CALIBRATED = ("analytic", "isotropic", "channel", "pixel", "basis", "twin")
+CALIBRATED = (*COVARIANCES, "twin")
 PREDICTIONS: dict[str, Prediction] = {
     "epsilon": "epsilon",
     "sample": "sample",
@@ -103,6 +106,13 @@ def uses_covariance(c: Mapping[str, Any]) -> bool:
     return c["sampler"] not in OWN and SAMPLERS[c["sampler"]].covariance is not None
 
 
+def reads_head(c: Mapping[str, Any]) -> bool:
+    """Whether the covariance is made of the network's own variance head."""
+    return (c["sampler"] == "kernel" and c["variance"] == "learned") or (
+        uses_covariance(c) and c["variance"] == "convert"
+    )
+
+
 def needs_twin(c: Mapping[str, Any]) -> bool:
     """Whether the sampler has the calibrated twin for a control variate."""
     return c["sampler"] == "twin" or (c["sampler"] not in OWN and SAMPLERS[c["sampler"]].needs_twin)
@@ -145,8 +155,25 @@ def check(c: Mapping[str, Any]) -> None:
         raise UserError(f"{needs} needs a calibration: make one with `lowvar calibrate --model MODEL --data DATA`")
     if c["sampler"] == "kernel" and c["variance"] == "learned" and c["head"] is None:
         raise UserError(f"variance 'learned' needs a network with a variance head: set head to {', '.join(HEADS)}")
+    if reads_head(c) and c["variance"] == "convert" and c["head"] != "range":
+        raise UserError("variance 'convert' needs a network with a learned-range head: set head to range")
     if c["sampler"] not in OWN and (c["eta"], c["tau"]) != (1.0, 0.0):
         raise UserError(f"sampler {c['sampler']!r} has a stochasticity of its own: eta and tau are of {', '.join(OWN)}")
+
+
+def require_held(c: Mapping[str, Any]) -> None:
+    """Refuses a covariance that the calibration's JSON fields do not name.
+
+    Raises:
+        UserError: naming those that they do.
+    """
+    fields = c["calibration"]
+    if fields is None or "tables" not in fields or not uses_covariance(c):
+        return
+    convert = ("convert",) if "converted" in fields else ()
+    held = ("analytic", *fields["tables"], *fields.get("heads", ()), *convert, "twin")
+    if c["variance"] not in held:
+        raise missing_covariance(c["variance"], held)
 
 
 def make_schedule(config: Mapping[str, Any]) -> Schedule:

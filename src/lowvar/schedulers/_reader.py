@@ -73,8 +73,9 @@ class Reader:
             head = _rows(kept, x).to(x.dtype)
         if self._needs_head and head is None:
             raise UserError(
-                f"variance 'learned' needs the network's {2 * C} channels, got {C}: this pipeline cuts the head off "
-                "(DiTPipeline and PixArt do); call lowvar.pipelines.keep_head(pipeline), or choose another variance"
+                f"variances 'learned' and 'convert' need the network's {2 * C} channels, got {C}: this pipeline cuts "
+                "the head off (DiTPipeline and PixArt do); call lowvar.pipelines.keep_head(pipeline), or choose "
+                "another variance"
             )
         if self._without_signal[k] and self._denoiser.prediction == "epsilon":
             raise UserError(
