@@ -284,7 +284,7 @@ def _plot(results: dict[str, Any], best: dict[tuple[str, int], dict[str, Any]]) 
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4))
-    styles = dict(zip((*OWN, *PEERS), "osD^v<>ph*X", strict=True))
+    styles = dict(zip((*OWN, *PEERS), "osD^v<>ph*XP", strict=True))
     for name in (*OWN, *PEERS):
         mine = sorted((row for (n, _), row in best.items() if n == name), key=lambda row: row["steps"])
         points = [(r["steps"], r["value"], (r["high"] - r["low"]) / 2) for r in mine]
