@@ -146,8 +146,9 @@ class Table:
 
     def alone(self, twin: str, metric: str) -> Estimate | None:
         """A twin alone, without the network: `twin alone` or `mixture twin alone`."""
-        records = [r[twin]["scores"] for r in self.references.values()]
-        return estimate(lambda v: v["x"], [{"x": _replicates(r[metric])} for r in records if r])
+        records = [r[twin]["scores"] for r in self.references.values() if twin in r]
+        strata = [{"x": _replicates(r[metric])} for r in records if metric in r]
+        return estimate(lambda v: v["x"], strata) if strata else None
 
     def best_peer(self, nfe: int, metric: str) -> Place | None:
         """The peer's cell with the lowest score at a number of evaluations, whatever its spacing."""

@@ -12,6 +12,7 @@ most K.
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -110,6 +111,7 @@ def key(name: str, spacing: str | None) -> str:
     if not is_own(name):
         return spacing or "default"
     text = f"{SAMPLERS[name]!r}|{VERSION}" if name in SAMPLERS else name
+    text = re.sub(r"0x[0-9a-f]+", "", text)  # addresses of objects without a representation of their own
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
