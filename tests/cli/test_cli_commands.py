@@ -197,7 +197,9 @@ def test_evaluate(lowvar: Lowvar, calibrated: Path, tmp_path: Path) -> None:
     assert done.json.keys() >= ALWAYS | {"rows", "floor", "recommended"}
     rows = done.json["rows"]
     assert all(row.keys() >= ROW and row["low"] <= row["value"] <= row["high"] for row in rows)
-    assert len(rows) == 2 * (1 + 2 * 4)
+    alone = {row["sampler"] for row in rows if row["nfe"] == 0}
+    assert alone == {"Gaussian twin alone", "Mixture twin alone"}
+    assert len(rows) == 2 * (2 + 2 * 4)
     assert rows[0]["sampler"] == "Gaussian twin alone"
     assert rows[0]["nfe"] == 0
     assert done.json["floor"].keys() == {"energy", "mean"}

@@ -109,8 +109,8 @@ def _parse(name: str, structure: str) -> tuple[str, str]:
     family, _, chosen = name.partition(":")
     if family not in FAMILIES or (chosen and chosen not in STRUCTURES):
         raise UserError(
-            f"grid is {name!r}; allowed: {', '.join(GRIDS)}, {', '.join(FAMILIES)}, the last three also with the noise "
-            f"they are made for, for example optimal:basis ({', '.join(STRUCTURES)})"
+            f"grid is {name!r}; allowed: {', '.join(GRIDS)}, path, {', '.join(FAMILIES)}, the last three also with the "
+            f"noise they are made for, for example optimal:basis ({', '.join(STRUCTURES)})"
         )
     return family, chosen or structure
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from lowvar.evaluation.cells import Cell, Drawn, check_cell, check_steps, draw, resolve, sampling_grid
 from lowvar.evaluation.peers import PEERS, Peer, make_peer, peer_named, run_peer
-from lowvar.evaluation.runs import TWIN_ALONE, Evaluation, evaluate, recommend
+from lowvar.evaluation.runs import MIXTURE_ALONE, TWIN_ALONE, Evaluation, evaluate, recommend
 
 __all__ = [
+    "MIXTURE_ALONE",
     "PEERS",
     "TWIN_ALONE",
     "Cell",

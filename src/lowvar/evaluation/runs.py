@@ -1,8 +1,8 @@
 r"""Samplers x steps on one network, scored against held-out data.
 
 `evaluate` runs cells with the same noise sample by sample (draw 0 of one source starts sample i of every cell), so that
-two cells may be compared as pairs, and adds the row "Gaussian twin alone" (no network evaluation) and the floor (data
-against data, at the same n).
+two cells may be compared as pairs, and adds the rows "Gaussian twin alone" and "Mixture twin alone" (no network
+evaluation) and the floor (data against data, at the same n).
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from lowvar.process.denoiser import NetworkDenoiser
 from lowvar.process.noise import Independent, NoiseSource
 from lowvar.sample import SAMPLERS
 
-__all__ = ["TWIN_ALONE", "Evaluation", "evaluate", "recommend"]
+__all__ = ["MIXTURE_ALONE", "TWIN_ALONE", "Evaluation", "evaluate", "recommend"]
 
 TWIN_ALONE = "Gaussian twin alone"
+MIXTURE_ALONE = "Mixture twin alone"
+_COMPONENT = 2**20  # the draw that chooses a sample's component; no reverse step has this number
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def evaluate(
         denoiser: the network.
         data: its held-out split is what samples are compared with.
         cells: what to run; all of them are checked before the first is drawn.
-        calibration: what was calibrated for the network; with it comes the row of the twin alone.
+        calibration: what was calibrated for the network; with it come the rows of the twins alone.
         n: samples a cell, at least two a block of the scorer.
         noise: source (default `Independent(0)`).
         scorer: scores (default `Scorer(data)`).
@@ -158,6 +160,10 @@ def evaluate(
         twin = calibration.twin.sample(z)
         twin = twin if denoiser.clip is None else twin.clamp(-denoiser.clip, denoiser.clip)
         score(Drawn(Cell(TWIN_ALONE, 0), twin, "none", 0, 0.0))
+        if calibration.mixture is not None and calibration.mixture.components > 1:
+            mixture = calibration.mixture.sample(noise.uniform(range(n), (1,), draw=_COMPONENT)[:, 0], z)
+            mixture = mixture if denoiser.clip is None else mixture.clamp(-denoiser.clip, denoiser.clip)
+            score(Drawn(Cell(MIXTURE_ALONE, 0), mixture, "none", 0, 0.0))
     for cell in cells:
         score(
             draw(

@@ -138,12 +138,15 @@ class PathMoments:
     def grid(self, schedule: Schedule, steps: int) -> Tensor:
         """Times of the best `steps` evaluations, then 0; (steps + 1,) float64.
 
+        More steps than the L levels measured are equally spaced in logsnr between the first and the last of these.
+
         Raises:
-            ValueError: if there are more steps than levels.
+            ValueError: if steps is below 1.
         """
-        if not 1 <= steps <= len(self.logsnr):
-            raise ValueError(
-                f"steps is {steps}; paths were measured at {len(self.logsnr)} levels, so give 1 to as many"
-            )
-        _, levels = next(islice(self.chosen(), steps - 1, None))
-        return torch.cat([schedule.time(self.logsnr[levels]), torch.zeros(1, dtype=torch.float64)])
+        if steps < 1:
+            raise ValueError(f"steps is {steps}; give at least 1")
+        if steps > len(self.logsnr):
+            chosen = torch.linspace(float(self.logsnr[0]), float(self.logsnr[-1]), steps, dtype=torch.float64)
+        else:
+            chosen = self.logsnr[next(islice(self.chosen(), steps - 1, None))[1]]
+        return torch.cat([schedule.time(chosen), torch.zeros(1, dtype=torch.float64)])

@@ -122,7 +122,8 @@ def _describe(board: Board, key: str) -> str:
 
 def quality(board: Board, key: str, legend: Sequence[Key]) -> Chart:
     """A metric against NFE: one line a sampler with 95% intervals, the floor and the twin alone as levels."""
-    twins = [s for s in board.scores if s.is_twin_alone and s.metric == key and math.isfinite(s.value)]
+    level = [s for s in board.scores if s.is_twin_alone and s.sampler.startswith("Gaussian")]
+    twins = [s for s in level if s.metric == key and math.isfinite(s.value)]
     floor = board.floor.get(key)
     series = [(entry, board.of(entry.label, key)) for entry in legend]
     series = [(entry, found) for entry, found in series if found]

@@ -95,7 +95,8 @@ def groups(board: Board) -> list[Group]:
     """The rows of the table; what needs no network (floor, twin alone) comes first."""
     alone = [score for score in board.scores if score.is_twin_alone]
     head = [_floor(board)] if board.floor else []
-    head += [_line(board, alone[0].sampler, alone)] if alone else []
+    for name in dict.fromkeys(score.sampler for score in alone):
+        head.append(_line(board, name, [score for score in alone if score.sampler == name]))
     found = [Group("Without a network", tuple(head))] if head else []
     for steps in board.steps:
         by_label: dict[str, list[Score]] = {}
