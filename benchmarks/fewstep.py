@@ -100,12 +100,15 @@ class Clock:
 # --------------------------------------------------------------------------------------------------------------- pilot
 
 
-def pilot(name: str, clock: Clock) -> dict[str, dict[str, dict[str, float | None]]]:
-    """{peer: {nfe: {spacing: Frechet distance}}}, run where it is missing; None where a spacing diverges or fails."""
+def pilot(name: str, clock: Clock, nfes: Sequence[int] = NFES) -> dict[str, dict[str, dict[str, float | None]]]:
+    """{peer: {nfe: {spacing: Frechet distance}}} for the columns `nfes`, run where it is missing.
+
+    None stands where a spacing diverges or fails.
+    """
     path = CACHE / name / "pilot.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     target, denoiser = TARGETS[name], None
-    for nfe in PILOT["nfe"]:
+    for nfe in sorted({_pilot_of(k) for k in nfes}):
         for row in peer_rows(name):
             scores = found.setdefault(row.name, {}).setdefault(str(nfe), {})
             for spacing in row.spacings:
@@ -127,9 +130,14 @@ def pilot(name: str, clock: Clock) -> dict[str, dict[str, dict[str, float | None
     return found
 
 
+def _pilot_of(nfe: int) -> int:
+    """The pilot's number of evaluations that speaks for a column."""
+    return PILOT["nfe"][0] if nfe < 8 else PILOT["nfe"][1]
+
+
 def pick(scores: dict[str, dict[str, dict[str, float | None]]], peer: str, nfe: int) -> str | None:
     """A peer's best spacing of the pilot for a number of evaluations; None before the pilot was run."""
-    at = scores.get(peer, {}).get(str(PILOT["nfe"][0] if nfe < 8 else PILOT["nfe"][1]), {})
+    at = scores.get(peer, {}).get(str(_pilot_of(nfe)), {})
     able = {s: v for s, v in at.items() if v is not None and math.isfinite(v)}
     return min(able, key=lambda s: able[s]) if able else None
 
@@ -242,7 +250,7 @@ def run(arguments: argparse.Namespace) -> None:
     n = arguments.n
     for name in arguments.targets.split(","):
         target, clock = TARGETS[name], Clock(arguments.minutes)
-        scores = pilot(name, clock) if arguments.rows != "own" else _pilot_there(name)
+        scores = pilot(name, clock, nfes) if arguments.rows != "own" else _pilot_there(name)
         for seed in seeds:
             reference(name, seed, n)
         memory = {seed: with_memory(target.denoiser(seed)) for seed in seeds}

@@ -1,4 +1,4 @@
-r"""The few-step benchmark's results from its cells: a JSON file, a page of tables with the goals, a plot.
+r"""The few-step benchmark's results from its cells: a JSON file with the goals, from which its page is made.
 
 Means are over training seeds. Every interval is a stratified block jackknife: one stratum a training seed, and one for
 the floor, whose draws are independent of the samplers'; leaving a block out of a seed leaves it out of every sampler of
@@ -23,12 +23,13 @@ import json
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from fewstep import CONVERGED, NFES, OWN_EXTRA, Place, converged, pick, read
-from fewstep_samplers import DEFAULT, OWN, PEERS, own_rows, peer_rows
+from fewstep_page import Estimate, markdown, plot
+from fewstep_samplers import DEFAULT, PEERS, own_rows, peer_rows
 from fewstep_targets import CACHE, ROOT, TARGETS
 
 from lowvar.metrics import Replicates
@@ -37,20 +38,6 @@ __all__ = ["report"]
 
 RESULTS = ROOT / "benchmarks" / "results" / "fewstep.json"
 TABLE, PLOT = ROOT / "docs" / "results" / "fewstep.md", ROOT / "docs" / "results" / "fewstep.svg"
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value with its 95% interval; infinite where the jackknife has none."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def half(self) -> float:
-        """Half of the interval's width."""
-        return (self.high - self.low) / 2
 
 
 Strata = Sequence[Mapping[str, Replicates]]  # one mapping a stratum: what it holds replicates of
@@ -277,7 +264,7 @@ def goals(table: Table) -> dict[str, Any]:
 
 
 def report(n: int, seeds: Sequence[int]) -> None:
-    """Writes the results of the cells that were run."""
+    """Writes the results of the cells that were run; a target without cells keeps what the results file has of it."""
     import diffusers
 
     import lowvar
@@ -295,10 +282,15 @@ def report(n: int, seeds: Sequence[int]) -> None:
         },
         "targets": {},
     }
+    earlier = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"targets": {}}
     tables = {name: Table(name, n, seeds) for name in TARGETS}
     tables = {name: table for name, table in tables.items() if table.references and table.cells}
-    for name, table in tables.items():
-        rows = []
+    for name in TARGETS:
+        if name not in tables:
+            if name in earlier["targets"]:
+                results["targets"][name] = {"date": earlier["date"]} | earlier["targets"][name]
+            continue
+        table, rows = tables[name], []
         for place, found in table.cells.items():
             for metric in table.metrics:
                 e = table.score(place, metric)
@@ -310,6 +302,7 @@ def report(n: int, seeds: Sequence[int]) -> None:
                 rows.append(row | {"n": first["n"], "seeds": sorted(found), "metric": metric} | asdict(e))
         reference = next(iter(table.references.values()))
         results["targets"][name] = {
+            "date": results["date"],
             "training_seeds": table.seeds,
             "about": reference["about"],
             "milliseconds_an_evaluation": [1e3 * r["seconds_an_evaluation"] for r in table.references.values()],
@@ -325,203 +318,11 @@ def report(n: int, seeds: Sequence[int]) -> None:
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     TABLE.parent.mkdir(parents=True, exist_ok=True)
-    TABLE.write_text(_markdown(results, tables))
-    if tables:
-        _plot(tables)
+    TABLE.write_text(markdown(results))
+    if results["targets"]:
+        plot(results, PLOT)
     print(f"{RESULTS}\n{TABLE}\n{PLOT}")
 
 
 def _as_estimate(r: Replicates) -> Estimate:
     return estimate(lambda v: v["x"], [{"x": r}])
-
-
-def _number(value: float) -> str:
-    if not math.isfinite(value):
-        return "none"
-    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
-
-
-def _show(e: Estimate) -> str:
-    return f"{_number(e.value)} ± {_number(e.half)}"
-
-
-_TITLES = {
-    "frechet": "Frechet distance",
-    "energy": "Energy distance",
-    "spectrum": "Covariance-spectrum error",
-    "sliced": "Sliced 2-Wasserstein distance",
-}
-
-
-def _lines_of(table: Table) -> list[tuple[str, dict[int, Place]]]:
-    """The rows of a table: a title and a cell a number of evaluations."""
-    lines: list[tuple[str, dict[int, Place]]] = []
-    for own in OWN:
-        lines.append((own, {k: Place(own, k) for k in NFES}))
-    for row in peer_rows(table.name):
-        best = {k: Place(row.name, k, s) for k in NFES if (s := pick(table.pilot, row.name, k))}
-        plain = {k: Place(row.name, k, row.default) for k in NFES}
-        lines.append((row.name, best))
-        if any(plain[k] != best.get(k) for k in NFES):
-            lines.append((f"{row.name}, as shipped", plain))
-    return [(title, places) for title, places in lines if any(p in table.cells for p in places.values())]
-
-
-def _score_table(table: Table, metric: str) -> list[str]:
-    scores = {p: table.score(p, metric) for p in table.cells}
-    least = {k: min((e.value for p, e in scores.items() if e and p.nfe == k), default=math.nan) for k in NFES}
-    lines = ["| sampler | " + " | ".join(f"{k} NFE" for k in NFES) + " |", "|---" * (len(NFES) + 1) + "|"]
-    for title, places in _lines_of(table):
-        texts = []
-        for k in NFES:
-            place = places.get(k)
-            e = scores.get(place) if place else None
-            if place is None or place not in table.cells:
-                texts.append("")
-            elif e is None:
-                texts.append("diverges")
-            else:
-                text = f"**{_show(e)}**" if e.value == least[k] else _show(e)
-                texts.append(text + (f" ({place.spacing})" if place.spacing and metric == "frechet" else ""))
-        lines.append("| " + " | ".join([title, *texts]) + " |")
-    return lines
-
-
-def _markdown(results: dict[str, Any], tables: Mapping[str, Table]) -> str:
-    versions = results["versions"]
-    head = (
-        f"{results['n']} samples a cell on common noise, means over training seeds with 95% intervals (block "
-        "jackknife, 32 blocks); lower is better, the lowest of a column is bold. Peers are diffusers' schedulers at "
-        "the spacing (in brackets) that a pilot with other seeds found best, and as shipped; x0 is clipped as ours is "
-        f"wherever a peer offers it. Measured {results['date']} with torch {versions['torch']}, diffusers "
-        f"{versions['diffusers']}; script `benchmarks/fewstep.py`."
-    )
-    lines = [head, "", "### Goals", ""]
-    for name in tables:
-        lines += _goal_lines(name, results["targets"][name]["goals"])
-    for name, table in tables.items():
-        found = results["targets"][name]
-        lines += [f"## {name}", ""]
-        references = []
-        for title, values in (
-            ("floor (data against data)", found["floor"]),
-            ("Gaussian twin alone, 0 NFE", found["twin_alone"]),
-            ("mixture twin alone, 0 NFE", found["mixture_alone"]),
-        ):
-            texts = [f"{_TITLES[m].lower()} {_show(Estimate(**e))}" for m, e in values.items()]
-            references.append(f"{title}: {', '.join(texts)}")
-        for sampler, steps in CONVERGED:
-            place = Place(sampler, steps, "linspace")
-            shown = [f"{_TITLES[m].lower()} {_show(e)}" for m in table.metrics if (e := table.score(place, m))]
-            if shown:
-                count = next(iter(table.cells[place].values()))["n"]
-                references.append(f"the network's own, {sampler} at {steps} NFE, {count} samples: {', '.join(shown)}")
-        lines += [*(f"- {text}" for text in references), ""]
-        for metric in table.metrics:
-            lines += [f"### {name}: {_TITLES[metric].lower()}", "", *_score_table(table, metric), ""]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _goal_lines(name: str, found: dict[str, Any]) -> list[str]:
-    if not any(found[goal] for goal in ("excess", "half", "spectrum")):
-        return []
-    lines = [f"### {name} (ours: `{found['default']}`)", ""]
-    if found["excess"]:
-        lines += [
-            "| NFE | best peer | excess Frechet, ours | peer | ratio | energy ratio | goal |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for g in found["excess"]:
-            f, e = g["frechet"], g["energy"]["ratio"]
-            if g["nfe"] <= 5:
-                verdict = g["verdict"]
-            else:
-                verdict = "at the floor" if g["at_floor"] else "above the floor"
-            ratio, energy = Estimate(**f["ratio"]), Estimate(**e)
-            lines.append(
-                f"| {g['nfe']} | {g['peer']} ({g['spacing']}) | {_show(Estimate(**f['ours']))} | "
-                f"{_show(Estimate(**f['peer']))} | {_show(ratio)} | {_show(energy)} | {verdict} |"
-            )
-        lines.append("")
-    if found["half"]:
-        columns = sorted({g["nfe"] for g in found["half"]})
-        lines += [
-            "NFE for the same energy distance, ours over the stochastic peer's (goal: at most 0.5):",
-            "",
-            "| peer | " + " | ".join(f"{k} NFE" for k in columns) + " |",
-            "|---" * (len(columns) + 1) + "|",
-        ]
-        for peer in dict.fromkeys(g["peer"] for g in found["half"]):
-            texts = []
-            for k in columns:
-                g = next((g for g in found["half"] if g["peer"] == peer and g["nfe"] == k), None)
-                if g is None:
-                    texts.append("")
-                    continue
-                r = Estimate(**g["ratio"])
-                value = "never" if not math.isfinite(r.value) else f"{'≤ ' if g['bound'] else ''}{r.value:.2f}"
-                texts.append(f"{value}{' ✓' if g['verdict'].startswith('met') else ''}")
-            lines.append(f"| {peer} | " + " | ".join(texts) + " |")
-        lines.append("")
-    if found["spectrum"]:
-        lines += [
-            "Covariance-spectrum error against the best peer in it (goal: below):",
-            "",
-            "| NFE | ours | best peer | difference | goal |",
-            "|---|---|---|---|---|",
-        ]
-        for g in found["spectrum"]:
-            lines.append(
-                f"| {g['nfe']} | {_number(g['ours'])} | {_number(g['theirs'])} {g['peer']} ({g['spacing']}) | "
-                f"{_show(Estimate(**g['difference']))} | {g['verdict']} |"
-            )
-        lines.append("")
-    return lines
-
-
-def _plot(tables: Mapping[str, Table]) -> None:
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "lowvar"
-    from matplotlib import pyplot as plt
-
-    figure, grid = plt.subplots(2, 3, figsize=(12, 7))
-    panels = list(grid.flat)
-    shown = {DEFAULT: "C3", "twin-ode": "C1", "adams-ode": "C8", "adams-sde": "C6"}
-    markers = dict(zip(PEERS, "osD^v<>ph*X+x", strict=False))
-    for axes, (name, table) in zip(panels, tables.items(), strict=False):
-        for title, places in _lines_of(table):
-            if title not in shown and title not in PEERS:
-                continue
-            scores = [(k, e) for k, p in places.items() if (e := table.score(p, "frechet")) and e.value > 0]
-            if not scores:
-                continue
-            x, y = [k for k, _ in scores], [e.value for _, e in scores]
-            own = title in shown
-            axes.plot(
-                x,
-                y,
-                color=shown.get(title),
-                linestyle="-" if own else ":",
-                marker="." if own else markers.get(title, "."),
-                markersize=8 if own else 4,
-                linewidth=1.8 if own else 0.9,
-                label=title,
-                zorder=3 if own else 2,
-            )
-        floor = table.floor("frechet").value
-        axes.axhline(floor, color="grey", linewidth=0.8)
-        values = [e.value for p in table.cells if (e := table.score(p, "frechet"))]
-        axes.set(xscale="log", yscale="log", title=name, xlabel="network evaluations (NFE)", ylabel="Frechet distance")
-        axes.set_ylim(0.7 * max(floor, 1e-5), min(max(values), 3e3 * max(floor, 1e-5)))
-        axes.set_xticks(NFES, [str(k) for k in NFES])
-        axes.minorticks_off()
-    handles: dict[str, Any] = {}
-    for axes in panels:
-        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    for axes in panels[len(tables) :]:
-        axes.axis("off")
-    panels[-1].legend(handles.values(), handles.keys(), fontsize=8, ncols=2, loc="center")
-    figure.tight_layout()
-    figure.savefig(PLOT, metadata={"Date": None})

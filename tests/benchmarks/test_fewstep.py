@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+from fewstep_page import markdown  # type: ignore[import-not-found]
 from fewstep_report import crossing, estimate  # type: ignore[import-not-found]
 from fewstep_targets import TARGETS, Mixture, replicates_at  # type: ignore[import-not-found]
 from fewstep_v3 import ModelStatistics, Settings, measure, sample  # type: ignore[import-not-found]
@@ -139,3 +141,10 @@ def test_bias_is_brought_to_another_n() -> None:
     moved = replicates_at(r, 10**9)
     assert moved.value - r.value == pytest.approx(float(x.var()) - r.value, rel=0.5)
     assert replicates_at(r, 640).value == r.value
+
+
+def test_the_page_is_made_from_the_results_file() -> None:
+    """So targets whose cells are no longer at hand stay on it."""
+    root = Path(__file__).resolve().parents[2]
+    results = json.loads((root / "benchmarks" / "results" / "fewstep.json").read_text())
+    assert (root / "docs" / "results" / "fewstep.md").read_text() == markdown(results)
