@@ -1,0 +1,321 @@
+r"""Variance of the training gradient: what each part of `lowvar.train` takes off it, at matched cost.
+
+A cell is a data set, a process, a prediction and a moment of training. Its network is trained by the plain recipe
+(AdamW, independent draws); at the moment's weights, R replicate batches of B samples are drawn by every method, and
+
+    V   = tr Cov(g) over replicate batches: draws inside a batch may depend on one another
+    VRF = V_plain / V_method x (cost of a plain batch / cost of the method's batch)
+
+once with cost in network evaluations and once in seconds of this process (forward, backward and draws, medians of
+interleaved batches). Intervals are the jackknife over replicates of log VRF; methods share sample numbers, so noise is
+common where they allow it. `bias` is ||E g_method - E g_plain||^2 / (V_plain / R) by an estimate that is 0 in the mean
+for an unbiased method (over pairs of different replicates); its interval is the jackknife's.
+
+    python benchmarks/training.py --cells digits-vp-v --minutes 20     # missing cells
+    python benchmarks/training.py --report                             # results and docs page
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowvar.process.denoiser import NetworkDenoiser
+from lowvar.process.discrete import schedule_from_diffusers
+from lowvar.process.noise import Independent
+from lowvar.process.schedule import VE, Flow, Schedule
+from lowvar.train import DrawPlan, LognormalTimes, NetworkConfig, Objective, Simple, UniformTimes, build_network
+from lowvar.train.timesteps import Times
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = Path(os.environ.get("LOWVAR_BENCHMARKS", ROOT / "build" / "benchmarks")) / "training"
+RESULTS, TABLE = ROOT / "benchmarks" / "results" / "training.json", ROOT / "docs" / "results" / "training.md"
+
+BATCH, REPLICATES, PILOT = 64, 64, 40
+MOMENTS = {"start": 50, "middle": 500, "end": 2000}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Data, process and prediction."""
+
+    data: str
+    process: str
+    prediction: str
+
+    @property
+    def name(self) -> str:
+        """What the command line calls it."""
+        short = {"v_prediction": "v", "epsilon": "eps"}.get(self.prediction, self.prediction)
+        return "-".join(dict.fromkeys([self.data.replace(":", ""), self.process, short]))
+
+
+CELLS = {
+    c.name: c
+    for c in (
+        Cell("digits", "vp", "v_prediction"),
+        Cell("digits", "vp", "epsilon"),
+        Cell("digits", "edm", "edm"),
+        Cell("digits", "flow", "flow"),
+        Cell("photos:16", "vp", "v_prediction"),
+        Cell("photos:16", "vp", "epsilon"),
+        Cell("photos:16", "edm", "edm"),
+        Cell("photos:16", "flow", "flow"),
+    )
+}
+
+
+def schedule_of(cell: Cell) -> Schedule:
+    """The noise schedule of a process."""
+    if cell.process == "vp":
+        return schedule_from_diffusers({"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000})
+    return VE() if cell.process == "edm" else Flow()
+
+
+def times_of(cell: Cell, schedule: Schedule) -> Times:
+    """The plain recipe's times."""
+    if cell.process == "edm":
+        return LognormalTimes(schedule)
+    return UniformTimes(1000 if cell.process == "vp" else None, t_min=1e-5)
+
+
+@lru_cache(maxsize=2)
+def data_of(name: str) -> Any:
+    """The data set."""
+    from lowvar.data import load
+
+    return load(name)
+
+
+# ------------------------------------------------------------------------------------------------------------- networks
+
+
+def network_at(cell: Cell, moment: str) -> nn.Module:
+    """The network of a cell at a moment; trained, with its earlier moments kept, where that is missing."""
+    from safetensors.torch import load_file, save_file
+
+    data, folder = data_of(cell.data), CACHE / "networks" / cell.name
+    network: Any = build_network(data.shape, NetworkConfig(width=32), None, seed=0)
+    if not (folder / f"{moment}.safetensors").exists():
+        schedule = schedule_of(cell)
+        plan, times = DrawPlan(data.train, schedule, BATCH, 0), times_of(cell, schedule)
+        denoiser = NetworkDenoiser(network, schedule, cell.prediction)  # type: ignore[arg-type]
+        optimizer = torch.optim.AdamW(network.parameters(), 1e-3, weight_decay=0.0)
+        folder.mkdir(parents=True, exist_ok=True)
+        for update in range(max(MOMENTS.values())):
+            draws = plan.draws(update, times)
+            loss = Objective(Simple()).losses(denoiser, draws.x0, draws.eps, draws.level).loss.mean()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            for name, at in MOMENTS.items():
+                if update + 1 == at:
+                    save_file(network.state_dict(), folder / f"{name}.safetensors")
+        print(f"{cell.name}: trained, last loss {float(loss.detach()):.4f}", flush=True)
+    network.load_state_dict(load_file(folder / f"{moment}.safetensors"))
+    return network.eval()
+
+
+# -------------------------------------------------------------------------------------------------------------- methods
+
+Batch = Callable[[int], Tensor]  # the loss of replicate batch r, with its graph
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a batch is drawn and reduced.
+
+    Attributes:
+        plan: further arguments of `DrawPlan`.
+        times: importance-sampled times: learned on a pilot, or None for the cell's own.
+        stable: whether x_0 in the target is the stable target's.
+    """
+
+    plan: dict[str, Any]
+    times: str | None = None
+    stable: bool = False
+
+
+METHODS: dict[str, Method] = {"plain": Method({})}
+
+
+def batches(cell: Cell, denoiser: NetworkDenoiser, method: Method, learned: dict[str, Times]) -> Batch:
+    """Replicate batches of a method."""
+    data = data_of(cell.data)
+    times = times_of(cell, denoiser.schedule) if method.times is None else learned[method.times]
+    plan = DrawPlan(data.train, denoiser.schedule, BATCH, 1, Independent(1), **method.plan)
+    objective = Objective(Simple())
+
+    def loss(r: int) -> Tensor:
+        draws = plan.draws(1000 + r, times)
+        losses = objective.losses(denoiser, draws.x0, draws.eps, draws.level)
+        return (draws.weight.to(losses.loss) * losses.loss).mean()
+
+    return loss
+
+
+# ---------------------------------------------------------------------------------------------------------- measurement
+
+
+def gradient(network: nn.Module, loss: Tensor) -> Tensor:
+    """The gradient of a loss as one vector, float32."""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))])
+
+
+def variance(gram: Tensor, kept: Tensor) -> Tensor:
+    """tr Cov of the replicates `kept` from their inner products: (sum |g|^2 - |sum g|^2 / n) / (n - 1)."""
+    g = gram[kept][:, kept]
+    n = len(kept)
+    return (g.diagonal().sum() - g.sum() / n) / (n - 1)
+
+
+def apart(gram: Tensor, cross: Tensor, plain: Tensor, kept: Tensor) -> Tensor:
+    """||E g - E g_plain||^2 without bias: over pairs of different replicates."""
+    d = (gram - cross - cross.T + plain)[kept][:, kept]
+    n = len(kept)
+    return (d.sum() - d.diagonal().sum()) / (n * (n - 1))
+
+
+def jackknife(statistic: Callable[[Tensor], Tensor], n: int) -> tuple[float, float]:
+    """(value, standard error) of a statistic of the kept replicates."""
+    everyone = torch.arange(n)
+    without = torch.stack([statistic(everyone[everyone != j]) for j in range(n)]).double()
+    return float(statistic(everyone)), math.sqrt((n - 1) / n * float((without - without.mean()).square().sum()))
+
+
+def run_cell(cell: Cell, moment: str, only: str) -> dict[str, Any]:
+    """Every method of one cell."""
+    network = network_at(cell, moment)
+    denoiser = NetworkDenoiser(network, schedule_of(cell), cell.prediction)  # type: ignore[arg-type]
+    learned = learn_times(cell, denoiser, network)
+    chosen = {k: m for k, m in METHODS.items() if k == "plain" or only in k}
+    losses = {k: batches(cell, denoiser, m, learned) for k, m in chosen.items()}
+    gradients: dict[str, list[Tensor]] = {k: [] for k in chosen}
+    seconds: dict[str, list[float]] = {k: [] for k in chosen}
+    for r in range(REPLICATES):
+        for name, loss in losses.items():  # interleaved, so that a busy machine slows all alike
+            begun = time.perf_counter()
+            gradients[name].append(gradient(network, loss(r)))
+            seconds[name].append(time.perf_counter() - begun)
+    stacked = {k: torch.stack(g) for k, g in gradients.items()}
+    shift = stacked["plain"].mean(0)
+    for g in stacked.values():
+        g.sub_(shift)  # inner products of what differs, in float32 without cancellation
+    plain = (stacked["plain"] @ stacked["plain"].T).double()
+    rows = []
+    for name, g in stacked.items():
+        gram, cross = (g @ g.T).double(), (g @ stacked["plain"].T).double()
+        log_vrf, se = jackknife(
+            lambda kept, gram=gram: (variance(plain, kept) / variance(gram, kept)).log(), REPLICATES
+        )
+        bias, bias_se = jackknife(
+            lambda kept, gram=gram, cross=cross: apart(gram, cross, plain, kept) / (variance(plain, kept) / len(kept)),
+            REPLICATES,
+        )
+        ratio = sorted(a / b for a, b in zip(seconds[name], seconds["plain"], strict=True))[REPLICATES // 2]
+        row = {"method": name, "vrf": math.exp(log_vrf), "low": math.exp(log_vrf - 2 * se)}
+        row |= {"high": math.exp(log_vrf + 2 * se), "seconds_ratio": ratio, "bias": bias, "bias_se": bias_se}
+        rows.append(row)
+        print(f"{cell.name} {moment} {name}: VRF {row['vrf']:.2f} [{row['low']:.2f}, {row['high']:.2f}]", flush=True)
+    return {"cell": cell.name, "moment": moment, "batch": BATCH, "replicates": REPLICATES, "rows": rows}
+
+
+def learn_times(cell: Cell, denoiser: NetworkDenoiser, network: nn.Module) -> dict[str, Times]:
+    """Importance-sampled times from a pilot's draws, which no replicate shares."""
+    del cell, denoiser, network
+    return {}
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+
+
+def _path(cell: Cell, moment: str) -> Path:
+    return CACHE / "cells" / f"{cell.name}@{moment}.json"
+
+
+def places() -> Iterator[tuple[Cell, str]]:
+    """All cells."""
+    return ((cell, moment) for moment in ("end", "middle", "start") for cell in CELLS.values())
+
+
+def report() -> None:
+    """Writes the results of the cells that were run."""
+    found = [json.loads(p.read_text()) for cell, moment in places() if (p := _path(cell, moment)).exists()]
+    results = {
+        "what": "Variance of the training gradient by method, at matched cost",
+        "date": dt.date.today().isoformat(),
+        "versions": {"torch": torch.__version__},
+        "cells": found,
+    }
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    names = list(dict.fromkeys(row["method"] for cell in found for row in cell["rows"]))
+    head = (
+        f"Gradient VRF at equal network evaluations with 95% intervals, batches of {BATCH}, {REPLICATES} replicate "
+        f"batches; in brackets the median time of a batch over plain's. Measured {results['date']} with torch "
+        f"{torch.__version__}; script `benchmarks/training.py`."
+    )
+    lines = [
+        head,
+        "",
+        "| method | " + " | ".join(f"{c['cell']} {c['moment']}" for c in found) + " |",
+        "|---" * (len(found) + 1) + "|",
+    ]
+    for name in names:
+        texts = []
+        for cell in found:
+            row = next((r for r in cell["rows"] if r["method"] == name), None)
+            if row is None:
+                texts.append("")
+                continue
+            biased = row["bias"] > 3 * row["bias_se"] > 0
+            texts.append(
+                f"{row['vrf']:.2f} [{row['low']:.2f}, {row['high']:.2f}] ({row['seconds_ratio']:.2f})"
+                + (" biased" if biased else "")
+            )
+        lines.append("| " + " | ".join([name, *texts]) + " |")
+    TABLE.write_text("\n".join(lines) + "\n")
+    print(f"{RESULTS}\n{TABLE}")
+
+
+def main() -> None:
+    """Reads the arguments."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cells", default=",".join(CELLS), help="comma separated")
+    parser.add_argument("--moments", default="end,middle,start", help="comma separated")
+    parser.add_argument("--only", default="", help="text that a method's name must contain")
+    parser.add_argument("--minutes", type=float, default=60, help="budget, processor minutes")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--report", action="store_true", help="only write the results from the cells that were run")
+    arguments = parser.parse_args()
+    unknown = [c for c in arguments.cells.split(",") if c not in CELLS]
+    if unknown:
+        parser.error(f"cells are {', '.join(unknown)}; allowed: {', '.join(CELLS)}")
+    if arguments.report:
+        report()
+        return
+    torch.set_num_threads(arguments.threads)
+    end = time.process_time() + 60 * arguments.minutes
+    for cell, moment in places():
+        wanted = cell.name in arguments.cells.split(",") and moment in arguments.moments.split(",")
+        if not wanted or _path(cell, moment).exists() or time.process_time() > end:
+            continue
+        made = run_cell(cell, moment, arguments.only)
+        _path(cell, moment).parent.mkdir(parents=True, exist_ok=True)
+        _path(cell, moment).write_text(json.dumps(made))
+
+
+if __name__ == "__main__":
+    main()
