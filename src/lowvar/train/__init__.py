@@ -4,23 +4,32 @@ from lowvar.train.config import TrainConfig, config_from, make_objective, make_s
 from lowvar.train.draws import DrawPlan, Draws
 from lowvar.train.edm import EDM, LognormalTimes
 from lowvar.train.hybrid import HybridVLB
+from lowvar.train.immiscible import Immiscible, nearest_noise
 from lowvar.train.loop import Fitted, NonFiniteError, Trainer, fit
 from lowvar.train.minsnr import MinSNR
 from lowvar.train.networks import NetworkConfig, build_network
 from lowvar.train.nll import PosteriorNLL
 from lowvar.train.objectives import LikelihoodOnly, Losses, Objective, Simple, VarianceTerm, Weighting
+from lowvar.train.optimal_transport import OptimalTransport, optimal_transport
 from lowvar.train.p2 import P2
+from lowvar.train.pairs import CrossPairs, IndependentSamples, OrthogonalNoise, Pairing, SameImagePairs
 from lowvar.train.records import Record, Saved, Update, Validation
+from lowvar.train.sobol import SobolPoints
+from lowvar.train.strata import proportional_order, strata_order
+from lowvar.train.stratified import stratified_uniforms
 from lowvar.train.timesteps import LossSecondMomentTimes, TimeDraw, Times, UniformTimes
 from lowvar.train.validation import ValidationLoss, ValidationSet
 
 __all__ = [
     "EDM",
     "P2",
+    "CrossPairs",
     "DrawPlan",
     "Draws",
     "Fitted",
     "HybridVLB",
+    "Immiscible",
+    "IndependentSamples",
     "LikelihoodOnly",
     "LognormalTimes",
     "LossSecondMomentTimes",
@@ -29,10 +38,15 @@ __all__ = [
     "NetworkConfig",
     "NonFiniteError",
     "Objective",
+    "OptimalTransport",
+    "OrthogonalNoise",
+    "Pairing",
     "PosteriorNLL",
     "Record",
+    "SameImagePairs",
     "Saved",
     "Simple",
+    "SobolPoints",
     "TimeDraw",
     "Times",
     "TrainConfig",
@@ -50,4 +64,9 @@ __all__ = [
     "make_objective",
     "make_schedule",
     "make_times",
+    "nearest_noise",
+    "optimal_transport",
+    "proportional_order",
+    "strata_order",
+    "stratified_uniforms",
 ]

@@ -8,11 +8,23 @@ Update u (counted from 0) uses the samples u B, .., u B + B - 1. Sample i has
 
 so the draws depend neither on the number of processes nor on how a batch is split, and an interrupted run goes on
 from the update's number alone (times that learn bring their explicit state).
+
+That is the plain plan. Parts of a plan make the samples of a batch depend on each other, each of them a function of
+the sample numbers still:
+
+    pairing      noises, times and images shared or balanced within groups of samples (`pairs`, `sobol`)    unbiased
+    stratified   one uniform number an update, spread over the batch's times (`stratified`)                 unbiased
+    labels       images in the proportions of their classes or clusters (`strata`)                          unbiased
+    coupling     noises chosen by the images (`optimal_transport`, `immiscible`)                changes the objective
+
+With a pairing in which m consecutive samples share an image (or a time) the image is number floor(i / m) of the epoch
+(the time that of floor(i / m)), and one of a batch's B / m.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -20,6 +32,13 @@ from torch import Tensor
 
 from lowvar.process.noise import Independent, NoiseSource
 from lowvar.process.schedule import Level, Schedule
+from lowvar.train.immiscible import Immiscible
+from lowvar.train.objectives import Label
+from lowvar.train.optimal_transport import OptimalTransport
+from lowvar.train.pairs import IndependentSamples, Pairing
+from lowvar.train.sobol import SobolPoints
+from lowvar.train.strata import strata_order
+from lowvar.train.stratified import stratified_uniforms
 from lowvar.train.timesteps import Times
 
 __all__ = ["DrawPlan", "Draws", "ImageSource"]
@@ -47,6 +66,8 @@ class Draws:
         level: noise levels, (n,).
         weight: factors of the losses, (n,) float64.
         bin: timestep numbers, (n,) int64.
+        group: number of the group each sample belongs to, (n,) int64; only samples of different groups are
+            independent (images drawn without replacement aside). Default: every sample its own.
     """
 
     number: Tensor
@@ -56,6 +77,12 @@ class Draws:
     level: Level
     weight: Tensor
     bin: Tensor
+    group: Tensor = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        """Fills in groups of one."""
+        if self.group is None:
+            object.__setattr__(self, "group", self.number)
 
 
 class DrawPlan:
@@ -67,9 +94,15 @@ class DrawPlan:
         batch_size: B, over all processes.
         seed: of the data's order and, by default, of the noise.
         noise: source of eps and times (default `Independent(seed)`).
+        pairing: how the samples of a group depend on each other (default: not at all).
+        stratified: whether the times of a batch are stratified.
+        coupling: what chooses the noises by the images; None: nothing.
+        labels: classes or clusters of the images, (N,) integers, to hold in proportion in every batch; None: a plain
+            permutation.
 
     Raises:
-        ValueError: if there is no image or no batch.
+        ValueError: if there is no image or no batch, the batch does not divide into groups, the labels are not one an
+            image, or parts that exclude each other are given.
 
     Example:
         >>> from lowvar.data import load
@@ -83,13 +116,42 @@ class DrawPlan:
     """
 
     def __init__(
-        self, images: ImageSource, schedule: Schedule, batch_size: int, seed: int = 0, noise: NoiseSource | None = None
+        self,
+        images: ImageSource,
+        schedule: Schedule,
+        batch_size: int,
+        seed: int = 0,
+        noise: NoiseSource | None = None,
+        *,
+        pairing: Pairing | None = None,
+        stratified: bool = False,
+        coupling: OptimalTransport | Immiscible | None = None,
+        labels: Tensor | None = None,
     ) -> None:
         if batch_size < 1 or len(images) < 1:
             raise ValueError(
                 f"batch_size is {batch_size} and the data have {len(images)} images; both must be at least 1"
             )
+        self.pairing = IndependentSamples() if pairing is None else pairing
+        if batch_size % self.pairing.size:
+            raise ValueError(
+                f"batch_size is {batch_size} and {type(self.pairing).__name__} makes groups of {self.pairing.size} "
+                "samples; give a multiple of it"
+            )
+        if stratified and isinstance(self.pairing, SobolPoints):
+            raise ValueError("SobolPoints stratify the times already; leave stratified out")
+        if coupling is not None and not isinstance(self.pairing, IndependentSamples):
+            raise ValueError(
+                f"{type(coupling).__name__} chooses noises that {type(self.pairing).__name__} has paired; give "
+                "one of them"
+            )
+        if labels is not None and labels.shape != (len(images),):
+            raise ValueError(
+                f"labels are of shape {tuple(labels.shape)}; give one for each of the {len(images)} images"
+            )
         self.images, self.schedule, self.batch_size = images, schedule, batch_size
+        self.stratified, self.coupling = stratified, coupling
+        self.labels = None if labels is None else labels.cpu().long()
         self._order = Independent(seed)
         self.noise = Independent(seed) if noise is None else noise
         self._epochs: dict[int, Tensor] = {}  # a memo of the last two permutations
@@ -97,33 +159,80 @@ class DrawPlan:
     def permutation(self, epoch: int) -> Tensor:
         """The order of the images in an epoch, int64 (N,)."""
         if epoch not in self._epochs:
-            u = self._order.uniform(range(len(self.images)), (), draw=2 + epoch, dtype=torch.float64)
             self._epochs = {k: v for k, v in self._epochs.items() if k >= epoch - 1}
-            self._epochs[epoch] = torch.argsort(u, stable=True)
+            if self.labels is None:
+                u = self._order.uniform(range(len(self.images)), (), draw=2 + epoch, dtype=torch.float64)
+                self._epochs[epoch] = torch.argsort(u, stable=True)
+            else:
+                self._epochs[epoch] = strata_order(self._order, self.labels, draw=2 + epoch)
         return self._epochs[epoch]
 
     def numbers(self, update: int, part: int = 0, parts: int = 1) -> Tensor:
-        """Sample numbers of an update, int64; part k of `parts` equal parts.
+        """Sample numbers of an update, int64; part k of `parts` equal parts (processes times accumulation steps).
 
         Raises:
-            ValueError: if the batch does not divide into that many parts.
+            ValueError: if the batch does not divide into that many parts, or groups would be split.
         """
         if self.batch_size % parts or not 0 <= part < parts:
             raise ValueError(f"part {part} of {parts}: batch_size {self.batch_size} must divide by the number of parts")
         share = self.batch_size // parts
+        if share % self.pairing.size and not self.pairing.splits:
+            raise ValueError(
+                f"{parts} parts of {share} samples would split the groups of {self.pairing.size} that "
+                f"{type(self.pairing).__name__} makes; give a batch_size that is a multiple of "
+                f"{parts * self.pairing.size}"
+            )
         return update * self.batch_size + part * share + torch.arange(share)
+
+    @property
+    def label(self) -> Label:
+        """`unbiased` if every part is; the times have their own label."""
+        return "unbiased" if self.coupling is None else self.coupling.label
+
+    @property
+    def group_size(self) -> int:
+        """Consecutive samples that depend on each other: 1, the pairing's, or the whole batch."""
+        whole = self.stratified or self.labels is not None or isinstance(self.coupling, OptimalTransport)
+        return self.batch_size if whole else self.pairing.size
+
+    def image_numbers(self, number: Tensor) -> Tensor:
+        """Numbers of the images of the samples `number`, (n,) int64."""
+        position, n = number // self.pairing.images, len(self.images)
+        epoch = position // n
+        image = torch.empty_like(number)
+        for e in epoch.unique().tolist():
+            image = torch.where(epoch == e, self.permutation(e)[position % n], image)
+        return image
 
     def draws(
         self, update: int, times: Times, part: int = 0, parts: int = 1, device: torch.device | str = "cpu"
     ) -> Draws:
-        """The samples of an update (or a part of it), with tensors but numbers, weights and bins on `device`."""
+        """The samples of an update (or a part of it), with tensors but numbers, weights and bins on `device`.
+
+        `OptimalTransport` looks at the whole batch, so each part loads all its images.
+        """
         number = self.numbers(update, part, parts)
-        n = len(self.images)
-        epoch = number // n
-        image = torch.empty_like(number)
-        for e in epoch.unique().tolist():
-            image = torch.where(epoch == e, self.permutation(e)[number % n], image)
+        image = self.image_numbers(number)
         x0 = self.images.images(image).to(device)
-        when = times.draw(self.noise, number, draw=1)
-        eps = self.noise.normal(number, x0.shape[1:], draw=0, device=device)
-        return Draws(number, image, x0, eps, self.schedule.at(when.t).to(device), when.weight, when.bin)
+        when = times.at(self._uniform(update, number, x0.shape[1:]))
+        eps = self._noises(update, number, x0, part, parts)
+        level = self.schedule.at(when.t).to(device)
+        return Draws(number, image, x0, eps, level, when.weight, when.bin, number // self.group_size)
+
+    def _uniform(self, update: int, number: Tensor, shape: Sequence[int]) -> Tensor:
+        """The uniform numbers of the samples' times."""
+        if not self.stratified:
+            return self.pairing.uniform(self.noise, number, shape)
+        n = self.batch_size // self.pairing.times
+        return stratified_uniforms(self.noise, update, n)[number // self.pairing.times - update * n]
+
+    def _noises(self, update: int, number: Tensor, x0: Tensor, part: int, parts: int) -> Tensor:
+        """The noises of samples with images x0."""
+        if isinstance(self.coupling, Immiscible):
+            return self.coupling.choose(self.noise, number, x0)
+        if self.coupling is None:
+            return self.pairing.normal(self.noise, number, x0.shape[1:], x0.device)
+        whole = self.numbers(update)
+        images = x0 if parts == 1 else self.images.images(self.image_numbers(whole))
+        eps = self.coupling(images, self.pairing.normal(self.noise, whole, x0.shape[1:], x0.device))
+        return eps.chunk(parts)[part]

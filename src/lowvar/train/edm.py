@@ -12,7 +12,7 @@ densities see `timesteps`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from lowvar.process.denoiser import Prediction
-from lowvar.process.noise import NoiseSource
 from lowvar.process.schedule import Schedule
 from lowvar.train.objectives import Label, Weighting, log_error_factor
 from lowvar.train.timesteps import TimeDraw, Times
@@ -78,10 +77,9 @@ class LognormalTimes(Times):
         if self.std <= 0:
             raise ValueError(f"std is {self.std}; give a number above 0")
 
-    def draw(self, source: NoiseSource, index: Sequence[int] | Tensor, draw: int = 0) -> TimeDraw:
+    def at(self, u: Tensor) -> TimeDraw:
         """See the base class."""
-        u = source.uniform(index, (), draw=draw, dtype=torch.float64)
-        logsnr = -2 * (self.mean + self.std * torch.special.ndtri(u))
+        logsnr = -2 * (self.mean + self.std * torch.special.ndtri(u.double()))
         low, high = float(self.schedule.logsnr(1.0)), float(self.schedule.logsnr(self.schedule.t_min))
         t = self.schedule.time(logsnr.clamp(low, high)).clamp_min(self.schedule.t_min)
         return TimeDraw(t, torch.ones_like(t), torch.zeros_like(t, dtype=torch.int64))

@@ -9,7 +9,8 @@ expectation.
                          uniform until every n has 10 losses (Nichol & Dhariwal 2021, Sec. 3.3)
 
 The variance of a weighted loss is E_q[(l / (T q))^2] - L^2, least for q_n proportional to sqrt(E l_n^2). Noise is an
-argument: the time of sample i is the inverse cdf of q at the uniform number of sample i. What a density has learned
+argument: the time of sample i is the inverse cdf of q at the uniform number of sample i (`at`), so that numbers that
+are stratified or shared between samples serve every density. What a density has learned
 is its explicit state: `updated` returns a new value, nothing is changed in place.
 """
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -50,8 +51,13 @@ class Times(ABC):
     label: ClassVar[Label]
 
     @abstractmethod
+    def at(self, u: Tensor) -> TimeDraw:
+        """The times of uniform numbers u in [0, 1), (n,): the inverse cdf, with the weights."""
+
+    @final
     def draw(self, source: NoiseSource, index: Sequence[int] | Tensor, draw: int = 0) -> TimeDraw:
         """Times of the samples `index` (n,), from one uniform number each."""
+        return self.at(source.uniform(index, (), draw=draw, dtype=torch.float64))
 
     @abstractmethod
     def updated(self, bins: Tensor, losses: Tensor) -> Times:
@@ -90,7 +96,7 @@ class UniformTimes(Times):
             raise ValueError(f"steps is {self.steps}; give a whole number of at least 1, or None for continuous times")
 
     def at(self, u: Tensor) -> TimeDraw:
-        """The times of uniform numbers u in [0, 1)."""
+        """See the base class."""
         u = u.double()
         if self.steps is None:
             return TimeDraw(
@@ -98,10 +104,6 @@ class UniformTimes(Times):
             )
         n = (u * self.steps).long().clamp_max(self.steps - 1)
         return TimeDraw((n + 1).double() / self.steps, torch.ones_like(u), n)
-
-    def draw(self, source: NoiseSource, index: Sequence[int] | Tensor, draw: int = 0) -> TimeDraw:
-        """See the base class."""
-        return self.at(source.uniform(index, (), draw=draw, dtype=torch.float64))
 
     def updated(self, bins: Tensor, losses: Tensor) -> UniformTimes:
         """See the base class."""
@@ -170,11 +172,10 @@ class LossSecondMomentTimes(Times):
             return flat
         return (1 - self.uniform) * root / root.sum() + self.uniform * flat
 
-    def draw(self, source: NoiseSource, index: Sequence[int] | Tensor, draw: int = 0) -> TimeDraw:
-        """See the base class: the inverse cdf of q."""
+    def at(self, u: Tensor) -> TimeDraw:
+        """See the base class."""
         q = self.probabilities()
-        u = source.uniform(index, (), draw=draw, dtype=torch.float64)
-        n = torch.searchsorted(q.cumsum(0), u.cpu(), right=True).clamp_max(self.steps - 1)
+        n = torch.searchsorted(q.cumsum(0), u.double().cpu(), right=True).clamp_max(self.steps - 1)
         return TimeDraw((n + 1).double() / self.steps, 1 / (self.steps * q[n]), n)
 
     def updated(self, bins: Tensor, losses: Tensor) -> LossSecondMomentTimes:
