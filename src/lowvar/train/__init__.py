@@ -11,6 +11,8 @@ from lowvar.train.nll import PosteriorNLL
 from lowvar.train.objectives import LikelihoodOnly, Losses, Objective, Simple, VarianceTerm, Weighting
 from lowvar.train.p2 import P2
 from lowvar.train.records import Record, Saved, Update, Validation
+from lowvar.train.stable_target import ReferencePlan, StableInfo, StableTarget, memorisation, reference_noise
+from lowvar.train.targets import PlainTarget, Target
 from lowvar.train.timesteps import LossSecondMomentTimes, TimeDraw, Times, UniformTimes
 from lowvar.train.validation import ValidationLoss, ValidationSet
 
@@ -29,10 +31,15 @@ __all__ = [
     "NetworkConfig",
     "NonFiniteError",
     "Objective",
+    "PlainTarget",
     "PosteriorNLL",
     "Record",
+    "ReferencePlan",
     "Saved",
     "Simple",
+    "StableInfo",
+    "StableTarget",
+    "Target",
     "TimeDraw",
     "Times",
     "TrainConfig",
@@ -50,4 +57,6 @@ __all__ = [
     "make_objective",
     "make_schedule",
     "make_times",
+    "memorisation",
+    "reference_noise",
 ]
