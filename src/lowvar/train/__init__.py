@@ -1,9 +1,10 @@
 """Learning the reverse process: draw plans, objectives, training times, networks, the loop."""
 
-from lowvar.train.config import TrainConfig, config_from, make_objective, make_schedule, make_times
+from lowvar.train.config import TrainConfig, config_from, make_objective, make_references, make_schedule, make_times
 from lowvar.train.draws import DrawPlan, Draws
 from lowvar.train.edm import EDM, LognormalTimes
 from lowvar.train.hybrid import HybridVLB
+from lowvar.train.known_posterior import KnownPosterior, ScoreMixture, clean_score_weight
 from lowvar.train.loop import Fitted, NonFiniteError, Trainer, fit
 from lowvar.train.minsnr import MinSNR
 from lowvar.train.networks import NetworkConfig, build_network
@@ -23,6 +24,7 @@ __all__ = [
     "Draws",
     "Fitted",
     "HybridVLB",
+    "KnownPosterior",
     "LikelihoodOnly",
     "LognormalTimes",
     "LossSecondMomentTimes",
@@ -36,6 +38,7 @@ __all__ = [
     "Record",
     "ReferencePlan",
     "Saved",
+    "ScoreMixture",
     "Simple",
     "StableInfo",
     "StableTarget",
@@ -52,9 +55,11 @@ __all__ = [
     "VarianceTerm",
     "Weighting",
     "build_network",
+    "clean_score_weight",
     "config_from",
     "fit",
     "make_objective",
+    "make_references",
     "make_schedule",
     "make_times",
     "memorisation",
