@@ -1,10 +1,11 @@
 """Learning the reverse process: draw plans, objectives, training times, networks, the loop."""
 
-from lowvar.train.config import TrainConfig, config_from, make_objective, make_schedule, make_times
+from lowvar.train.config import TrainConfig, config_from, make_objective, make_references, make_schedule, make_times
 from lowvar.train.draws import DrawPlan, Draws
 from lowvar.train.edm import EDM, LognormalTimes
 from lowvar.train.hybrid import HybridVLB
 from lowvar.train.immiscible import Immiscible, nearest_noise
+from lowvar.train.known_posterior import KnownPosterior, ScoreMixture, clean_score_weight
 from lowvar.train.loop import Fitted, NonFiniteError, Trainer, fit
 from lowvar.train.minsnr import MinSNR
 from lowvar.train.networks import NetworkConfig, build_network
@@ -17,6 +18,8 @@ from lowvar.train.records import Record, Saved, Update, Validation
 from lowvar.train.sobol import SobolPoints
 from lowvar.train.strata import proportional_order, strata_order
 from lowvar.train.stratified import stratified_uniforms
+from lowvar.train.stable_target import ReferencePlan, StableInfo, StableTarget, memorisation, reference_noise
+from lowvar.train.targets import PlainTarget, Target
 from lowvar.train.timesteps import LossSecondMomentTimes, TimeDraw, Times, UniformTimes
 from lowvar.train.validation import ValidationLoss, ValidationSet
 
@@ -30,6 +33,7 @@ __all__ = [
     "HybridVLB",
     "Immiscible",
     "IndependentSamples",
+    "KnownPosterior",
     "LikelihoodOnly",
     "LognormalTimes",
     "LossSecondMomentTimes",
@@ -44,9 +48,17 @@ __all__ = [
     "PosteriorNLL",
     "Record",
     "SameImagePairs",
+    "PlainTarget",
+    "PosteriorNLL",
+    "Record",
+    "ReferencePlan",
     "Saved",
+    "ScoreMixture",
     "Simple",
     "SobolPoints",
+    "StableInfo",
+    "StableTarget",
+    "Target",
     "TimeDraw",
     "Times",
     "TrainConfig",
@@ -59,9 +71,11 @@ __all__ = [
     "VarianceTerm",
     "Weighting",
     "build_network",
+    "clean_score_weight",
     "config_from",
     "fit",
     "make_objective",
+    "make_references",
     "make_schedule",
     "make_times",
     "nearest_noise",
@@ -69,4 +83,6 @@ __all__ = [
     "proportional_order",
     "strata_order",
     "stratified_uniforms",
+    "memorisation",
+    "reference_noise",
 ]

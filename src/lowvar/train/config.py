@@ -18,6 +18,7 @@ from lowvar.errors import UserError
 from lowvar.process.discrete import DiscreteVP, schedule_from_diffusers
 from lowvar.process.head import MAX_RANK, Head
 from lowvar.process.schedule import Schedule
+from lowvar.train.draws import ImageSource
 from lowvar.train.edm import EDM, LognormalTimes
 from lowvar.train.hybrid import HybridVLB
 from lowvar.train.minsnr import MinSNR
@@ -25,9 +26,12 @@ from lowvar.train.networks import NetworkConfig
 from lowvar.train.nll import PosteriorNLL
 from lowvar.train.objectives import LikelihoodOnly, Objective, Simple, VarianceTerm, Weighting
 from lowvar.train.p2 import P2
+from lowvar.train.stable_target import ReferencePlan, reference_noise
 from lowvar.train.timesteps import LossSecondMomentTimes, Times, UniformTimes
 
-__all__ = ["TrainConfig", "config_from", "make_objective", "make_schedule", "make_times"]
+__all__ = ["TrainConfig", "config_from", "make_objective", "make_references", "make_schedule", "make_times"]
+
+_REFERENCES = 1024
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -54,6 +58,10 @@ class TrainConfig:
         weighting: of the squared error by noise level; `none` leaves it out, so that the head's term is the loss (with
             `detach_mean` false).
         times: density of training times.
+        target: from which clean image the thing to predict is made: `plain`, the one that was drawn, or `stable`, the
+            mean over a reference set with the drawn one in it (the same expected gradient; the training loss reads
+            lower).
+        references: images of target `stable`'s reference set; as many as there are or more: all; None: 1024.
         beta_schedule: table of the noise schedule, by diffusers' name.
         train_timesteps: length T of that table.
         network: size of the network.
@@ -85,6 +93,8 @@ class TrainConfig:
     detach_mean: bool = True
     weighting: Literal["simple", "min-snr", "p2", "edm", "none"] = "simple"
     times: Literal["uniform", "loss-second-moment", "lognormal"] = "uniform"
+    target: Literal["plain", "stable"] = "plain"
+    references: Annotated[int, Field(ge=1)] | None = None
     beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear", "sigmoid"] = "squaredcos_cap_v2"
     train_timesteps: Annotated[int, Field(ge=2)] = 1000
     network: NetworkConfig = NetworkConfig()
@@ -96,7 +106,12 @@ class TrainConfig:
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        """Refuses settings of a head that is not asked for."""
+        """Refuses settings of a head or target that is not asked for."""
+        if self.references is not None and self.target != "stable":
+            raise ValueError(
+                f"references is {self.references} and target {self.target}; references belong to target stable: leave "
+                "them out"
+            )
         if self.rank is not None and self.head != "lowrank":
             raise ValueError(f"rank is {self.rank} and head {self.head}; a rank belongs to head lowrank: leave it out")
         if self.basis is not None and self.head != "basis":
@@ -204,3 +219,11 @@ def make_times(config: TrainConfig, schedule: Schedule) -> Times:
     if config.times == "loss-second-moment":
         return LossSecondMomentTimes(config.train_timesteps)
     return LognormalTimes(schedule)
+
+
+def make_references(config: TrainConfig, images: ImageSource) -> ReferencePlan | None:
+    """The reference sets of target `stable` from the training split, or None for target `plain`."""
+    if config.target == "plain":
+        return None
+    count = _REFERENCES if config.references is None else config.references
+    return ReferencePlan(images, count, reference_noise(config.seed))

@@ -30,17 +30,20 @@ from lowvar.errors import UserError
 from lowvar.process.denoiser import NetworkDenoiser
 from lowvar.process.schedule import Schedule
 from lowvar.train import checkpoints
-from lowvar.train.config import TrainConfig, make_objective, make_schedule, make_times
+from lowvar.train.config import TrainConfig, make_objective, make_references, make_schedule, make_times
 from lowvar.train.draws import DrawPlan, Draws, ImageSource
 from lowvar.train.networks import build_network
 from lowvar.train.objectives import Losses, Objective
 from lowvar.train.records import Record, Saved, Update, Validation
 from lowvar.train.snapshot import Parts, capture, restore
 from lowvar.train.spectrum import make_spectrum, restored, stored
+from lowvar.train.targets import PlainTarget
 from lowvar.train.timesteps import UniformTimes
 from lowvar.train.validation import BINS, ValidationSet, logsnr_edges
 
 __all__ = ["Fitted", "NonFiniteError", "Trainer", "TrainingData", "fit"]
+
+_PLAIN = PlainTarget()
 
 
 class TrainingData(Protocol):
@@ -123,6 +126,7 @@ class Trainer:
         self.objective: Objective = make_objective(config, data.levels)
         self.times = make_times(config, self.schedule)
         self.plan = DrawPlan(data.train, self.schedule, config.batch_size, config.seed)
+        self.references = make_references(config, data.train)
         self.validation = ValidationSet(data.calibration, self.schedule, UniformTimes(config.train_timesteps))
         self.spectrum = None if config.head_basis is None else make_spectrum(data, config.head_basis)
         if self.spectrum is not None and parts > 1:  # eigenvectors may differ between machines
@@ -158,12 +162,13 @@ class Trainer:
         a, config = self.accelerator, self.config
         self._network.train()
         draws = self.plan.draws(self.update, self.times, a.process_index, a.num_processes, a.device)
+        target = _PLAIN if self.references is None else self.references.target(self.update, a.device)
         if self._drops:  # dropout draws from torch's generators: made a function of the update's number
             with torch.random.fork_rng(devices=[a.device] if a.device.type == "cuda" else []):
                 torch.manual_seed(hash((config.seed, self.update, a.process_index)))
-                losses = self.objective.losses(self._denoiser, draws.x0, draws.eps, draws.level)
+                losses = self.objective.losses(self._denoiser, draws.x0, draws.eps, draws.level, target)
         else:
-            losses = self.objective.losses(self._denoiser, draws.x0, draws.eps, draws.level)
+            losses = self.objective.losses(self._denoiser, draws.x0, draws.eps, draws.level, target)
         loss = (draws.weight.to(losses.loss) * losses.loss).mean()
         mean = float(_summed(a, loss.detach().double())) / a.num_processes
         if not math.isfinite(mean):
@@ -307,6 +312,7 @@ class Trainer:
             return
         own = json.loads(json.dumps(self._identity()))
         added = {"rank": None, "basis": None, "head_loss": None, "detach_mean": True}  # later than some checkpoints
+        added |= {"target": "plain", "references": None}
         saved = added | kept.state["identity"]
         other = sorted(k for k in own.keys() | saved.keys() if own.get(k) != saved.get(k))
         if other:

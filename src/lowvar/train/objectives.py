@@ -13,8 +13,9 @@ and an objective is *one weighting function of logsnr*, w(logsnr) on ||x_0 - x0_
 
     loss = (w / k) ||target - out||^2 / d + variance term.
 
-`Simple` has w = k (the plain mean squared error of the target). Labels say what an objective does to the plain one of
-the same prediction: `unbiased` (the same expected gradient) or `changes the objective`.
+`Simple` has w = k (the plain mean squared error of the target). Labels say what a part of training does to the plain
+one of the same prediction: `unbiased` (the same expected gradient), `changes the objective` (that of another loss, on
+purpose) or `biased` (that of no loss: an approximation). From which x_0 the target is made is a matter of `targets`.
 
 By default the variance term sees the mean detached, so the mean's gradient is that of the squared error alone, bit for
 bit (Nichol & Dhariwal 2021, Sec. 3.1). With `detach_mean=False` the likelihood trains the mean too, and with
@@ -34,10 +35,12 @@ from torch.nn import functional as F
 
 from lowvar.process.denoiser import NetworkDenoiser, Prediction, expand, to_target
 from lowvar.process.schedule import Level
+from lowvar.train.targets import PlainTarget, Target, implied_noise
 
 __all__ = ["Label", "LikelihoodOnly", "Losses", "Objective", "Simple", "VarianceTerm", "Weighting", "log_error_factor"]
 
-Label = Literal["unbiased", "changes the objective"]
+Label = Literal["unbiased", "changes the objective", "biased"]
+_PLAIN = PlainTarget()
 _BOUND = 60.0  # a weight is read at |logsnr| <= 60: schedules that begin at pure noise have -inf
 
 
@@ -185,7 +188,9 @@ class Objective:
         """
         return self.weighting.label if self.variance is None else "changes the objective"
 
-    def losses(self, denoiser: NetworkDenoiser, x0: Tensor, eps: Tensor, level: Level) -> Losses:
+    def losses(
+        self, denoiser: NetworkDenoiser, x0: Tensor, eps: Tensor, level: Level, target: Target = _PLAIN
+    ) -> Losses:
         """Losses of the network at x_t = alpha x_0 + sigma eps.
 
         Args:
@@ -193,10 +198,11 @@ class Objective:
             x0: data, (B, *event_shape).
             eps: noise, same shape.
             level: (B,) levels with t > 0.
+            target: from which x_0 the thing to predict is made; a variance term keeps the x_0 that is given.
         """
         x = expand(level.alpha, x0) * x0 + expand(level.sigma, x0) * eps
         out, head = denoiser.raw(x, level)
-        return self.from_output(denoiser, x0, eps, x, level, out, head)
+        return self.from_output(denoiser, x0, eps, x, level, out, head, target)
 
     def from_output(
         self,
@@ -207,14 +213,19 @@ class Objective:
         level: Level,
         out: Tensor,
         head: Tensor | None,
+        target: Target = _PLAIN,
     ) -> Losses:
         """Losses from a network's raw output (see `NetworkDenoiser.raw`).
 
         Raises:
             ValueError: if there is a variance term and no head, or a head that nothing trains.
         """
-        target = to_target(denoiser.prediction, x0, eps, level, denoiser.sigma_data)
-        error = ((target - out) ** 2).flatten(1).mean(1)
+        clean, noise = x0, eps
+        if not isinstance(target, PlainTarget):
+            clean = target.clean(x0, eps, level)
+            noise = implied_noise(clean, x0, eps, level)
+        wanted = to_target(denoiser.prediction, clean, noise, level, denoiser.sigma_data)
+        error = ((wanted - out) ** 2).flatten(1).mean(1)
         loss = error
         if not isinstance(self.weighting, Simple):
             weight = self.weighting.target_weight(level.logsnr, denoiser.prediction, denoiser.sigma_data)

@@ -1,0 +1,139 @@
+"""Stable targets in the loop: resumed bit for bit, the plain target untouched, settings that do not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lowvar.data import Data, TensorImages, load
+from lowvar.errors import UserError
+from lowvar.train import PlainTarget, StableTarget, Trainer, Update, config_from
+
+BASE: dict[str, Any] = {
+    "updates": 7,
+    "batch_size": 6,
+    "warmup": 0,
+    "checkpoint_every": 3,
+    "validate_every": 4,
+    "head": "none",
+    "prediction": "epsilon",
+}
+
+
+class Small(nn.Module):
+    """A convolution of x and t."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, 3, padding=1)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.linspace(-0.2, 0.2, p.numel()).reshape(p.shape))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.conv(torch.cat([x, (t / 1000).reshape(-1, 1, 1, 1).expand_as(x)], 1))
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    digits = load("digits")
+    parts = (digits.train.images(range(20)), digits.calibration.images(range(8)), digits.test.images(range(8)))
+    return Data("few digits", *(TensorImages(p) for p in parts), levels=17, fingerprint="few")
+
+
+def make(data: Data, values: dict[str, Any], folder: Path | None = None, resume: bool = False) -> Trainer:
+    return Trainer(data, config_from(BASE | values), folder, network=Small(), resume=resume, device="cpu")
+
+
+def weights(trainer: Trainer) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.ema_network().parameters()])
+
+
+def losses(trainer: Trainer, updates: int = 100) -> list[float]:
+    found = []
+    for record in trainer.run():
+        if isinstance(record, Update):
+            found.append(record.loss)
+            if record.update == updates:
+                break
+    return found
+
+
+@pytest.mark.parametrize("references", [5, 500])
+def test_resumed_run_is_bit_identical(references: int, data: Data, tmp_path: Path) -> None:
+    values = {"target": "stable", "references": references}
+    whole = make(data, values)
+    losses(whole)
+    losses(make(data, values, tmp_path), 5)
+    resumed = make(data, values, tmp_path, resume=True)
+    assert resumed.update == 3
+    losses(resumed)
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_training_loss_reads_lower_and_validation_is_plain(data: Data) -> None:
+    """The same draws: the loss of the first update lacks target noise, the validation before it does not."""
+    plain, stable = make(data, {}), make(data, {"target": "stable"})
+    assert plain.validate().validation == stable.validate().validation
+    assert losses(stable, 1)[0] < losses(plain, 1)[0]
+
+
+def test_the_loop_uses_the_updates_references(data: Data) -> None:
+    trainer = make(data, {"target": "stable", "references": 5, "seed": 3})
+    assert trainer.references is not None
+    draws = trainer.plan.draws(0, trainer.times)
+    target = trainer.references.target(0)
+    assert isinstance(target, StableTarget)
+    denoiser = trainer._denoiser  # pyright: ignore[reportPrivateUsage]
+    with torch.no_grad():
+        expected = trainer.objective.losses(denoiser, draws.x0, draws.eps, draws.level, target).loss.mean()
+        plain = trainer.objective.losses(denoiser, draws.x0, draws.eps, draws.level, PlainTarget()).loss.mean()
+    assert float(expected) != float(plain)
+    assert losses(trainer, 1)[0] == pytest.approx(float(expected), abs=1e-7)
+
+
+def test_processes_refer_to_the_same_images(data: Data) -> None:
+    """Gradients of two parts average to the whole batch's."""
+    trainer = make(data, {"target": "stable", "references": 5})
+    assert trainer.references is not None
+    target = trainer.references.target(4)
+    denoiser = trainer._denoiser  # pyright: ignore[reportPrivateUsage]
+
+    def mean(parts: int) -> float:
+        total = 0.0
+        for k in range(parts):
+            d = trainer.plan.draws(4, trainer.times, k, parts)
+            total += float(trainer.objective.losses(denoiser, d.x0, d.eps, d.level, target).loss.detach().mean())
+        return total / parts
+
+    assert mean(2) == pytest.approx(mean(1), abs=1e-6)
+
+
+def test_checkpoints_from_before_targets_resume(data: Data, tmp_path: Path) -> None:
+    losses(make(data, {}, tmp_path), 5)
+    file = tmp_path / "checkpoints" / "update-0000003" / "state.json"
+    state = json.loads(file.read_text())
+    for key in ("target", "references"):
+        del state["identity"][key]
+    file.write_text(json.dumps(state))
+    assert make(data, {}, tmp_path, resume=True).update == 3
+    with pytest.raises(UserError, match="made with target 'plain', now it is 'stable'"):
+        make(data, {"target": "stable"}, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"references": 5}, "references is 5 and target plain; references belong to target stable"),
+        ({"target": "stabel"}, "the setting target is 'stabel'"),
+        ({"target": "stable", "references": 0}, "the setting references is 0"),
+    ],
+)
+def test_settings_that_do_not_fit(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config_from(values)
