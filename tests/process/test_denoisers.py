@@ -13,7 +13,6 @@ from lowvar.process.covariance import BasisDiagonal, Diagonal, Isotropic, LowRan
 from lowvar.process.denoiser import (
     Denoiser,
     Guided,
-    JacobianCovariance,
     NetworkDenoiser,
     Prediction,
     WithCovariance,
@@ -22,6 +21,7 @@ from lowvar.process.denoiser import (
 )
 from lowvar.process.discrete import schedule_from_diffusers
 from lowvar.process.head import Spectrum, covariance_of, head_channels, rank_of
+from lowvar.process.jacobian import JacobianCovariance
 from lowvar.process.matrix import Dense
 from lowvar.process.noise import Independent
 from lowvar.process.posterior import Posterior

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -132,20 +133,31 @@ def test_first_order_step_is_the_kernel() -> None:
 
 INDICES = [999, 800, 700, 450, 300, 199, 120, 40]
 TABLE = schedule_from_diffusers({})
-GRID = (torch.tensor(INDICES, dtype=torch.float64) + 1) / 1000
 
+
+def times_of(indices: Sequence[int]) -> Tensor:
+    return (torch.tensor(indices, dtype=torch.float64) + 1) / 1000
+
+
+GRID = times_of(INDICES)
 
 numpy_warning = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' own, under NumPy 2
 
 
-def peer(name: str, fields: dict, noise: NoiseSource | None = None, generator: torch.Generator | None = None) -> Tensor:
+def peer(
+    name: str,
+    fields: dict,
+    noise: NoiseSource | None = None,
+    generator: torch.Generator | None = None,
+    indices: Sequence[int] = INDICES,
+) -> Tensor:
     """A diffusers scheduler's own `step` on our sigmas in float64, the exact posterior mean as its prediction."""
     import diffusers
 
-    levels = TABLE.at(GRID)
+    levels = TABLE.at(times_of(indices))
     scheduler = getattr(diffusers, name)(prediction_type="sample", lower_order_final=False, **fields)
-    scheduler.num_inference_steps = len(INDICES) - 1
-    scheduler.timesteps, scheduler.sigmas = torch.tensor(INDICES[:-1]), torch.exp(-levels.logsnr / 2)
+    scheduler.num_inference_steps = len(indices) - 1
+    scheduler.timesteps, scheduler.sigmas = torch.tensor(indices[:-1]), torch.exp(-levels.logsnr / 2)
     scheduler._step_index = 0
     x = X
     for k, t in enumerate(scheduler.timesteps):
@@ -177,15 +189,30 @@ def test_unipc_is_diffusers(variant, p: int) -> None:
     torch.testing.assert_close(final(TABLE, UniPC(p, variant), X, GRID), theirs, rtol=0, atol=1e-12)
 
 
+ENDS = [999, 801, 800, 700, 450, 300, 200, 199, 120, 40]
+
+
 @numpy_warning
+@pytest.mark.parametrize("indices", [INDICES, ENDS, [801, 799, 201, 40], [900, 800, 300, 200, 40]], ids=str)
 @pytest.mark.parametrize(("q", "c"), [(1, 2), (2, 2), (2, 3), (3, 4)])
-def test_sa_solver_is_diffusers(q: int, c: int) -> None:
-    """The same draws from one generator; tau = 1 from timestep 800 to 200, as in diffusers' default."""
+def test_sa_solver_is_diffusers(q: int, c: int, indices: list[int]) -> None:
+    """The same draws from one generator; tau = 1 from timestep 800 to 200, the ends included, as by diffusers' default
+    and ours."""
     fields = {"predictor_order": q, "corrector_order": c}
-    theirs = peer("SASolverScheduler", fields, generator=torch.Generator().manual_seed(5))
+    theirs = peer("SASolverScheduler", fields, generator=torch.Generator().manual_seed(5), indices=indices)
     noise = TorchGenerators(torch.Generator().manual_seed(5))
-    ours = SASolver(q, c, 1.0, (0.2005, 0.8015))
-    torch.testing.assert_close(final(TABLE, ours, X, GRID, noise), theirs, rtol=0, atol=1e-12)
+    torch.testing.assert_close(final(TABLE, SASolver(q, c), X, times_of(indices), noise), theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("T", [250, 1000, 4000])
+def test_sa_solver_has_noise_where_diffusers_has(T: int) -> None:
+    """Every timestep of a table, however its time was computed: 200 <= n <= 800."""
+    schedule = schedule_from_diffusers({"num_train_timesteps": T})
+    solver = SASolver(between=(201 / T, min(801 / T, 1.0)))
+    theirs = [200 <= n <= 800 for n in range(T)]
+    for times in (schedule.time_of(torch.arange(T)), torch.linspace(0, 1, T + 1, dtype=torch.float64)[1:]):
+        assert [solver.rho(float(t), 0.1) < 1 for t in times] == theirs
+    assert T != 1000 or solver == SASolver()
 
 
 # --------------------------------------------------------------------------------------------------------------- order

@@ -2,11 +2,12 @@
 
 from lowvar.process.basis import Basis, DCTBasis, MatrixBasis, PixelBasis
 from lowvar.process.covariance import BasisDiagonal, Covariance, Diagonal, Isotropic, LowRankPlusDiagonal
-from lowvar.process.denoiser import Denoiser, Guided, JacobianCovariance, NetworkDenoiser, WithCovariance
+from lowvar.process.denoiser import Denoiser, Guided, NetworkDenoiser, WithCovariance
 from lowvar.process.discrete import DiscreteVP, schedule_from_config, schedule_from_diffusers
 from lowvar.process.dpm_solver_pp import DPMSolverPP
 from lowvar.process.flow import TwinFlow
 from lowvar.process.heun import Heun
+from lowvar.process.jacobian import JacobianCovariance
 from lowvar.process.kernel import Gaussian, ReverseKernel
 from lowvar.process.linear_multistep import LinearMultistep
 from lowvar.process.matrix import Dense, Implicit

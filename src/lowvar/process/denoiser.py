@@ -25,7 +25,6 @@ from torch import Tensor
 
 from lowvar.process.covariance import Covariance
 from lowvar.process.head import HEADS, Head, Spectrum, covariance_of, expand, rank_of
-from lowvar.process.matrix import Implicit
 from lowvar.process.posterior import Posterior
 from lowvar.process.schedule import Level, Schedule
 
@@ -34,7 +33,6 @@ __all__ = [
     "Denoiser",
     "Guided",
     "Head",
-    "JacobianCovariance",
     "NetworkDenoiser",
     "Prediction",
     "WithCovariance",
@@ -248,38 +246,3 @@ class WithCovariance(Denoiser):
         posterior = self.denoiser(x, level)
         posterior = Posterior(posterior.mean, self.model(x, level, posterior), posterior.fraction)
         return posterior if self.clip is None else posterior.clip(self.clip)
-
-
-class JacobianCovariance(Denoiser):
-    """Second-order Tweedie without training: C v = (sigma^2 / alpha) J v with J = d x0_hat / d x by autodiff.
-
-    A learned Jacobian is not symmetric; products use (J + J^T) / 2: one Jacobian-vector and one vector-Jacobian product
-    (counted 1 and 2 evaluations), or J alone with `symmetric=False`. `nfe` counts one root: 1 + 3 k, or 1 + k.
-
-    Args:
-        denoiser: a differentiable denoiser.
-        steps: Lanczos steps of the covariance's root.
-        symmetric: whether to symmetrise.
-    """
-
-    def __init__(self, denoiser: Denoiser, steps: int = 8, symmetric: bool = True) -> None:
-        self.denoiser, self.steps, self.symmetric = denoiser, steps, symmetric
-        self.schedule, self.nfe = denoiser.schedule, denoiser.nfe * (1 + steps * (3 if symmetric else 1))
-
-    def __call__(self, x: Tensor, level: Level) -> Posterior:
-        """See the base class; the covariance's products run the network again."""
-        posterior = self.denoiser(x, level)
-        scale = expand(level.sigma**2 / level.alpha, x)
-
-        def mean(state: Tensor) -> Tensor:
-            return self.denoiser(state, level).mean
-
-        def product(v: Tensor) -> Tensor:
-            v = v.expand(x.shape)
-            forward = torch.func.jvp(mean, (x,), (v,))[1]
-            if not self.symmetric:
-                return scale * forward
-            return scale * (forward + torch.func.vjp(mean, x)[1](v)[0]) / 2
-
-        covariance = Implicit(product, x.shape[1:], self.steps, like=x)
-        return Posterior(posterior.mean, covariance, posterior.fraction)

@@ -6,7 +6,8 @@ redoing the step with the same noise. With two nodes their code replaces p_1 by 
 to UniPC"): `weights="bh1"`; `exact` is the paper's integral. tau = 0 with q = q' = 2 is UniP-2 with UniC-1 (bh1).
 
 tau is piecewise constant: `tau` for steps that begin at a time within `between`, 0 elsewhere (their experiments inject
-noise in the middle of the process only; in diffusers from timestep 800 to 200 of 1000).
+noise in the middle of the process only). The default is diffusers': from timestep 800 to 200 of 1000, both included;
+timestep n of T is the time (n + 1) / T (`lowvar.process.discrete`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from lowvar.process.linear_multistep import LinearMultistep, first_moment, rho_o
 
 __all__ = ["SASolver"]
 
+_ROUNDING = 1e-9
+
 
 @dataclass(frozen=True)
 class SASolver(LinearMultistep):
@@ -28,7 +31,8 @@ class SASolver(LinearMultistep):
         predictor: q, posteriors of the prediction, 1 to 3.
         corrector: q', posteriors of the correction, the new one included; 0 for none, else 2 to 4.
         tau: stochasticity in [0, 1].
-        between: (low, high): steps that begin at a time in it have noise.
+        between: (low, high): steps that begin at a time in it have noise, ends included to 1e-9. diffusers counts
+            timesteps 200 to 800 whatever T is: (201 / T, 801 / T).
         weights: bh1 (as the authors' code) or exact.
         covariance: whether steps of one posterior, and the first, add kappa^2 C (see `linear_multistep`).
 
@@ -43,7 +47,7 @@ class SASolver(LinearMultistep):
     predictor: int = 2
     corrector: int = 2
     tau: float = 1.0
-    between: tuple[float, float] = (0.2, 0.8)
+    between: tuple[float, float] = (0.201, 0.801)
     weights: Literal["bh1", "exact"] = "bh1"
     covariance: bool = False
 
@@ -72,7 +76,8 @@ class SASolver(LinearMultistep):
 
     def rho(self, t: float, h: float) -> float:
         """See the base class."""
-        return rho_of_tau(self.tau if self.between[0] <= t <= self.between[1] else 0.0, h)
+        low, high = self.between
+        return rho_of_tau(self.tau if low - _ROUNDING <= t <= high + _ROUNDING else 0.0, h)
 
     def two_nodes(self, H: float, p: Sequence[float]) -> float:
         """See the base class."""
