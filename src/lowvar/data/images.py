@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowvar.data.columns import Columns
+
 __all__ = ["Data", "Images", "TensorImages"]
 
 
@@ -27,8 +29,8 @@ class Images(ABC):
 
     @property
     @abstractmethod
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one image."""
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of one image, (d,) of one row of a table."""
 
     @property
     def labels(self) -> Tensor | None:
@@ -131,8 +133,10 @@ class Data:
         train: what the network learns from.
         calibration: what tables, the twin and validation losses are fitted and computed on.
         test: held out; every score is computed against all of it.
-        levels: number of grey levels L of the source; the likelihood bin's half-width is 1 / (L - 1).
+        levels: number of grey levels L of the source; the likelihood bin's half-width is 1 / (L - 1). None for a
+            table, whose likelihood is a density.
         fingerprint: 16 hexadecimal digits of content and split; goes into checkpoints and reports.
+        columns: of a table, to read its rows with; None for images.
 
     Raises:
         ValueError: if the splits' shapes differ or `levels` is below 2.
@@ -148,23 +152,24 @@ class Data:
     train: Images
     calibration: Images
     test: Images
-    levels: int
+    levels: int | None
     fingerprint: str
+    columns: Columns | None = None
 
     def __post_init__(self) -> None:
         """Checks that the splits agree."""
         shapes = {self.train.shape, self.calibration.shape, self.test.shape}
         if len(shapes) != 1:
             raise ValueError(f"the splits have different shapes {sorted(shapes)}; give all of them one shape")
-        if self.levels < 2:
+        if self.levels is not None and self.levels < 2:
             raise ValueError(f"levels is {self.levels}; images have at least 2 grey levels")
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one image."""
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of one image, (d,) of one row of a table."""
         return self.train.shape
 
     @property
     def half_width(self) -> float:
-        """Half-width 1 / (levels - 1) of a likelihood bin in [-1, 1]."""
-        return 1.0 / (self.levels - 1)
+        """Half-width 1 / (levels - 1) of a likelihood bin in [-1, 1]; 0 without levels."""
+        return 0.0 if self.levels is None else 1.0 / (self.levels - 1)

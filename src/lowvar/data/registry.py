@@ -1,7 +1,7 @@
 """From the word or path a user gives to a `Data`.
 
-A name (`digits`, `photos`, `photos:32`) is looked up in `NAMES`; anything else is a path: a folder of images, or a
-data set on disk (saved by `datasets`, or a parquet file) with an image column.
+A name (`digits`, `photos`, `photos:32`) is looked up in `NAMES`; anything else is a path: a folder of images, a data
+set on disk (saved by `datasets`, or a parquet file) with an image column, or a table (CSV, TSV or parquet).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lowvar.errors import UserError
 __all__ = ["NAMES", "load"]
 
 NAMES: tuple[str, ...] = ("digits", "photos")
-_TABLES = {".csv", ".tsv", ".txt", ".json", ".jsonl", ".npz", ".npy"}
+_TABLES = {".txt", ".json", ".jsonl", ".npz", ".npy"}
 
 
 def load(name_or_path: str | Path, *, size: int | None = None, seed: int = 0, channels: int | None = None) -> Data:
@@ -22,14 +22,14 @@ def load(name_or_path: str | Path, *, size: int | None = None, seed: int = 0, ch
 
     Args:
         name_or_path: `digits`; `photos` or `photos:SIZE`; the path of a folder of images, of a folder written by
-            `datasets`' `save_to_disk`, or of a parquet file with an image column.
+            `datasets`' `save_to_disk`, of a parquet file with an image column, or of a table (CSV, TSV, parquet).
         size: side in pixels: of a patch (photos), or to scale and crop to (files).
         seed: which photos' patches are drawn, and which files are calibration and test where no sub folders say so.
             The digits' split is fixed.
         channels: 1 (grey) or 3 (colour); None: what the data has.
 
     Returns:
-        `Data` whose splits are disjoint and give float32 (n, C, H, W) in [-1, 1].
+        `Data` whose splits are disjoint and give float32 (n, C, H, W), for a table (n, d), in [-1, 1].
 
     Raises:
         UserError: one sentence, for an unknown name, an unreadable or unsuitable folder or file, or a size or number of
@@ -67,9 +67,17 @@ def _load_path(path: Path, text: str, *, size: int | None, seed: int, channels: 
         from lowvar.data.folder import load_folder
 
         return load_folder(path, size=size, seed=seed, channels=channels)
+    if path.is_file():
+        from lowvar.data.table import is_table, load_table
+
+        if is_table(path):
+            return load_table(path, size=size, seed=seed, channels=channels)
     if path.is_file() and path.suffix.lower() != ".parquet":
-        kind = "a table" if path.suffix.lower() in _TABLES else "a file of a type that is not read"
-        raise UserError(f"{text} is {kind}; give a folder of images or a parquet file with an image column")
+        kind = "a table" if path.suffix.lower() in _TABLES else "a file"
+        raise UserError(
+            f"{text} is {kind} of a type that is not read; give a folder of images, a parquet file with an image "
+            "column, or a table as CSV, TSV or parquet"
+        )
     from lowvar.data.saved import load_saved
 
     return load_saved(path, size=size, seed=seed, channels=channels)

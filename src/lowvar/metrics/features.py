@@ -17,6 +17,8 @@ on nothing but the seed, and are divided by their standard deviation over the tr
 and 300 held-out digits are what there is. Scores of different extractors are not comparable: `Extractor.hash` names the
 weights and stands beside every score.
 
+Rows of a table are their own features: d coordinates.
+
 Source: A. Saxe et al., "On random weights and unsupervised feature learning", ICML 2011.
 """
 
@@ -44,7 +46,7 @@ class ImageSet(Protocol):
     """What metrics need of a split: `lowvar.data.Images` has it."""
 
     @property
-    def shape(self) -> tuple[int, int, int]: ...
+    def shape(self) -> tuple[int, ...]: ...
     @property
     def labels(self) -> Tensor | None: ...
     def __len__(self) -> int: ...
@@ -60,7 +62,7 @@ class DataSet(Protocol):
     @property
     def test(self) -> ImageSet: ...
     @property
-    def shape(self) -> tuple[int, int, int]: ...
+    def shape(self) -> tuple[int, ...]: ...
     @property
     def fingerprint(self) -> str: ...
 
@@ -283,6 +285,8 @@ def random_features(train: ImageSet, *, num_features: int = 64, seed: int = 0) -
 def extractor_for(data: DataSet, *, seed: int = 0, cache: Path | None = None) -> Extractor:
     """The extractor a data set is scored in: a classifier for labelled images up to 16 pixels, else random features.
 
+    Rows of a table are scored in their coordinates.
+
     Args:
         data: the data set; a classifier is trained on its train split.
         seed: of the extractor.
@@ -293,6 +297,8 @@ def extractor_for(data: DataSet, *, seed: int = 0, cache: Path | None = None) ->
         >>> extractor_for(load("photos", size=8)).name
         'random-convolutions'
     """
+    if len(data.shape) == 1:
+        return Extractor("coordinates", nn.Identity(), data.shape[0])
     if data.train.labels is None or max(data.shape[1:]) > 16:
         return random_features(data.train, seed=seed)
     key = (data.fingerprint, seed)
