@@ -16,9 +16,9 @@ from lowvar.train.p2 import P2
 from lowvar.train.pairs import CrossPairs, IndependentSamples, OrthogonalNoise, Pairing, SameImagePairs
 from lowvar.train.records import Record, Saved, Update, Validation
 from lowvar.train.sobol import SobolPoints
+from lowvar.train.stable_target import ReferencePlan, StableInfo, StableTarget, memorisation, reference_noise
 from lowvar.train.strata import proportional_order, strata_order
 from lowvar.train.stratified import stratified_uniforms
-from lowvar.train.stable_target import ReferencePlan, StableInfo, StableTarget, memorisation, reference_noise
 from lowvar.train.targets import PlainTarget, Target
 from lowvar.train.timesteps import LossSecondMomentTimes, TimeDraw, Times, UniformTimes
 from lowvar.train.validation import ValidationLoss, ValidationSet
@@ -45,13 +45,11 @@ __all__ = [
     "OptimalTransport",
     "OrthogonalNoise",
     "Pairing",
-    "PosteriorNLL",
-    "Record",
-    "SameImagePairs",
     "PlainTarget",
     "PosteriorNLL",
     "Record",
     "ReferencePlan",
+    "SameImagePairs",
     "Saved",
     "ScoreMixture",
     "Simple",
@@ -78,11 +76,11 @@ __all__ = [
     "make_references",
     "make_schedule",
     "make_times",
+    "memorisation",
     "nearest_noise",
     "optimal_transport",
     "proportional_order",
+    "reference_noise",
     "strata_order",
     "stratified_uniforms",
-    "memorisation",
-    "reference_noise",
 ]
