@@ -36,14 +36,30 @@ from lowvar.process.denoiser import NetworkDenoiser
 from lowvar.process.discrete import schedule_from_diffusers
 from lowvar.process.noise import Independent
 from lowvar.process.schedule import VE, Flow, Schedule
-from lowvar.train import DrawPlan, LognormalTimes, NetworkConfig, Objective, Simple, UniformTimes, build_network
+from lowvar.train import (
+    CrossPairs,
+    DrawPlan,
+    LognormalTimes,
+    LossSecondMomentTimes,
+    NetworkConfig,
+    Objective,
+    OrthogonalNoise,
+    PlainTarget,
+    ReferencePlan,
+    SameImagePairs,
+    Simple,
+    SobolPoints,
+    UniformTimes,
+    build_network,
+    reference_noise,
+)
 from lowvar.train.timesteps import Times
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path(os.environ.get("LOWVAR_BENCHMARKS", ROOT / "build" / "benchmarks")) / "training"
 RESULTS, TABLE = ROOT / "benchmarks" / "results" / "training.json", ROOT / "docs" / "results" / "training.md"
 
-BATCH, REPLICATES, PILOT = 64, 64, 40
+BATCH, REPLICATES = 64, 64
 MOMENTS = {"start": 50, "middle": 500, "end": 2000}
 
 
@@ -141,7 +157,7 @@ class Method:
     Attributes:
         plan: further arguments of `DrawPlan`.
         times: importance-sampled times: learned on a pilot, or None for the cell's own.
-        stable: whether x_0 in the target is the stable target's.
+        stable: whether x_0 in the target is the stable target's, over at most 2,048 images.
     """
 
     plan: dict[str, Any]
@@ -149,7 +165,22 @@ class Method:
     stable: bool = False
 
 
-METHODS: dict[str, Method] = {"plain": Method({})}
+SAME, CROSS, STABLE = {"pairing": SameImagePairs()}, {"pairing": CrossPairs()}, {"stable": True}
+METHODS: dict[str, Method] = {
+    "plain": Method({}),
+    "stratified": Method({"stratified": True}),
+    "same-image pairs": Method(SAME),
+    "cross pairs": Method(CROSS),
+    "orthogonal noise": Method({"pairing": OrthogonalNoise(4)}),
+    "sobol": Method({"pairing": SobolPoints(BATCH)}),
+    "importance": Method({}, times="loss"),
+    "stable target": Method({}, **STABLE),
+    "cross + stratified": Method(CROSS | {"stratified": True}),
+    "stable + cross + stratified": Method(CROSS | {"stratified": True}, **STABLE),
+    "stable + same + stratified": Method(SAME | {"stratified": True}, **STABLE),
+    "importance + cross + stratified": Method(CROSS | {"stratified": True}, times="loss"),
+    "importance + stable + cross + stratified": Method(CROSS | {"stratified": True}, times="loss", **STABLE),
+}
 
 
 def batches(cell: Cell, denoiser: NetworkDenoiser, method: Method, learned: dict[str, Times]) -> Batch:
@@ -158,10 +189,12 @@ def batches(cell: Cell, denoiser: NetworkDenoiser, method: Method, learned: dict
     times = times_of(cell, denoiser.schedule) if method.times is None else learned[method.times]
     plan = DrawPlan(data.train, denoiser.schedule, BATCH, 1, Independent(1), **method.plan)
     objective = Objective(Simple())
+    references = ReferencePlan(data.train, 2048, reference_noise(1)) if method.stable else None
 
     def loss(r: int) -> Tensor:
         draws = plan.draws(1000 + r, times)
-        losses = objective.losses(denoiser, draws.x0, draws.eps, draws.level)
+        target = PlainTarget() if references is None else references.target(1000 + r)
+        losses = objective.losses(denoiser, draws.x0, draws.eps, draws.level, target)
         return (draws.weight.to(losses.loss) * losses.loss).mean()
 
     return loss
@@ -200,8 +233,8 @@ def run_cell(cell: Cell, moment: str, only: str) -> dict[str, Any]:
     """Every method of one cell."""
     network = network_at(cell, moment)
     denoiser = NetworkDenoiser(network, schedule_of(cell), cell.prediction)  # type: ignore[arg-type]
-    learned = learn_times(cell, denoiser, network)
-    chosen = {k: m for k, m in METHODS.items() if k == "plain" or only in k}
+    learned = learn_times(cell, denoiser)
+    chosen = {k: m for k, m in METHODS.items() if m.times in (None, *learned) and (k == "plain" or only in k)}
     losses = {k: batches(cell, denoiser, m, learned) for k, m in chosen.items()}
     gradients: dict[str, list[Tensor]] = {k: [] for k in chosen}
     seconds: dict[str, list[float]] = {k: [] for k in chosen}
@@ -233,10 +266,18 @@ def run_cell(cell: Cell, moment: str, only: str) -> dict[str, Any]:
     return {"cell": cell.name, "moment": moment, "batch": BATCH, "replicates": REPLICATES, "rows": rows}
 
 
-def learn_times(cell: Cell, denoiser: NetworkDenoiser, network: nn.Module) -> dict[str, Times]:
-    """Importance-sampled times from a pilot's draws, which no replicate shares."""
-    del cell, denoiser, network
-    return {}
+def learn_times(cell: Cell, denoiser: NetworkDenoiser) -> dict[str, Times]:
+    """Importance-sampled times from a pilot's losses, of which no replicate knows; none for continuous times yet."""
+    if cell.process != "vp":
+        return {}
+    data, times = data_of(cell.data), LossSecondMomentTimes(1000)
+    plan = DrawPlan(data.train, denoiser.schedule, 1000, 2, Independent(2), stratified=True)
+    with torch.no_grad():
+        for update in range(10):
+            draws = plan.draws(update, UniformTimes(1000))
+            losses = Objective(Simple()).losses(denoiser, draws.x0, draws.eps, draws.level)
+            times = times.updated(draws.bin, losses.loss)
+    return {"loss": times}
 
 
 # --------------------------------------------------------------------------------------------------------------- report
