@@ -147,7 +147,7 @@ def test_lognormal_quantiles() -> None:
     assert torch.allclose(log_sigma[1:4], -1.2 + 1.2 * torch.special.ndtri(u[1:4]), atol=1e-9)
     assert float(drawn.t[0]) == schedule.t_min
     assert bool((drawn.t <= 1).all())
-    assert LognormalTimes.label == "changes the objective"
+    assert LognormalTimes(schedule).label == "changes the objective"
 
 
 def test_parameters_out_of_range() -> None:

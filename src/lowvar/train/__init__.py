@@ -1,19 +1,32 @@
 """Learning the reverse process: draw plans, objectives, training times, networks, the loop."""
 
-from lowvar.train.config import TrainConfig, config_from, make_objective, make_references, make_schedule, make_times
+from lowvar.train.config import (
+    TrainConfig,
+    config_from,
+    make_objective,
+    make_plan,
+    make_references,
+    make_schedule,
+    make_times,
+)
 from lowvar.train.draws import DrawPlan, Draws
 from lowvar.train.edm import EDM, LognormalTimes
+from lowvar.train.entropy_rate import EntropyRateTimes
+from lowvar.train.gradient_norm import GradientNormTimes
 from lowvar.train.hybrid import HybridVLB
 from lowvar.train.immiscible import Immiscible, nearest_noise
 from lowvar.train.known_posterior import KnownPosterior, ScoreMixture, clean_score_weight
+from lowvar.train.logit_normal import LogitNormalTimes
 from lowvar.train.loop import Fitted, NonFiniteError, Trainer, fit
 from lowvar.train.minsnr import MinSNR
+from lowvar.train.mode import ModeTimes
 from lowvar.train.networks import NetworkConfig, build_network
 from lowvar.train.nll import PosteriorNLL
 from lowvar.train.objectives import LikelihoodOnly, Losses, Objective, Simple, VarianceTerm, Weighting
 from lowvar.train.optimal_transport import OptimalTransport, optimal_transport
 from lowvar.train.p2 import P2
 from lowvar.train.pairs import CrossPairs, IndependentSamples, OrthogonalNoise, Pairing, SameImagePairs
+from lowvar.train.piecewise import RunningMeans, continuous, floored, piecewise_times
 from lowvar.train.records import Record, Saved, Update, Validation
 from lowvar.train.sobol import SobolPoints
 from lowvar.train.stable_target import ReferencePlan, StableInfo, StableTarget, memorisation, reference_noise
@@ -29,16 +42,20 @@ __all__ = [
     "CrossPairs",
     "DrawPlan",
     "Draws",
+    "EntropyRateTimes",
     "Fitted",
+    "GradientNormTimes",
     "HybridVLB",
     "Immiscible",
     "IndependentSamples",
     "KnownPosterior",
     "LikelihoodOnly",
+    "LogitNormalTimes",
     "LognormalTimes",
     "LossSecondMomentTimes",
     "Losses",
     "MinSNR",
+    "ModeTimes",
     "NetworkConfig",
     "NonFiniteError",
     "Objective",
@@ -49,6 +66,7 @@ __all__ = [
     "PosteriorNLL",
     "Record",
     "ReferencePlan",
+    "RunningMeans",
     "SameImagePairs",
     "Saved",
     "ScoreMixture",
@@ -71,14 +89,18 @@ __all__ = [
     "build_network",
     "clean_score_weight",
     "config_from",
+    "continuous",
     "fit",
+    "floored",
     "make_objective",
+    "make_plan",
     "make_references",
     "make_schedule",
     "make_times",
     "memorisation",
     "nearest_noise",
     "optimal_transport",
+    "piecewise_times",
     "proportional_order",
     "reference_noise",
     "strata_order",

@@ -13,25 +13,50 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
+from torch import Tensor
 
 from lowvar.errors import UserError
 from lowvar.process.discrete import DiscreteVP, schedule_from_diffusers
 from lowvar.process.head import MAX_RANK, Head
 from lowvar.process.schedule import Schedule
-from lowvar.train.draws import ImageSource
+from lowvar.train.draws import DrawPlan, ImageSource
 from lowvar.train.edm import EDM, LognormalTimes
+from lowvar.train.entropy_rate import EntropyRateTimes
+from lowvar.train.gradient_norm import GradientNormTimes
 from lowvar.train.hybrid import HybridVLB
+from lowvar.train.immiscible import Immiscible
+from lowvar.train.logit_normal import LogitNormalTimes
 from lowvar.train.minsnr import MinSNR
+from lowvar.train.mode import ModeTimes
 from lowvar.train.networks import NetworkConfig
 from lowvar.train.nll import PosteriorNLL
 from lowvar.train.objectives import LikelihoodOnly, Objective, Simple, VarianceTerm, Weighting
+from lowvar.train.optimal_transport import OptimalTransport
 from lowvar.train.p2 import P2
+from lowvar.train.pairs import CrossPairs, IndependentSamples, OrthogonalNoise, Pairing, SameImagePairs
+from lowvar.train.sobol import SobolPoints
 from lowvar.train.stable_target import ReferencePlan, reference_noise
 from lowvar.train.timesteps import LossSecondMomentTimes, Times, UniformTimes
 
-__all__ = ["TrainConfig", "config_from", "make_objective", "make_references", "make_schedule", "make_times"]
+__all__ = [
+    "TrainConfig",
+    "config_from",
+    "make_objective",
+    "make_plan",
+    "make_references",
+    "make_schedule",
+    "make_times",
+]
 
 _REFERENCES = 1024
+ORTHOGONAL = 4  # samples of a group of orthogonal noises
+WEIGHTINGS: dict[str, Weighting] = {
+    "simple": Simple(),
+    "min-snr": MinSNR(),
+    "p2": P2(),
+    "edm": EDM(),
+    "none": LikelihoodOnly(),
+}
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -57,7 +82,17 @@ class TrainConfig:
         detach_mean: whether the head's term leaves the mean's gradient alone; if not, it trains the mean too.
         weighting: of the squared error by noise level; `none` leaves it out, so that the head's term is the loss (with
             `detach_mean` false).
-        times: density of training times.
+        times: density of training times: `uniform`; learned, with weights that leave the objective as it is:
+            `loss-second-moment`, `gradient-norm` (one gradient of one sample more an update), `entropy-rate`; or of a
+            given form: `lognormal`, `logit-normal`, `mode`, which change the objective unless `times_weighted`.
+        times_weighted: whether weights make times of a given form unbiased.
+        stratified: whether the times of a batch are stratified.
+        pairing: how the samples of a batch depend on each other (`lowvar.train.pairs`, `sobol`): `independent`; `same`,
+            pairs of one image and time with noise and its negative; `cross`, such pairs with two images; `orthogonal`,
+            groups of 4 orthogonal noises; `sobol`, times and noises from one net a batch. All are unbiased.
+        coupling: what chooses the noises by the images: `none`, `optimal-transport` within the batch, or `immiscible`,
+            the nearest of 8 noises. Both change the objective.
+        strata: whether every batch holds the data's classes in proportion (`class`), or not (`none`).
         target: from which clean image the thing to predict is made: `plain`, the one that was drawn, or `stable`, the
             mean over a reference set with the drawn one in it (the same expected gradient; the training loss reads
             lower).
@@ -92,7 +127,14 @@ class TrainConfig:
     head_weight: Annotated[float, Field(gt=0)] | None = None
     detach_mean: bool = True
     weighting: Literal["simple", "min-snr", "p2", "edm", "none"] = "simple"
-    times: Literal["uniform", "loss-second-moment", "lognormal"] = "uniform"
+    times: Literal[
+        "uniform", "loss-second-moment", "gradient-norm", "entropy-rate", "lognormal", "logit-normal", "mode"
+    ] = "uniform"
+    times_weighted: bool = False
+    stratified: bool = False
+    pairing: Literal["independent", "same", "cross", "orthogonal", "sobol"] = "independent"
+    coupling: Literal["none", "optimal-transport", "immiscible"] = "none"
+    strata: Literal["none", "class"] = "none"
     target: Literal["plain", "stable"] = "plain"
     references: Annotated[int, Field(ge=1)] | None = None
     beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear", "sigmoid"] = "squaredcos_cap_v2"
@@ -130,6 +172,33 @@ class TrainConfig:
             raise ValueError(
                 "weighting none leaves the squared error out, so that the head's term must train the mean: give a head "
                 "and detach_mean: false with it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _draws_fit_together(self) -> Self:
+        """Refuses parts of a draw plan that exclude each other."""
+        if self.times_weighted and self.times not in ("lognormal", "logit-normal", "mode"):
+            raise ValueError(
+                f"times_weighted is a setting of times lognormal, logit-normal and mode, and times is {self.times}, "
+                "which is unbiased already; leave it out"
+            )
+        if self.times == "entropy-rate" and self.weighting == "none":
+            raise ValueError(
+                "times entropy-rate reads the squared error off the losses, and weighting none leaves it out; give "
+                "another weighting or other times"
+            )
+        if self.stratified and self.pairing == "sobol":
+            raise ValueError("pairing sobol stratifies the times already; leave stratified out")
+        if self.coupling != "none" and self.pairing != "independent":
+            raise ValueError(
+                f"coupling {self.coupling} chooses noises that pairing {self.pairing} has paired; give one of them"
+            )
+        size = {"same": 2, "cross": 2, "orthogonal": ORTHOGONAL}.get(self.pairing, 1)
+        if self.batch_size % size:
+            raise ValueError(
+                f"batch_size is {self.batch_size} and pairing {self.pairing} makes groups of {size} samples; give a "
+                "multiple of it"
             )
         return self
 
@@ -194,13 +263,6 @@ def make_schedule(config: TrainConfig) -> DiscreteVP:
 
 def make_objective(config: TrainConfig, levels: int | None = 256) -> Objective:
     """The objective; `levels` are the data's grey levels, for the likelihood bins of the hybrid loss."""
-    weightings: dict[str, Weighting] = {
-        "simple": Simple(),
-        "min-snr": MinSNR(),
-        "p2": P2(),
-        "edm": EDM(),
-        "none": LikelihoodOnly(),
-    }
     weight = config.head_weight
     term: VarianceTerm | None = None
     if config.head != "none":
@@ -209,16 +271,56 @@ def make_objective(config: TrainConfig, levels: int | None = 256) -> Objective:
             term = HybridVLB(0.001 if weight is None else weight, levels)
         else:
             term = PosteriorNLL(0.01 if weight is None else weight)
-    return Objective(weightings[config.weighting], term, config.detach_mean)
+    return Objective(WEIGHTINGS[config.weighting], term, config.detach_mean)
 
 
 def make_times(config: TrainConfig, schedule: Schedule) -> Times:
     """The density of training times."""
+    plain, weighted = UniformTimes(config.train_timesteps), config.times_weighted
     if config.times == "uniform":
-        return UniformTimes(config.train_timesteps)
+        return plain
     if config.times == "loss-second-moment":
         return LossSecondMomentTimes(config.train_timesteps)
-    return LognormalTimes(schedule)
+    if config.times == "gradient-norm":
+        return GradientNormTimes(plain)
+    if config.times == "entropy-rate":
+        return EntropyRateTimes(schedule, config.prediction, WEIGHTINGS[config.weighting], plain)
+    if config.times == "logit-normal":
+        return LogitNormalTimes(weighted=weighted, plain=plain)
+    if config.times == "mode":
+        return ModeTimes(weighted=weighted, plain=plain)
+    return LognormalTimes(schedule, weighted=weighted, plain=plain)
+
+
+def make_plan(config: TrainConfig, images: ImageSource, schedule: Schedule) -> DrawPlan:
+    """The draw plan.
+
+    Raises:
+        UserError: if strata are asked for and the data have no classes.
+    """
+    pairings: dict[str, Pairing] = {
+        "independent": IndependentSamples(),
+        "same": SameImagePairs(),
+        "cross": CrossPairs(),
+        "orthogonal": OrthogonalNoise(ORTHOGONAL),
+        "sobol": SobolPoints(config.batch_size),
+    }
+    couplings = {"none": None, "optimal-transport": OptimalTransport(), "immiscible": Immiscible()}
+    labels: Tensor | None = None
+    if config.strata == "class":
+        labels = getattr(images, "labels", None)
+        if labels is None:
+            raise UserError("strata is class, but the data have no classes; leave strata out or give labelled data")
+    return DrawPlan(
+        images,
+        schedule,
+        config.batch_size,
+        config.seed,
+        pairing=pairings[config.pairing],
+        stratified=config.stratified,
+        coupling=couplings[config.coupling],
+        labels=labels,
+    )
 
 
 def make_references(config: TrainConfig, images: ImageSource) -> ReferencePlan | None:

@@ -6,14 +6,15 @@ With s = sigma / alpha the noise level of y = x_t / alpha and sd the standard de
     noise       log s ~ N(P_mean, P_std^2),  P_mean = -1.2, P_std = 1.2
 
 lambda makes the loss of the raw network F a plain squared error at every level, so it equals `Simple` for
-`prediction="edm"`. The noise distribution comes without weights: both change the objective. For other training
-densities see `timesteps`.
+`prediction="edm"`. The noise distribution comes without weights: both change the objective. With `weighted` the law's
+probabilities of K bins of the time axis, with a uniform share, are a density of uniform times with weights, and the
+objective is left as it is (see `piecewise`). For other training densities see `timesteps`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -22,7 +23,8 @@ from torch import Tensor
 from lowvar.process.denoiser import Prediction
 from lowvar.process.schedule import Schedule
 from lowvar.train.objectives import Label, Weighting, log_error_factor
-from lowvar.train.timesteps import TimeDraw, Times
+from lowvar.train.piecewise import continuous, floored, piecewise_times
+from lowvar.train.timesteps import TimeDraw, Times, UniformTimes
 
 __all__ = ["EDM", "LognormalTimes"]
 
@@ -59,6 +61,13 @@ class LognormalTimes(Times):
     Args:
         schedule: the schedule.
         mean, std: of log(sigma / alpha).
+        weighted: whether weights make it unbiased for the times `plain`.
+        uniform: m of the weighted density; weights are at most 1 / m.
+        plain: the times that are weighted for: a table's, or continuous ones.
+        bins: K of the weighted density.
+
+    Raises:
+        ValueError: for parameters out of range.
 
     Example:
         >>> from lowvar.process import CosineVP, Independent
@@ -70,15 +79,34 @@ class LognormalTimes(Times):
     schedule: Schedule
     mean: float = -1.2
     std: float = 1.2
-    label: ClassVar[Label] = "changes the objective"
+    weighted: bool = False
+    uniform: float = 0.1
+    plain: UniformTimes = field(default_factory=continuous)
+    bins: int = 256
 
     def __post_init__(self) -> None:
-        """Refuses a spread that is not positive."""
+        """Refuses parameters out of range."""
         if self.std <= 0:
             raise ValueError(f"std is {self.std}; give a number above 0")
+        if not 0 < self.uniform <= 1 or self.bins < 1:
+            raise ValueError(f"uniform is {self.uniform}, bins {self.bins}; need uniform in (0, 1] and at least 1 bin")
+
+    @property
+    def label(self) -> Label:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """`unbiased` with weights."""
+        return "unbiased" if self.weighted else "changes the objective"
+
+    def probabilities(self) -> Tensor:
+        """q of the weighted density, (K,) float64; what the schedule does not reach goes to the end bins."""
+        v = torch.linspace(0, 1, self.bins + 1, dtype=torch.float64)[1:-1]
+        t = v if self.plain.steps is not None else self.plain.t_min + (1 - self.plain.t_min) * v
+        inner = torch.special.ndtr((-self.schedule.logsnr(t) / 2 - self.mean) / self.std)
+        return floored(torch.cat([torch.zeros(1), inner, torch.ones(1)]).diff(), self.uniform)
 
     def at(self, u: Tensor) -> TimeDraw:
         """See the base class."""
+        if self.weighted:
+            return piecewise_times(self.probabilities(), self.plain, u)
         logsnr = -2 * (self.mean + self.std * torch.special.ndtri(u.double()))
         low, high = float(self.schedule.logsnr(1.0)), float(self.schedule.logsnr(self.schedule.t_min))
         t = self.schedule.time(logsnr.clamp(low, high)).clamp_min(self.schedule.t_min)

@@ -30,8 +30,8 @@ from lowvar.errors import UserError
 from lowvar.process.denoiser import NetworkDenoiser
 from lowvar.process.schedule import Schedule
 from lowvar.train import checkpoints
-from lowvar.train.config import TrainConfig, make_objective, make_references, make_schedule, make_times
-from lowvar.train.draws import DrawPlan, Draws, ImageSource
+from lowvar.train.config import TrainConfig, make_objective, make_plan, make_references, make_schedule, make_times
+from lowvar.train.draws import Draws, ImageSource
 from lowvar.train.networks import build_network
 from lowvar.train.objectives import Losses, Objective
 from lowvar.train.records import Record, Saved, Update, Validation
@@ -125,8 +125,14 @@ class Trainer:
         self.schedule = make_schedule(config)
         self.objective: Objective = make_objective(config, data.levels)
         self.times = make_times(config, self.schedule)
-        self.plan = DrawPlan(data.train, self.schedule, config.batch_size, config.seed)
+        self.plan = make_plan(config, data.train, self.schedule)
         self.references = make_references(config, data.train)
+        size = 1 if self.plan.pairing.splits else self.plan.pairing.size
+        if config.batch_size % (parts * size):
+            raise UserError(
+                f"batch_size {config.batch_size} among {parts} processes would split the groups of {size} samples of "
+                f"pairing {config.pairing}; give a multiple of {parts * size}"
+            )
         self.validation = ValidationSet(data.calibration, self.schedule, UniformTimes(config.train_timesteps))
         self.spectrum = None if config.head_basis is None else make_spectrum(data, config.head_basis)
         if self.spectrum is not None and parts > 1:  # eigenvectors may differ between machines
@@ -169,6 +175,7 @@ class Trainer:
                 losses = self.objective.losses(self._denoiser, draws.x0, draws.eps, draws.level, target)
         else:
             losses = self.objective.losses(self._denoiser, draws.x0, draws.eps, draws.level, target)
+        probe = self._probe(draws) if self.times.learns_from == "squared gradient norms" else None
         loss = (draws.weight.to(losses.loss) * losses.loss).mean()
         mean = float(_summed(a, loss.detach().double())) / a.num_processes
         if not math.isfinite(mean):
@@ -180,10 +187,31 @@ class Trainer:
         self._optimizer.zero_grad()
         self._scheduler.step()
         self._ema.step(self._network.parameters())
-        if self.times.state():
+        if probe is not None:
+            self.times = self.times.updated(*probe) if bool(torch.isfinite(probe[1]).all()) else self.times
+        elif self.times.state():
             self.times = self.times.updated(*_gathered(a, draws.bin, losses.loss))
         self.update += 1
         return Update(self.update, mean, norm, lr)
+
+    def _probe(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Bin and squared gradient norm of one sample's unweighted loss, sample u mod B of the batch."""
+        a, count = self.accelerator, len(draws.number)
+        place = self.update % self.config.batch_size - a.process_index * count
+        found = torch.zeros(2, dtype=torch.float64)
+        if 0 <= place < count:
+            one = slice(place, place + 1)
+            network = a.unwrap_model(self._network)  # without the hooks that would average gradients
+            with torch.random.fork_rng(devices=[a.device] if a.device.type == "cuda" else []), a.autocast():
+                torch.manual_seed(hash((self.config.seed, self.update, -1)))
+                denoiser = self._as_denoiser(network)
+                losses = self.objective.losses(denoiser, draws.x0[one], draws.eps[one], draws.level[one])
+            weights = [p for p in network.parameters() if p.requires_grad]
+            gradient = torch.autograd.grad(losses.loss.sum(), weights, allow_unused=True)
+            square = sum(float((g.double() ** 2).sum()) for g in gradient if g is not None)
+            found = torch.tensor([float(draws.bin[place]), square], dtype=torch.float64)
+        found = _summed(a, found)
+        return found[:1].long(), found[1:]
 
     def _clip(self) -> float:
         a = self.accelerator
@@ -311,8 +339,19 @@ class Trainer:
             self._truncate_metrics()
             return
         own = json.loads(json.dumps(self._identity()))
-        added = {"rank": None, "basis": None, "head_loss": None, "detach_mean": True}  # later than some checkpoints
-        added |= {"target": "plain", "references": None}
+        added = {  # later than some checkpoints
+            "rank": None,
+            "basis": None,
+            "head_loss": None,
+            "detach_mean": True,
+            "times_weighted": False,
+            "stratified": False,
+            "pairing": "independent",
+            "coupling": "none",
+            "strata": "none",
+            "target": "plain",
+            "references": None,
+        }
         saved = added | kept.state["identity"]
         other = sorted(k for k in own.keys() | saved.keys() if own.get(k) != saved.get(k))
         if other:

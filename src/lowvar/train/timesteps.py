@@ -19,7 +19,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -27,7 +27,9 @@ from torch import Tensor
 from lowvar.process.noise import NoiseSource
 from lowvar.train.objectives import Label
 
-__all__ = ["LossSecondMomentTimes", "TimeDraw", "Times", "UniformTimes"]
+__all__ = ["Learns", "LossSecondMomentTimes", "TimeDraw", "Times", "UniformTimes"]
+
+Learns = Literal["losses", "squared gradient norms"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Times(ABC):
     """A density of training times with the weights that go with it."""
 
     label: ClassVar[Label]
+    learns_from: ClassVar[Learns] = "losses"  # what `updated` is to be given, where there is a state
 
     @abstractmethod
     def at(self, u: Tensor) -> TimeDraw:

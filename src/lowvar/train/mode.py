@@ -1,0 +1,92 @@
+r"""Times with a mode in the middle and tails that do not vanish (Esser et al. 2024, Eq. 20).
+
+    v = u - s (sin^2(pi u / 2) - u),    -1 <= s <= 2 / (pi - 2),    t = T(v) as for uniform v (`UniformTimes`)
+
+(their formula at 1 - u, so that v increases). s > 0 favours the middle, s < 0 the ends, s = 0 is uniform. Without
+weights this changes the objective; with `weighted` see `piecewise`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lowvar.train.objectives import Label
+from lowvar.train.piecewise import continuous, floored, piecewise_times
+from lowvar.train.timesteps import TimeDraw, Times, UniformTimes
+
+__all__ = ["ModeTimes"]
+
+
+@dataclass(frozen=True)
+class ModeTimes(Times):
+    """Times with heavy tails and a mode.
+
+    Args:
+        scale: s.
+        weighted: whether weights make it unbiased.
+        uniform: m of the weighted density; weights are at most 1 / m.
+        plain: what uniform numbers become: a table's times, or continuous ones.
+        bins: K of the weighted density.
+
+    Raises:
+        ValueError: for parameters out of range.
+
+    Example:
+        >>> ModeTimes(1.29).at(torch.tensor([0.25, 0.5, 0.75])).t.round(decimals=3).tolist()
+        [0.384, 0.501, 0.617]
+    """
+
+    scale: float = 1.29
+    weighted: bool = False
+    uniform: float = 0.1
+    plain: UniformTimes = field(default_factory=continuous)
+    bins: int = 256
+
+    def __post_init__(self) -> None:
+        """Refuses parameters out of range."""
+        if not -1 <= self.scale <= 2 / (math.pi - 2):
+            raise ValueError(f"scale is {self.scale}; give a number in [-1, 2 / (pi - 2)] = [-1, 1.7519]")
+        if not 0 < self.uniform <= 1 or self.bins < 1:
+            raise ValueError(f"uniform is {self.uniform}, bins {self.bins}; need uniform in (0, 1] and at least 1 bin")
+
+    @property
+    def label(self) -> Label:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """`unbiased` with weights."""
+        return "unbiased" if self.weighted else "changes the objective"
+
+    def _v(self, u: Tensor) -> Tensor:
+        return (u - self.scale * (torch.sin(math.pi / 2 * u) ** 2 - u)).clamp(0, 1)
+
+    def probabilities(self) -> Tensor:
+        """q of the weighted density, (K,) float64: the cdf at the bins' edges, by bisection."""
+        edges = torch.linspace(0, 1, self.bins + 1, dtype=torch.float64)
+        low, high = torch.zeros_like(edges), torch.ones_like(edges)
+        for _ in range(53):
+            middle = (low + high) / 2
+            below = self._v(middle) < edges
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        cdf = torch.cat([torch.zeros(1).double(), high[1:-1], torch.ones(1).double()])
+        return floored(cdf.diff().clamp_min(0), self.uniform)
+
+    def at(self, u: Tensor) -> TimeDraw:
+        """See the base class."""
+        if self.weighted:
+            return piecewise_times(self.probabilities(), self.plain, u)
+        return self.plain.at(self._v(u.double()).clamp_max(1 - 2.0**-53))
+
+    def updated(self, bins: Tensor, losses: Tensor) -> ModeTimes:
+        """See the base class."""
+        return self
+
+    def state(self) -> dict[str, Tensor]:
+        """See the base class."""
+        return {}
+
+    def restored(self, state: Mapping[str, Tensor]) -> ModeTimes:
+        """See the base class."""
+        return self
