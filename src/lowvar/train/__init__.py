@@ -5,6 +5,7 @@ from lowvar.train.draws import DrawPlan, Draws
 from lowvar.train.edm import EDM, LognormalTimes
 from lowvar.train.hybrid import HybridVLB
 from lowvar.train.known_posterior import KnownPosterior, ScoreMixture, clean_score_weight
+from lowvar.train.linear_variate import LinearControl, linear_variate
 from lowvar.train.loop import Fitted, NonFiniteError, Trainer, fit
 from lowvar.train.minsnr import MinSNR
 from lowvar.train.networks import NetworkConfig, build_network
@@ -26,6 +27,7 @@ __all__ = [
     "HybridVLB",
     "KnownPosterior",
     "LikelihoodOnly",
+    "LinearControl",
     "LognormalTimes",
     "LossSecondMomentTimes",
     "Losses",
@@ -58,6 +60,7 @@ __all__ = [
     "clean_score_weight",
     "config_from",
     "fit",
+    "linear_variate",
     "make_objective",
     "make_references",
     "make_schedule",
