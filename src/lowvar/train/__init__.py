@@ -15,6 +15,7 @@ from lowvar.train.p2 import P2
 from lowvar.train.records import Record, Saved, Update, Validation
 from lowvar.train.stable_target import ReferencePlan, StableInfo, StableTarget, memorisation, reference_noise
 from lowvar.train.targets import PlainTarget, Target
+from lowvar.train.taylor import taylor_variate
 from lowvar.train.timesteps import LossSecondMomentTimes, TimeDraw, Times, UniformTimes
 from lowvar.train.validation import ValidationLoss, ValidationSet
 
@@ -67,4 +68,5 @@ __all__ = [
     "make_times",
     "memorisation",
     "reference_noise",
+    "taylor_variate",
 ]
