@@ -17,6 +17,7 @@ from lowvar.train.hybrid import HybridVLB
 from lowvar.train.immiscible import Immiscible, nearest_noise
 from lowvar.train.known_posterior import KnownPosterior, ScoreMixture, clean_score_weight
 from lowvar.train.logit_normal import LogitNormalTimes
+from lowvar.train.linear_variate import LinearControl, linear_variate
 from lowvar.train.loop import Fitted, NonFiniteError, Trainer, fit
 from lowvar.train.minsnr import MinSNR
 from lowvar.train.mode import ModeTimes
@@ -33,6 +34,7 @@ from lowvar.train.stable_target import ReferencePlan, StableInfo, StableTarget, 
 from lowvar.train.strata import proportional_order, strata_order
 from lowvar.train.stratified import stratified_uniforms
 from lowvar.train.targets import PlainTarget, Target
+from lowvar.train.taylor import taylor_variate
 from lowvar.train.timesteps import LossSecondMomentTimes, TimeDraw, Times, UniformTimes
 from lowvar.train.validation import ValidationLoss, ValidationSet
 
@@ -51,6 +53,7 @@ __all__ = [
     "KnownPosterior",
     "LikelihoodOnly",
     "LogitNormalTimes",
+    "LinearControl",
     "LognormalTimes",
     "LossSecondMomentTimes",
     "Losses",
@@ -92,6 +95,7 @@ __all__ = [
     "continuous",
     "fit",
     "floored",
+    "linear_variate",
     "make_objective",
     "make_plan",
     "make_references",
@@ -105,4 +109,5 @@ __all__ = [
     "reference_noise",
     "strata_order",
     "stratified_uniforms",
+    "taylor_variate",
 ]
