@@ -42,6 +42,7 @@ ABOUT = {
     "adams-ode": "deterministic, predictor-corrector",
     "dpmpp-2m": "deterministic, DPM-Solver++(2M)",
     "twin-ode": "deterministic, predictor-corrector on the twin's remainder, DCT x colour",
+    "twin-flow": "deterministic, flow of the mixture twin (one component) and its frozen remainder, DCT x colour",
     "noise alone": "the draw of a step's noise, for scale",
 }
 

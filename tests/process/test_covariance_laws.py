@@ -147,6 +147,26 @@ def test_hutchinson_is_exact_in_the_mean() -> None:
     torch.testing.assert_close(estimate, torch.trace(S)[None], atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(3, 4, 5), (1, 4, 4), (3, 4, 1), (2, 3, 2, 4), (5,), (1, 1)], ids=str)
+@pytest.mark.parametrize("with_spare", [True, False])
+def test_accumulate_is_the_inverse_added(shape: tuple[int, ...], with_spare: bool) -> None:
+    """Whatever axes have length 1; a buffer of nan leaves nothing behind; other memory formats, and gradients."""
+    basis = DCTBasis(shape)
+    c, out = (Independent(s).normal(range(3), shape, dtype=torch.float64) for s in (1, 2))
+    expected = out + basis.inverse(c)
+    spare = torch.full_like(c, torch.nan) if with_spare else None
+    for contiguous in (True, False):
+        target = out.clone() if contiguous else out.clone().movedim(1, -1).contiguous().movedim(-1, 1)
+        found = basis.accumulate(target, c.clone(), spare)
+        assert found is target
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    for other in (PixelBasis(shape), MatrixBasis(rotation(c[0].numel(), 3), shape)):
+        torch.testing.assert_close(other.accumulate(out.clone(), c, spare), out + other.inverse(c), rtol=0, atol=1e-13)
+    x = c.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad((basis.accumulate(out.clone(), x * 1.0, spare) * out).sum(), x)
+    torch.testing.assert_close(gradient, basis.forward(out), rtol=0, atol=1e-13)
+
+
 @pytest.mark.parametrize("basis", [PCA, DCTBasis(SHAPE), DCTBasis((3, 4, 5)), PixelBasis(SHAPE)], ids=lambda b: b.name)
 def test_bases_are_orthonormal(basis: Basis) -> None:
     d = basis.event_shape.numel()

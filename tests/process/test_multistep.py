@@ -15,11 +15,12 @@ from scipy.integrate import quad, solve_ivp
 from torch import Tensor
 
 from lowvar.process.basis import MatrixBasis, PixelBasis
+from lowvar.process.flow import TwinFlow
 from lowvar.process.kernel import ReverseKernel
 from lowvar.process.multistep import MultistepPlan, MultistepSolver
 from lowvar.process.noise import Independent
 from lowvar.process.schedule import VE, CosineVP, Flow, Level, Schedule
-from lowvar.process.solver import Solver
+from lowvar.process.solver import Solver, State
 from lowvar.process.twin import GaussianTwin
 from lowvar.sample import trajectory
 from lowvar.testing import mixture2, rotation
@@ -319,6 +320,83 @@ def test_a_step_goes_on_from_the_corrected_state(corrector: int, which: list[int
         state, _ = solver.step(plan, k, state, posterior, None)
         assert step is not None
         expected = step.phi * y(corrected, k)
-        expected = expected + sum(w * r for w, r in zip(step.predictor, state.memory, strict=False))
+        expected = expected + sum(w * r for w, r in zip(step.predictor, state.memory.values, strict=False))
         torch.testing.assert_close(y(state.x, k + 1), expected, rtol=1e-10, atol=1e-10)
     assert not any(solver.corrects(plan, k) for k in (3, 4))
+
+
+# -------------------------------------------------------------------------------------- coefficients kept between steps
+
+
+class CountingBasis(MatrixBasis):
+    """Counts transforms to coefficients."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def kept(basis: MatrixBasis) -> list[Solver]:
+    twin = GaussianTwin(
+        torch.tensor([0.7, -0.4], dtype=torch.float64), basis, torch.tensor([2.0, 0.3], dtype=torch.float64)
+    )
+    return [MultistepSolver(twin, 2, 2), MultistepSolver(twin, 2, 0, 0.6), TwinFlow(twin)]
+
+
+@pytest.mark.parametrize("number", range(3), ids=["ode", "sde", "flow"])
+def test_coefficients_are_kept_only_for_the_state_they_belong_to(number: int) -> None:
+    """A second step transforms x0_hat only, to the result of a state that is the same in value; a state changed in
+    place, replaced, or of inference mode, is transformed again."""
+    basis, schedule = CountingBasis(rotation(2, 5), (2,)), CosineVP()
+    solver, levels, z = kept(basis)[number], schedule.at(torch.tensor([0.8, 0.5, 0.3, 0.1])), X.flip(0)
+    plan, noises = solver.prepare(levels), 1 if number == 1 else 0
+
+    def first() -> State:
+        return solver.step(plan, 0, solver.start(X), TARGET.posterior(X, levels[0], None), z)[0]
+
+    def second(state: State) -> Tensor:
+        basis.calls = 0
+        posterior = TARGET.posterior(state.x, levels[1], None)
+        return solver.step(plan, 1, state, posterior, z)[0].x
+
+    state = first()
+    same = second(state)
+    assert basis.calls == 1 + noises
+    again = second(State(state.x.clone(), state.memory))
+    assert basis.calls == 2 + noises
+    torch.testing.assert_close(same, again, rtol=0, atol=1e-13)
+    torch.testing.assert_close(second(state), same, rtol=0, atol=0)  # what is kept was not written over
+    other = second(State(state.x + 0.25, state.memory))
+    assert float((other - same).abs().max()) > 0.01
+    state.x.add_(0.25)
+    torch.testing.assert_close(second(state), other, rtol=0, atol=0)
+    with torch.inference_mode():
+        torch.testing.assert_close(second(first()), same, rtol=0, atol=1e-13)
+        assert basis.calls == 2 + noises
+
+
+@pytest.mark.parametrize("number", range(3), ids=["ode", "sde", "flow"])
+def test_steps_are_differentiable_and_leave_their_arguments_alone(number: int) -> None:
+    """Three steps written over their own memory only: gradients by finite differences, x, x0_hat and z unchanged."""
+    schedule = CosineVP()
+    levels, z = schedule.at(torch.tensor([0.8, 0.5, 0.3, 0.1])), X.flip(0)
+    for solver in (kept(CountingBasis(rotation(2, 5), (2,)))[number], MultistepSolver(None, 2, 2)):
+        plan = solver.prepare(levels)
+
+        def run(x: Tensor, solver: Solver = solver, plan=plan) -> Tensor:
+            state = solver.start(x)
+            for k in range(3):
+                posterior = TARGET.posterior(state.x, levels[k], None)
+                held = [v.detach().clone() for v in (state.x, posterior.mean, z)]
+                before, state = state, solver.step(plan, k, state, posterior, z)[0]
+                for new, old in zip((before.x, posterior.mean, z), held, strict=True):
+                    assert torch.equal(new, old)
+            return state.x
+
+        x = X.clone().requires_grad_()
+        weight = torch.linspace(-1, 1, X.numel(), dtype=torch.float64).reshape(X.shape)
+        (gradient,) = torch.autograd.grad((weight * run(x)).sum(), x)
+        moved = [float((weight * (run(X + h * weight))).sum()) for h in (1e-6, -1e-6)]
+        assert float((gradient * weight).sum()) == pytest.approx((moved[0] - moved[1]) / 2e-6, rel=1e-6)

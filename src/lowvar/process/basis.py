@@ -36,6 +36,10 @@ class Basis(ABC):
     def inverse(self, c: Tensor) -> Tensor:
         """The event B c, (B, *event_shape)."""
 
+    def accumulate(self, out: Tensor, c: Tensor, spare: Tensor | None = None) -> Tensor:
+        """out + B c written over `out`; c and `spare` may be overwritten too. All of one shape, dtype and device."""
+        return out.add_(self.inverse(c))
+
     def matrix(self) -> Tensor:
         """Dense B (d, d), float64: column k is direction k. O(d^2) memory."""
         d = self.event_shape.numel()
@@ -138,6 +142,28 @@ class DCTBasis(Basis):
     def inverse(self, c: Tensor) -> Tensor:
         """See the base class."""
         return self._apply(c, transpose=True)
+
+    def accumulate(self, out: Tensor, c: Tensor, spare: Tensor | None = None) -> Tensor:
+        """See the base class: the last axis is transformed onto `out`, the others between c and `spare`."""
+        plain = out.is_contiguous() and c.is_contiguous() and out.shape == c.shape
+        axes = [(axis, D) for axis, D in enumerate(self._factors(c), start=1) if D.shape[0] > 1]
+        if not plain or not axes or (torch.is_grad_enabled() and (out.requires_grad or c.requires_grad)):
+            return out.add_(self.inverse(c))
+        if len(axes) == 1:
+            spare = c
+        elif spare is None or spare.shape != c.shape or not spare.is_contiguous():
+            spare = torch.empty_like(c)
+        for i, (axis, D) in enumerate(axes):
+            last, n = i == len(axes) - 1, D.shape[0]
+            target = out if last else spare
+            if axis == c.ndim - 1:
+                target.view(-1, n).addmm_(c.view(-1, n), D, beta=float(last))
+            else:
+                shape = (-1, n, c.shape[axis + 1 :].numel())
+                columns = c.view(shape)
+                target.view(shape).baddbmm_(D.T.expand(len(columns), n, n), columns, beta=float(last))
+            c, spare = spare, c
+        return out
 
     def squared_mix(self, v: Tensor) -> Tensor:
         """See the base class; separable."""

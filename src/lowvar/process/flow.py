@@ -38,7 +38,7 @@ from torch import Tensor
 
 from lowvar.process.basis import PixelBasis
 from lowvar.process.mixture import MixtureTwin
-from lowvar.process.multistep import MultistepPlan, MultistepSolver
+from lowvar.process.multistep import MultistepPlan, MultistepSolver, Recall, recalled
 from lowvar.process.path import PathMoments, spread_groups
 from lowvar.process.posterior import Posterior
 from lowvar.process.schedule import Level
@@ -208,12 +208,14 @@ class TwinFlow(Solver):
     def step(
         self, plan: FlowPlan, k: int, state: State, posterior: Posterior, z: Tensor | None
     ) -> tuple[State, StepInfo]:
-        """See the base class; `state.memory` is the remainder r_k in the basis."""
+        """See the base class."""
         piece, mixture = plan.pieces[k], self.mixture
-        y = mixture.basis.forward(state.x) / piece.scale_t
+        rotated = recalled(state)
+        y = (mixture.basis.forward(state.x) if rotated is None else rotated) / piece.scale_t
         remainder = mixture.basis.forward(posterior.mean) - mixture.denoise(y, piece.levels[0])
-        y = self._run(piece, y, remainder) * piece.scale_s
-        return State(mixture.basis.inverse(y), remainder), StepInfo(k, posterior)
+        rotated = self._run(piece, y, remainder) * piece.scale_s
+        x_s = mixture.basis.inverse(rotated)
+        return State(x_s, Recall.of(x_s, rotated)), StepInfo(k, posterior)
 
     def remainder(self, x: Tensor, posterior: Posterior, level: Level) -> Tensor:
         """r = x0_hat - D at states x of one level, in the twin's basis, (B, *event_shape)."""

@@ -230,5 +230,5 @@ def _add(x: Tensor, weights: Sequence[float], values: Sequence[Tensor]) -> Tenso
             "one for the remaining levels"
         )
     for weight, value in zip(weights, values, strict=False):
-        x = x + weight * value
+        x = torch.add(x, value, alpha=weight)
     return x

@@ -26,6 +26,8 @@ corrector it is of the kind of UniPC (tau = 0) and SA-Solver (tau > 0).
 
 The step to s = 0 returns x0_hat: the posterior mean, without noise.
 
+A step that begins where the last one ended takes the coefficients of x from it, and saves one of three transforms.
+
 Sources: Lu et al. 2022 (DPM-Solver++), Xue et al. 2023 (SA-Solver), Zhao et al. 2023 (UniPC), Wang & Vastola 2024
 (Gaussian score); the exact integration of the Gaussian part with general tau is this package's own.
 """
@@ -44,7 +46,7 @@ from lowvar.process.schedule import Level
 from lowvar.process.solver import Solver, State, StepInfo
 from lowvar.process.twin import GaussianTwin
 
-__all__ = ["MultistepPlan", "MultistepSolver"]
+__all__ = ["MultistepPlan", "MultistepSolver", "Recall", "recalled"]
 
 
 @lru_cache(maxsize=4)
@@ -221,7 +223,7 @@ class MultistepSolver(Solver):
 
     def start(self, x: Tensor) -> State:
         """See the base class."""
-        return State(x, ())
+        return State(x, Recall())
 
     def _rotate(self, x: Tensor) -> Tensor:
         return x if self.twin is None else self.twin.basis.forward(x)
@@ -238,15 +240,18 @@ class MultistepSolver(Solver):
         if not self.corrects(plan, k):
             return state.x
         y, _ = self._at(plan, k, state, posterior)
-        return self._unrotate(plan.sigma[k] * y) + plan.shift[k].to(y)
+        return self._unrotate(y.mul_(plan.sigma[k])).add_(plan.shift[k].to(y))
 
     def _at(self, plan: MultistepPlan, k: int, state: State, posterior: Posterior) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """y_k, corrected where a correction is due, and the remainders r_k, r_{k-1}, ..."""
+        """y_k, corrected where a correction is due, in a memory of its own; and the remainders r_k, r_{k-1}, ..."""
         x, x0 = state.x, posterior.mean
-        centred = self._rotate(x - plan.shift[k].to(x))
+        centred = recalled(state)
+        if centred is None:
+            centred = self._rotate(x - plan.shift[k].to(x))
         remainder = x0 if self.twin is None else self._rotate(x0 - plan.mean.to(x0))
-        remainder = remainder - plan.gain[k].to(x) * centred
-        values = (remainder, *state.memory)[:4]
+        if self.twin is not None:
+            remainder = remainder.addcmul_(plan.gain[k].to(x), centred, value=-1)
+        values = (remainder, *state.memory.values)[:4]
         y = centred / plan.sigma[k]
         due = plan.due(k)
         return y if due is None else _add(y, due, values), values
@@ -257,21 +262,57 @@ class MultistepSolver(Solver):
         """See the base class; `info.law` is None (the state's law is Gaussian given the history, not x alone)."""
         step, info = plan.steps[k], StepInfo(k, posterior)
         if step is None:
-            return State(posterior.mean, ()), info
+            return State(posterior.mean, Recall()), info
         y, values = self._at(plan, k, state, posterior)
-        y_s = _add(step.phi.to(y) * y, step.predictor, values)
+        y = _add(y.mul_(step.phi.to(y)), step.predictor, values)
         if self.tau and z is not None:
-            y_s = y_s + step.std.to(y) * self._rotate(z)
-        x_s = self._unrotate(plan.sigma[k + 1] * y_s) + plan.shift[k + 1].to(y)
-        return State(x_s, values), info
+            y = y.addcmul_(step.std.to(y), self._rotate(z))
+        centred = y.mul_(plan.sigma[k + 1])
+        x_s = self._unrotate(centred)
+        if x_s is centred:
+            return State(x_s.add_(plan.shift[k + 1].to(y)), Recall(values=values)), info
+        x_s = x_s.add_(plan.shift[k + 1].to(y))
+        return State(x_s, Recall.of(x_s, centred, values)), info
+
+
+@dataclass(frozen=True)
+class Recall:
+    """A state with its coefficients in a basis, so that the next step need not compute them.
+
+    Attributes:
+        x: the state, (B, *event_shape), and its number of changes in place when it was made.
+        version: that number.
+        coefficients: what the solver says they are.
+        values: the remainders so far, newest first.
+    """
+
+    x: Tensor | None = None
+    version: int = 0
+    coefficients: Tensor | None = None
+    values: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def of(cls, x: Tensor, coefficients: Tensor, values: tuple[Tensor, ...] = ()) -> Recall:
+        """Without the state where both are one tensor (no transform is saved), or nobody counts its changes."""
+        if x is coefficients or x.is_inference():
+            return cls(values=values)
+        return cls(x, x._version, coefficients, values)
+
+
+def recalled(state: State) -> Tensor | None:
+    """The coefficients, unless the state was exchanged or changed since (guidance, inpainting)."""
+    memory = state.memory
+    same = isinstance(memory, Recall) and memory.x is state.x and memory.version == state.x._version
+    return memory.coefficients if same else None
 
 
 def _add(y: Tensor, weights: Tensor, remainders: tuple[Tensor, ...]) -> Tensor:
+    """y + sum_j w_j r_j, written over y."""
     if len(remainders) < len(weights):
         raise ValueError(
             f"a step that uses {len(weights)} remainders has {len(remainders)}: run a plan from its first step, or "
             "prepare one for the remaining levels"
         )
     for w, r in zip(weights, remainders, strict=False):
-        y = y + w.to(y) * r
+        y = y.addcmul_(w.to(y), r)
     return y

@@ -52,14 +52,14 @@ class _Noise:
     std: float | Tensor
     basis: Basis | None = None
 
-    def add(self, x: Tensor, z: Tensor, any_root: bool) -> Tensor:
+    def add(self, x: Tensor, z: Tensor, any_root: bool, spare: Tensor | None = None) -> Tensor:
         """Adds R z to x in place; `any_root`: R = B diag(std) by one transform, over z, and not B diag(std) B^T."""
         if not isinstance(self.std, Tensor):
             return x.add_(z, alpha=self.std)
         if self.basis is None:
             return x.addcmul_(z, self.std)
         rotated = z.mul_(self.std) if any_root else self.std * self.basis.forward(z)
-        return x.add_(self.basis.inverse(rotated))
+        return self.basis.accumulate(x, rotated, spare)
 
 
 class Recipe:
@@ -84,6 +84,7 @@ class Recipe:
         self._plans: dict[int, Any] = {}
         self._noise: dict[int, _Noise | None] = {}
         self._tables: dict[int, Covariance] = {}
+        self._spare: Tensor | None = None
 
     def draws(self, k: int) -> bool:
         """Whether evaluation k takes noise: the last one, to clean data, takes none."""
@@ -93,6 +94,15 @@ class Recipe:
         """Drops what was made for another device or dtype than that of the states x."""
         if self._place != (x.device, x.dtype):
             self._place, self._plans, self._noise, self._tables = (x.device, x.dtype), {}, {}, {}
+            self._spare = None
+
+    def spare(self, x: Tensor, noise: _Noise) -> Tensor | None:
+        """A buffer for a transform of the noise, kept from step to step."""
+        if noise.basis is None or x.numel() > _CACHE_LIMIT:
+            return None
+        if self._spare is None or self._spare.shape != x.shape:
+            self._spare = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return self._spare
 
     def plan(self, begin: int, x: Tensor) -> Any:
         """The solver's plan of the grid from level `begin` on."""
@@ -184,7 +194,7 @@ class Chain:
             c, self.next = recipe.plan(0, x)[k], k + 1
             made = x * c.a
             made.add_(posterior.mean, alpha=c.kappa)
-            return made if z is None else noise.add(made, z, any_root)
+            return made if z is None else noise.add(made, z, any_root, recipe.spare(x, noise))
         covariance = recipe.covariance(k, x, posterior)
         if covariance is not None:
             posterior = Posterior(posterior.mean, covariance, posterior.fraction)
