@@ -21,10 +21,10 @@ SRC = Path(__file__).resolve().parents[1] / "src"
 GROUND = ("errors",)  # what a user is told; for every floor but `process`, which raises ValueError
 FLOORS = (
     ("process",),
-    ("data", "metrics"),
+    ("data", "metrics", "models"),
     ("calibrate", "sample", "gradients"),
     ("train", "expect", "reward"),
-    ("profile", "report", "schedulers", "testing"),
+    ("profile", "report", "schedulers", "testing", "own_pipelines"),
     ("pipelines", "adapters"),  # open model folders (needs the scheduler class) and models of other code bases
     ("evaluation",),  # runs samplers and peers on an opened model and scores them
     ("cli",),

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from lowvar.errors import UserError
+from lowvar.models import ResidualMLP
+from lowvar.own_pipelines import ClassConditionalPipeline, ClassGuided, TablePipeline, null_class
 from lowvar.process.denoiser import Head, NetworkDenoiser, Prediction
 from lowvar.process.discrete import schedule_from_diffusers
 from lowvar.process.head import rank_of
@@ -32,10 +34,20 @@ from lowvar.process.schedule import Schedule
 from lowvar.schedulers import ReverseVarianceScheduler
 from lowvar.schedulers._fields import require_edm
 
-__all__ = ["denoiser_of", "keep_head", "network_of", "open_pipeline", "schedule_of"]
+__all__ = [
+    "ClassConditionalPipeline",
+    "TablePipeline",
+    "denoiser_of",
+    "keep_head",
+    "network_of",
+    "open_pipeline",
+    "schedule_of",
+]
 
 INDEX = "model_index.json"
-_LIBRARIES = ("diffusers", "transformers", ReverseVarianceScheduler.__module__)
+_OWN = {ReverseVarianceScheduler.__module__: ReverseVarianceScheduler, ResidualMLP.__module__: ResidualMLP}
+_OWN_PIPELINES = {kind.__name__: kind for kind in (ClassConditionalPipeline, TablePipeline)}
+_LIBRARIES = ("diffusers", "transformers", *_OWN)
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".msgpack")
 _PREDICTIONS: dict[str, Prediction] = {
     "epsilon": "epsilon",
@@ -74,7 +86,7 @@ def open_pipeline(folder: str | Path, *, dtype: torch.dtype | None = None) -> An
     _check_weights(path, index)
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        pipeline = _OWN_PIPELINES.get(index["_class_name"], diffusers.DiffusionPipeline).from_pretrained(
             str(path), use_safetensors=True, trust_remote_code=False, local_files_only=True, **options
         )
     except UserError:
@@ -115,7 +127,7 @@ def _components(index: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 def _check_classes(path: Path, index: Mapping[str, Any], diffusers: Any) -> None:
     """Everything that is to be instantiated is a class of diffusers, transformers or ours."""
     name = index.get("_class_name")
-    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    kind = _OWN_PIPELINES.get(name) or getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
         raise UserError(
             f"{path / INDEX} names the pipeline {name!r}, which is none of diffusers {diffusers.__version__}: custom "
@@ -129,8 +141,8 @@ def _check_classes(path: Path, index: Mapping[str, Any], diffusers: Any) -> None
                 f"{path / INDEX} takes its {component} from the module {library!r}; allowed: {', '.join(_LIBRARIES)}: "
                 "code of others is not run; open it in your own program and use lowvar.pipelines.denoiser_of"
             )
-        if library == ReverseVarianceScheduler.__module__ and class_name != ReverseVarianceScheduler.__name__:
-            raise UserError(f"{path / INDEX} names {library}.{class_name}; there is ReverseVarianceScheduler only")
+        if library in _OWN and class_name != _OWN[library].__name__:
+            raise UserError(f"{path / INDEX} names {library}.{class_name}; there is {_OWN[library].__name__} only")
         code = sorted(p.name for p in (path / component).glob("*.py")) if (path / component).is_dir() else []
         if code:
             raise UserError(f"{path / component} holds code ({code[0]}), which is not run: give a folder without it")
@@ -152,12 +164,12 @@ def _check_weights(path: Path, index: Mapping[str, Any]) -> None:
 
 
 def network_of(pipeline: Any) -> nn.Module:
-    """The denoising network of a pipeline: its `unet` or `transformer`.
+    """The denoising network of a pipeline: its `unet`, `transformer` or (of tables) `network`.
 
     Raises:
         UserError: if it has neither.
     """
-    for name in ("unet", "transformer"):
+    for name in ("unet", "transformer", "network"):
         network = getattr(pipeline, name, None)
         if network is not None:
             return network
@@ -186,17 +198,20 @@ def denoiser_of(
     conditioning: Mapping[str, Any] | None = None,
     clip: float | None = None,
     head: Head | None = None,
+    guidance: float = 1.0,
 ) -> NetworkDenoiser:
     """The network of an opened pipeline as a denoiser, read off the pipeline's scheduler and the network's shape.
 
     Args:
         pipeline: unconditional (DDPM), class-conditional (DiT) or any other whose network is called as
             network(x, timestep, **conditioning).
-        class_labels: one class for every sample, or one a sample (B,); class-conditional networks need it.
+        class_labels: one class for every sample, or one a sample (B,); class-conditional networks need it, except in
+            `ClassConditionalPipeline` and `TablePipeline`, whose null class stands for all classes.
         conditioning: further keyword arguments of the network, such as `encoder_hidden_states` of a text-to-image one.
         clip: bound of the data, instead of the scheduler's.
         head: what the output channels beyond the prediction are, instead of the scheduler's or `range`; the spectrum
             of head `basis` is the scheduler's.
+        guidance: scale of classifier-free guidance, for pipelines with a null class; 1: none.
 
     Raises:
         UserError: if the network needs conditioning that is not given, or its channels do not fit.
@@ -213,6 +228,11 @@ def denoiser_of(
     network, scheduler = network_of(pipeline), pipeline.scheduler
     config, given = dict(cast("Any", network).config), dict(conditioning or {})
     schedule = schedule_of(scheduler)
+    if isinstance(pipeline, ClassConditionalPipeline | TablePipeline):
+        class_labels = null_class(network) if class_labels is None else class_labels
+        network = network if guidance == 1 else ClassGuided(network, guidance)
+    elif guidance != 1:
+        raise UserError(f"guidance is {guidance:g}, and {type(pipeline).__name__} has no null class; leave it out")
     _check_conditioning(network, config, given, class_labels is not None)
     if class_labels is not None:
         given["class_labels"] = class_labels
@@ -224,7 +244,9 @@ def denoiser_of(
     try:
         prediction, sigma_data = _prediction(scheduler, schedule), float(scheduler.config.get("sigma_data", 0.5))
         spectrum = getattr(scheduler, "spectrum", None) if found == "basis" else None
-        return NetworkDenoiser(called, schedule, prediction, found, clip, sigma_data, given, spectrum)
+        denoiser = NetworkDenoiser(called, schedule, prediction, found, clip, sigma_data, given, spectrum)
+        denoiser.nfe = 1 if guidance == 1 else 2
+        return denoiser
     except ValueError as error:
         raise UserError(f"{type(pipeline).__name__} cannot be read as a denoiser: {error}") from error
 

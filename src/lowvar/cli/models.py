@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lowvar.calibrate import Calibration
+from lowvar.data import Columns
 from lowvar.errors import UserError
 from lowvar.evaluation import check_steps
-from lowvar.pipelines import denoiser_of, open_pipeline
+from lowvar.pipelines import TablePipeline, denoiser_of, open_pipeline
 from lowvar.process.denoiser import NetworkDenoiser
 from lowvar.process.discrete import DiscreteVP
 from lowvar.process.noise import NoiseSource
@@ -40,13 +41,18 @@ class Model:
         pipeline: the diffusers pipeline.
         denoiser: its network with schedule and prediction.
         calibration: of its scheduler, or None.
-        shape: (C, H, W) of what it makes.
+        shape: (C, H, W) of the images it makes, (d,) of rows of a table.
     """
 
     pipeline: Any
     denoiser: NetworkDenoiser
     calibration: Calibration | None
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
+
+    @property
+    def columns(self) -> Columns | None:
+        """Of a table; None for images."""
+        return self.pipeline.columns if isinstance(self.pipeline, TablePipeline) else None
 
     @property
     def about(self) -> dict[str, Any]:
@@ -63,8 +69,10 @@ class Model:
         }
 
 
-def _shape_of(network: Any, denoiser: NetworkDenoiser) -> tuple[int, int, int]:
+def _shape_of(network: Any, pipeline: Any) -> tuple[int, ...]:
     config = getattr(network, "config", None)
+    if isinstance(pipeline, TablePipeline):
+        return (pipeline.columns.width,)
     channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
     if channels is None or size is None:
         raise UserError(
@@ -94,7 +102,7 @@ def model_of(pipeline: Any, device: torch.device) -> Model:
     calibration = getattr(pipeline.scheduler, "calibration", None)
     if calibration is not None:
         calibration.require(denoiser.schedule)
-    return Model(pipeline, denoiser, calibration, _shape_of(network, denoiser))
+    return Model(pipeline, denoiser, calibration, _shape_of(network, pipeline))
 
 
 def open_model(folder: Path, device: torch.device) -> Model:
@@ -110,7 +118,15 @@ def open_model(folder: Path, device: torch.device) -> Model:
 
 
 def require_shape(model: Model, shape: Sequence[int]) -> None:
-    """Raises UserError unless images of this shape are what the network takes."""
+    """Raises UserError unless images or rows of this shape are what the network takes."""
+    if len(shape) != len(model.shape):
+        kinds = ["rows of a table" if len(s) == 1 else "images" for s in (model.shape, shape)]
+        raise UserError(f"the network takes {kinds[0]} and the data are {kinds[1]}; give data that fit")
+    if len(shape) == 1 and tuple(shape) != model.shape:
+        raise UserError(
+            f"the network takes rows of {model.shape[0]} numbers and the table has {shape[0]}; give the table it was "
+            "trained on, or one with the same columns"
+        )
     if tuple(shape) != model.shape:
         wanted, given = ("x".join(map(str, s)) for s in (model.shape, shape))
         hint = ""
@@ -223,7 +239,7 @@ def run_scheduler(
     """Samples 0 .. n - 1 through the scheduler, as a pipeline would, but with noise a sample.
 
     Returns:
-        float32 (n, C, H, W) in [-1, 1], on the CPU.
+        float32 (n, *shape) in [-1, 1], on the CPU.
 
     Raises:
         UserError: for a number of steps that the schedule does not have.

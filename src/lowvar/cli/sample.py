@@ -27,7 +27,8 @@ __all__ = ["Sample"]
 class Sample(Sampling):
     """Draw samples from a model.
 
-    Writes `samples` (float32 in [-1, 1]) and `seeds` to one .npz file. The sampler is the one in the model folder's
+    Writes `samples` (float32 in [-1, 1]; of a table float64 in its own units, with `columns`, their names) and `seeds`
+    to one .npz file. The sampler is the one in the model folder's
     scheduler, unless one is named: ddpm-small, ddpm-large, ddpm-learned, ddim, adams-ode, adams-sde, unipc, dpmpp-2m;
     of a calibrated model twin-flow, twin-ode, twin-sde, and ddpm-NAME and ddim-NAME with NAME a covariance that it
     holds: analytic, isotropic, channel, pixel, basis, or one made by `lowvar calibrate --head`: npr, sn, ocm, lowrank,
@@ -64,6 +65,8 @@ class Sample(Sampling):
     """steps of their own for every sample, around the grid; 2 evaluations a step (ddpm-* of a calibrated model)"""
     png: MaybePath = None
     """also write a picture of the first samples"""
+    csv: MaybePath = None
+    """also write the samples of a table as a CSV file, texts as texts"""
 
     def run(self, console: Console) -> dict[str, Any]:
         """See the base class."""
@@ -83,7 +86,9 @@ class Sample(Sampling):
             raise UserError(f"--out is {self.out}; samples go to one file, give a name that ends in .npz")
         if self.png is not None and self.png.suffix.lower() != ".png":
             raise UserError(f"--png is {self.png}; give a name that ends in .png")
-        for path in (self.out, self.png):
+        if self.csv is not None and self.csv.suffix.lower() != ".csv":
+            raise UserError(f"--csv is {self.csv}; give a name that ends in .csv")
+        for path in (self.out, self.png, self.csv):
             if path is not None:
                 check_free(path, overwrite=self.overwrite)
         import numpy as np
@@ -97,6 +102,10 @@ class Sample(Sampling):
         if self.grid is not None:
             check_grid(self.grid)
         model = open_model(self.model, device)
+        if self.png is not None and model.columns is not None:
+            raise UserError("--png draws images, and the model makes rows of a table; give --csv instead")
+        if self.csv is not None and model.columns is None:
+            raise UserError("--csv writes rows of a table, and the model makes images; give --png instead")
         planned = self.steps == "auto" or self.adaptive or is_calibrated(self.grid or "")
         scheduler = scheduler_of(
             model,
@@ -135,9 +144,19 @@ class Sample(Sampling):
                 f"{bad} of {self.n} samples are not finite: the sampler diverged in {steps} steps; "
                 "give more --steps or another --sampler"
             )
+        more: dict[str, Any] = {}
+        if model.columns is not None:
+            array, more = model.columns.numbers(samples).numpy(), {"columns": np.array(model.columns.names)}
         with new_file(self.out, overwrite=self.overwrite) as file:
-            np.savez(file, samples=array, seeds=np.arange(self.n, dtype=np.int64))
+            np.savez(file, samples=array, seeds=np.arange(self.n, dtype=np.int64), **more)
         console.result(str(self.out))
+        if self.csv is not None and model.columns is not None:
+            import pyarrow as pa
+            import pyarrow.csv as pc
+
+            with new_file(self.csv, overwrite=self.overwrite) as file:
+                pc.write_csv(pa.table(model.columns.decode(samples)), file)
+            console.result(str(self.csv))
         if self.png is not None:
             with new_file(self.png, overwrite=self.overwrite) as file:
                 write_png(file, samples)
@@ -150,7 +169,7 @@ class Sample(Sampling):
         if plan is not None:
             settings["grid"] = self._grid_name(scheduler)
             figures |= {"times": plan.grid.tolist(), "path_kl": plan.path_kl, "adaptive": self.adaptive}
-        return summarise(self, self.seed, begun, device, **figures, shape=list(model.shape), samples=str(self.out))
+        return summarise(self, self.seed, begun, device, **figures, shape=list(array.shape[1:]), samples=str(self.out))
 
     def _grid_name(self, scheduler: ReverseVarianceScheduler) -> str:
         if self.grid is not None:

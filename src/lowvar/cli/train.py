@@ -1,4 +1,4 @@
-"""`lowvar train`: trains a small U-Net on a data set; interrupted runs live in RUN.partial and go on with --resume."""
+"""`lowvar train`: trains a network on a data set; interrupted runs live in RUN.partial and go on with --resume."""
 
 from __future__ import annotations
 
@@ -203,6 +203,7 @@ def save_trained(trainer: Trainer, folder: Path) -> Any:
     """Writes the averaged network as a pipeline with our scheduler; the pipeline."""
     from diffusers import DDPMPipeline
 
+    from lowvar.pipelines import TablePipeline
     from lowvar.schedulers import ReverseVarianceScheduler
 
     config = trainer.config
@@ -215,6 +216,11 @@ def save_trained(trainer: Trainer, folder: Path) -> Any:
         head=config.network_head,
         spectrum=trainer.spectrum,
     )
-    pipeline: Any = DDPMPipeline(trainer.ema_network(), scheduler)  # type: ignore[arg-type]
+    network: Any = trainer.ema_network()
+    columns = getattr(trainer.data, "columns", None)
+    if columns is not None:
+        pipeline: Any = TablePipeline(network, scheduler, columns.config())
+    else:
+        pipeline = DDPMPipeline(network, scheduler)  # type: ignore[arg-type]
     pipeline.save_pretrained(str(folder), safe_serialization=True)
     return pipeline

@@ -132,7 +132,7 @@ def _values(path: Path, name: str, column: Any) -> list[float] | list[str]:
         number = number or pa.types.is_boolean(kind)
     for i, value in enumerate(cast("list[Any]", values)):
         missing = value is None or (isinstance(value, str) and not value.strip())
-        size = float(value) if number and not missing else 0.0
+        size = float(cast("float", value)) if number and not missing else 0.0
         if missing or not math.isfinite(size):
             what = "an infinite value" if math.isinf(size) else "no value"
             raise UserError(

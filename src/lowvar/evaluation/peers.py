@@ -267,6 +267,7 @@ def run_peer(
     start = getattr(scheduler, "init_noise_sigma", 1.0)
     x = noise.normal(index, shape, draw=0, device=device) * float(start)
     nfe = 0
+    axes = (..., None) if len(shape) == 1 else (...,)  # their schedulers threshold states of two axes and more
     for k, t in enumerate(scheduler.timesteps):
         # a network on a continuous schedule is conditioned on that schedule's own input at time (n + 1) / T
         own = t if discrete else schedule.timestep((float(t) + 1) / scheduler.config["num_train_timesteps"])
@@ -276,9 +277,10 @@ def run_peer(
         if denoiser.head is not None and not peer.head:
             out = out[:, : x.shape[1]]
         if "variance_noise" in takes:
-            extra["variance_noise"] = noise.normal(index, shape, draw=k + 1, device=device)
+            extra["variance_noise"] = noise.normal(index, shape, draw=k + 1, device=device)[axes]
         with _their_warnings():
-            x = scheduler.step(out, t, x, **extra, return_dict=False)[0].float()
+            after = scheduler.step(out[axes], t, x[axes], **extra, return_dict=False)[0]
+        x = after.float().reshape(x.shape)
         nfe += 1
         if progress is not None:
             progress(len(x))

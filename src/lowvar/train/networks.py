@@ -1,10 +1,12 @@
-r"""Networks for training from scratch: diffusers' UNet2DModel, sized by a few numbers.
+r"""Networks for training from scratch, sized by a few numbers: diffusers' UNet2DModel for images, an MLP for rows.
 
 Resolutions H, H/2, .., H / 2^(levels - 1) with widths w, 2 w, 4 w, ..; attention, where asked for, at the lowest. A
 variance head adds output channels (see `lowvar.process.head`). Of a basis or low-rank head those that hold log
 variances begin at 0, where their parametrisation begins right; the directions of a low rank begin random, because the
 likelihood's gradient in U is 0 at U = 0. The size must be divisible by 2^(levels - 1), so that what is halved can be
 doubled back.
+
+Rows of a table (d,) go through a `lowvar.models.ResidualMLP` of 8 w hidden units and levels (layers + 1) blocks.
 
 Initial weights are a function of `seed` alone: torch's global generator is left as it was.
 """
@@ -24,6 +26,8 @@ from lowvar.process.head import Head, head_channels
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
+
+    from lowvar.models import ResidualMLP
 
 __all__ = ["NetworkConfig", "build_network", "count_parameters"]
 
@@ -55,18 +59,20 @@ def build_network(
     head: Head | None = None,
     seed: int = 0,
     rank: int = 0,
-) -> UNet2DModel:
-    """A U-Net for images of a shape.
+    classes: int | None = None,
+) -> UNet2DModel | ResidualMLP:
+    """A U-Net for images of a shape, a residual MLP for rows.
 
     Args:
-        shape: (C, H, W) of the data.
+        shape: (C, H, W) of the data, (d,) of a table.
         config: its size (default `NetworkConfig()`).
         head: variance head, if any: the output then has its channels as well.
         seed: of the initial weights.
         rank: r of head `lowrank`.
+        classes: number of classes it is conditioned on, the null class not counted; None: none.
 
     Raises:
-        UserError: if the size does not go through the network's levels.
+        UserError: if the size does not go through the network's levels, or attention is asked for on rows.
         ValueError: if the rank is out of range.
 
     Example:
@@ -74,9 +80,38 @@ def build_network(
         >>> network.config["out_channels"], count_parameters(network) < 100_000
         (2, True)
     """
+    config = NetworkConfig() if config is None else config
+    outputs = head_channels(head, shape[0], rank)
+    embedded = None if classes is None else classes + 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network, last = (_mlp if len(shape) == 1 else _unet)(shape, config, outputs, embedded)
+    if head in ("basis", "lowrank"):
+        with torch.no_grad():
+            for parameter in last.parameters():
+                parameter[shape[0] : 2 * shape[0]] = 0
+    return network
+
+
+def _mlp(
+    shape: Sequence[int], config: NetworkConfig, outputs: int, classes: int | None
+) -> tuple[ResidualMLP, torch.nn.Module]:
+    """The network for rows and its last layer."""
+    from lowvar.models import ResidualMLP
+
+    if config.attention:
+        raise UserError("network.attention is true, and the data are rows of a table, which have none; leave it out")
+    blocks = config.levels * (config.layers + 1)
+    network = ResidualMLP(shape[0], outputs, 8 * config.width, blocks, config.dropout, classes)
+    return network, network.out
+
+
+def _unet(
+    shape: Sequence[int], config: NetworkConfig, outputs: int, classes: int | None
+) -> tuple[UNet2DModel, torch.nn.Module]:
+    """The network for images and its last layer."""
     from diffusers import UNet2DModel
 
-    config = NetworkConfig() if config is None else config
     channels, height, width = shape
     step = 2 ** (config.levels - 1)
     if height % step or width % step:
@@ -88,30 +123,25 @@ def build_network(
         )
     widths = tuple(config.width * 2**k for k in range(config.levels))
     lowest = config.levels - 1
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = UNet2DModel(
-            sample_size=height if height == width else (height, width),
-            in_channels=channels,
-            out_channels=head_channels(head, channels, rank),
-            block_out_channels=widths,
-            layers_per_block=config.layers,
-            down_block_types=tuple(
-                "AttnDownBlock2D" if config.attention and k == lowest else "DownBlock2D" for k in range(config.levels)
-            ),
-            up_block_types=tuple(
-                "AttnUpBlock2D" if config.attention and k == 0 else "UpBlock2D" for k in range(config.levels)
-            ),
-            norm_num_groups=_GROUPS,
-            attention_head_dim=min(16, config.width),
-            dropout=config.dropout,
-        )
-    if head in ("basis", "lowrank"):
-        last: Any = network.conv_out
-        with torch.no_grad():
-            for parameter in last.parameters():
-                parameter[channels : 2 * channels] = 0
-    return network
+    network = UNet2DModel(
+        sample_size=height if height == width else (height, width),
+        in_channels=channels,
+        out_channels=outputs,
+        block_out_channels=widths,
+        layers_per_block=config.layers,
+        down_block_types=tuple(
+            "AttnDownBlock2D" if config.attention and k == lowest else "DownBlock2D" for k in range(config.levels)
+        ),
+        up_block_types=tuple(
+            "AttnUpBlock2D" if config.attention and k == 0 else "UpBlock2D" for k in range(config.levels)
+        ),
+        norm_num_groups=_GROUPS,
+        attention_head_dim=min(16, config.width),
+        dropout=config.dropout,
+        num_class_embeds=classes,
+    )
+    last: Any = network.conv_out
+    return network, last
 
 
 def count_parameters(network: torch.nn.Module) -> int:

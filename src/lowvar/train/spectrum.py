@@ -42,7 +42,8 @@ def make_spectrum(data: TrainingData, basis: Literal["dct", "pca"]) -> Spectrum:
         basis: `dct` or `pca`.
 
     Raises:
-        UserError: if the images are too large for principal components, there are fewer than two, or all are equal.
+        UserError: for `dct` of a table, if the images are too large for principal components, there are fewer than two,
+            or all are equal.
 
     Example:
         >>> from lowvar.data import load
@@ -51,6 +52,8 @@ def make_spectrum(data: TrainingData, basis: Literal["dct", "pca"]) -> Spectrum:
         ((1, 8, 8), 'dct')
     """
     d = torch.Size(data.shape).numel()
+    if basis == "dct" and len(data.shape) == 1:
+        raise UserError("basis dct is of images, and the data are rows of a table; give basis: pca")
     if basis == "pca" and d > PCA_DIMENSIONS:
         raise UserError(
             f"basis pca is a matrix of {d} x {d} for images of {d} numbers, and the limit is {PCA_DIMENSIONS}; "
