@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import lowvar.train
-from lowvar.train import StableTarget
+from lowvar.process import CosineVP
 from lowvar.train.pairs import Pairing
 from lowvar.train.timesteps import Times
 
@@ -25,10 +27,8 @@ def test_label(row: list[str]) -> None:
     part = getattr(lowvar.train, row[0].strip("`"))
     label = part.label
     if isinstance(label, property):  # depends on the settings: those of the default
-        import torch
-
-        assert part is StableTarget
-        label = StableTarget(torch.zeros(1, 2)).label
+        given: dict[str, tuple[Any, ...]] = {"StableTarget": (torch.zeros(1, 2),), "LognormalTimes": (CosineVP(),)}
+        label = part(*given.get(part.__name__, ())).label
     assert label == row[3]
 
 

@@ -56,6 +56,8 @@ class Train(DataFlags, Common):
     """variance head: range, logvar, basis, lowrank or none; default: the config's"""
     rank: MaybeInt = None
     """directions of head lowrank, 0 to 16; default: the config's"""
+    variance_reduction: MaybeText = None
+    """auto: the unbiased parts that measured best together; off: the plain recipe; default: the config's, or off"""
     resume: bool = False
     """go on in OUT.partial; from the start if there is none"""
 
@@ -68,7 +70,7 @@ class Train(DataFlags, Common):
         from lowvar.train.config import config_from
 
         values = {} if self.config is None else _read_yaml(self.config)
-        given = ("updates", "batch_size", "seed", "checkpoint_every", "head", "rank")
+        given = ("updates", "batch_size", "seed", "checkpoint_every", "head", "rank", "variance_reduction")
         values |= {name: value for name in given if (value := getattr(self, name)) is not None}
         return config_from(values)
 

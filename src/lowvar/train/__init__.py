@@ -1,6 +1,7 @@
 """Learning the reverse process: draw plans, objectives, training times, networks, the loop."""
 
 from lowvar.train.config import (
+    PRESETS,
     TrainConfig,
     config_from,
     make_objective,
@@ -16,8 +17,8 @@ from lowvar.train.gradient_norm import GradientNormTimes
 from lowvar.train.hybrid import HybridVLB
 from lowvar.train.immiscible import Immiscible, nearest_noise
 from lowvar.train.known_posterior import KnownPosterior, ScoreMixture, clean_score_weight
-from lowvar.train.logit_normal import LogitNormalTimes
 from lowvar.train.linear_variate import LinearControl, linear_variate
+from lowvar.train.logit_normal import LogitNormalTimes
 from lowvar.train.loop import Fitted, NonFiniteError, Trainer, fit
 from lowvar.train.minsnr import MinSNR
 from lowvar.train.mode import ModeTimes
@@ -41,6 +42,7 @@ from lowvar.train.validation import ValidationLoss, ValidationSet
 __all__ = [
     "EDM",
     "P2",
+    "PRESETS",
     "CrossPairs",
     "DrawPlan",
     "Draws",
@@ -52,8 +54,8 @@ __all__ = [
     "IndependentSamples",
     "KnownPosterior",
     "LikelihoodOnly",
-    "LogitNormalTimes",
     "LinearControl",
+    "LogitNormalTimes",
     "LognormalTimes",
     "LossSecondMomentTimes",
     "Losses",

@@ -39,6 +39,7 @@ from lowvar.train.stable_target import ReferencePlan, reference_noise
 from lowvar.train.timesteps import LossSecondMomentTimes, Times, UniformTimes
 
 __all__ = [
+    "PRESETS",
     "TrainConfig",
     "config_from",
     "make_objective",
@@ -47,6 +48,13 @@ __all__ = [
     "make_schedule",
     "make_times",
 ]
+
+# What the word `variance_reduction` of a config stands for: settings, which those given beside it replace. `auto` is
+# the unbiased combination that took most variance off the gradient (benchmarks/training.py); `off` the plain recipe.
+PRESETS: dict[str, dict[str, Any]] = {
+    "off": {},
+    "auto": {"times": "loss-second-moment", "stratified": True, "pairing": "cross", "target": "stable"},
+}
 
 _REFERENCES = 1024
 ORTHOGONAL = 4  # samples of a group of orthogonal noises
@@ -219,7 +227,7 @@ class TrainConfig:
 
 
 def config_from(values: Mapping[str, Any]) -> TrainConfig:
-    """A config from a mapping such as a YAML file's.
+    """A config from a mapping such as a YAML file's; `variance_reduction: auto` there stands for `PRESETS["auto"]`.
 
     Raises:
         UserError: one sentence, for an unknown key (with the nearest and all allowed ones) or a value out of range.
@@ -227,9 +235,18 @@ def config_from(values: Mapping[str, Any]) -> TrainConfig:
     Example:
         >>> config_from({"updates": 10, "network": {"width": 16}}).network.width
         16
+        >>> config = config_from({"variance_reduction": "auto", "pairing": "same"})
+        >>> config.target, config.pairing
+        ('stable', 'same')
     """
+    values = dict(values)
+    preset = values.pop("variance_reduction", "off")
+    preset = "off" if preset is False else preset  # YAML reads a bare `off` as false
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise UserError(f"the setting variance_reduction is {preset!r}; allowed: {', '.join(PRESETS)}")
+    values = PRESETS[preset] | values
     try:
-        return TypeAdapter(TrainConfig).validate_python(dict(values))
+        return TypeAdapter(TrainConfig).validate_python(values)
     except ValidationError as error:
         raise UserError(_sentence(error)) from None
 
@@ -244,6 +261,7 @@ def _sentence(error: ValidationError) -> str:
         allowed = [
             f.name for f in fields(NetworkConfig if where[:1] == ["network"] and len(where) > 1 else TrainConfig)
         ]
+        allowed += ["variance_reduction"] * (where[:1] != ["network"])
         near = difflib.get_close_matches(where[-1], allowed, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         return f"there is no setting {path!r}{hint}; allowed: {', '.join(allowed)}"
