@@ -78,8 +78,10 @@ def test_variate_is_the_loss_of_the_linear_denoiser(weighting: Weighting, predic
     objective = Objective(weighting)
     denoiser = NetworkDenoiser(lambda x, t: x, schedule, prediction)
     loss = objective.from_output(denoiser, x0, eps, x, level, out, None).loss
-    v, _ = linear_variate(twin, x0, eps, level, objective, prediction)
+    v, mean = linear_variate(twin, x0, eps, level, objective, prediction)
     assert torch.allclose(loss, v, rtol=1e-9)
+    v0, mean0 = linear_variate(twin, x0, eps, level, Objective(Simple()), "sample")  # weight 1
+    assert torch.allclose(mean / mean0, v / v0, rtol=1e-9)
 
 
 def batch(number: int, n: int, images: Tensor) -> tuple[Tensor, Tensor, Level]:

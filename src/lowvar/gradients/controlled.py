@@ -9,7 +9,7 @@ keeps it unbiased is that beta does not know sample i: then E[beta d_i] = E[beta
 the very samples it is applied to does not, E[beta_hat d_i] != 0, a bias of order 1 / n. So beta is
 
     cross-fitted   of fold f from the other folds of the batch (`controlled`): samples of different folds must be
-                   independent, so pairs and other coupled samples belong into one fold
+                   independent: pairs belong into one fold, and for times stratified over the batch lag
     lagged         from earlier batches, exponentially weighted (`lagged`): right for any dependence within a batch
 
 and always detached. The same holds for gradients, E grad(l - beta . d) = grad E l, if the gradient of mu is that of E

@@ -144,7 +144,8 @@ class LinearControl:
         v, mean = linear_variate(self.twin, x0, eps, level, objective, prediction, sigma_data)
         bins = None
         if self.edges:
-            bins = torch.bucketize(level.logsnr, torch.tensor(self.edges, dtype=torch.float64, device=v.device))
+            edges = torch.tensor(self.edges, dtype=torch.float64, device=v.device)
+            bins = torch.bucketize(level.logsnr.to(v.device), edges)
         result, state = lagged(loss, v, mean, self.coefficients, bins=bins)
         return result, replace(self, coefficients=state)
 

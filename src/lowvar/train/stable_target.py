@@ -24,6 +24,10 @@ Effective sample size 1 / sum w_j^2: near 1 at little noise, where T = x_0, near
 references T is the optimal denoiser of the training set, without noise: the network is shown nothing but the minimiser
 that memorises. It is the plain target's minimiser too, but less noise hides it: watch the held-out loss.
 
+The weights are those of noise that is independent of x_0. Pairs +-eps and any plan of times keep that for every sample
+alone; couplings that choose the noise by the datum (minibatch transport, immiscible noise) do not, and have no stable
+target of this form.
+
 Which references an update has is a function of its number, the same on all processes.
 
 Source: Y. Xu, S. Tong, T. Jaakkola, "Stable target field for reduced variance score estimation in diffusion models",
