@@ -85,6 +85,7 @@ KINDS: list[dict[str, Any]] = [
     {"pairing": "orthogonal", "times": "logit-normal", "strata": "class"},
     {"coupling": "immiscible", "times": "lognormal", "times_weighted": True},
     {"coupling": "optimal-transport", "stratified": True},
+    {"times": "learned-schedule", "stratified": True},
 ]
 
 
@@ -196,6 +197,7 @@ def test_labels_of_configured_times() -> None:
         "loss-second-moment": "unbiased",
         "gradient-norm": "unbiased",
         "entropy-rate": "unbiased",
+        "learned-schedule": "unbiased",
         "lognormal": "changes the objective",
         "logit-normal": "changes the objective",
         "mode": "changes the objective",

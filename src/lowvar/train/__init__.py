@@ -7,6 +7,7 @@ from lowvar.train.entropy_rate import EntropyRateTimes
 from lowvar.train.gradient_norm import GradientNormTimes
 from lowvar.train.hybrid import HybridVLB
 from lowvar.train.immiscible import Immiscible, nearest_noise
+from lowvar.train.learned_schedule import LearnedScheduleTimes
 from lowvar.train.logit_normal import LogitNormalTimes
 from lowvar.train.loop import Fitted, NonFiniteError, Trainer, fit
 from lowvar.train.minsnr import MinSNR
@@ -37,6 +38,7 @@ __all__ = [
     "HybridVLB",
     "Immiscible",
     "IndependentSamples",
+    "LearnedScheduleTimes",
     "LikelihoodOnly",
     "LogitNormalTimes",
     "LognormalTimes",
