@@ -14,6 +14,7 @@ from lowvar.process import CosineVP, schedule_from_diffusers
 from lowvar.train import (
     EntropyRateTimes,
     GradientNormTimes,
+    LearnedScheduleTimes,
     LogitNormalTimes,
     LognormalTimes,
     MinSNR,
@@ -42,6 +43,7 @@ def weighted(plain: UniformTimes) -> list[Any]:
         norms,
         norms.updated(torch.tensor([0, 1, 2, 3, 4]), torch.tensor([9.0, 1e-4, 3.0, 0.0, 100.0])),
         rates.updated(seen, torch.cos(seen.double()) + 1.5),
+        LearnedScheduleTimes(plain, bins=3, uniform=0.2).updated(torch.tensor([0, 2]), torch.tensor([1.0, 4.0])),
     ]
 
 
@@ -70,7 +72,7 @@ def exact(plain: UniformTimes, power: int) -> float:
 
 
 @pytest.mark.parametrize("plain", PLAIN, ids=["table", "continuous"])
-@pytest.mark.parametrize("number", range(7))
+@pytest.mark.parametrize("number", range(8))
 def test_weights_make_it_unbiased(plain: UniformTimes, number: int) -> None:
     times = weighted(plain)[number]
     q = times.probabilities()
@@ -82,7 +84,7 @@ def test_weights_make_it_unbiased(plain: UniformTimes, number: int) -> None:
 
 
 @pytest.mark.parametrize("plain", PLAIN, ids=["table", "continuous"])
-@pytest.mark.parametrize("number", range(7))
+@pytest.mark.parametrize("number", range(8))
 def test_inverse_cdf_increases_and_weights_are_bounded(plain: UniformTimes, number: int) -> None:
     times = weighted(plain)[number]
     drawn = times.at(torch.linspace(0, 1, 5001, dtype=torch.float64)[:-1])
@@ -204,6 +206,33 @@ def test_loss_factor_of_the_plain_loss_is_the_targets() -> None:
     assert float(log_error_factor("epsilon", torch.tensor(2.0))) == 2.0
 
 
+def test_learned_schedule_descends_the_variance() -> None:
+    """From uniform times, with each bin seen once, the step is that of dV/dtheta by finite differences."""
+    loss, k, m = torch.tensor([3.0, 0.5, 1.0, 2.0]).double(), 4, 0.3
+    times = LearnedScheduleTimes(bins=k, uniform=m, rate=0.01)
+
+    def variance(theta: Tensor) -> float:
+        q = (1 - m) * torch.softmax(theta, 0) + m / k
+        return float((loss**2 / (k**2 * q)).sum())
+
+    h, zero = 1e-6, torch.zeros(k, dtype=torch.float64)
+    slope = torch.tensor([(variance(zero + h * e) - variance(zero - h * e)) / (2 * h) for e in torch.eye(k).double()])
+    moved = times.updated(torch.arange(k), loss).theta
+    assert torch.allclose(moved, -0.01 * slope.double() / (loss**2).mean(), atol=1e-9)
+
+
+def test_learned_schedule_ends_at_the_second_moments() -> None:
+    loss = torch.tensor([3.0, 0.5, 1.0, 2.0]).double()
+    times = LearnedScheduleTimes(UniformTimes(None), bins=4, uniform=1e-6, rate=0.5)
+    u = (torch.arange(1024).double() + 0.5) / 1024
+    for _ in range(100):
+        bins = times.at(u).bin
+        times = times.updated(bins, loss[bins])
+    assert torch.allclose(times.probabilities(), loss / loss.sum(), atol=0.01)
+    assert times.updated(torch.tensor([0]), torch.tensor([0.0])).theta.isfinite().all()
+    assert LearnedScheduleTimes(bins=2).updated(torch.tensor([0]), torch.tensor([0.0])).theta.tolist() == [0, 0]
+
+
 def test_refusals() -> None:
     wrong = GradientNormTimes(bins=4)
     for make, message in [
@@ -218,6 +247,8 @@ def test_refusals() -> None:
         (lambda: EntropyRateTimes(SCHEDULE, "epsilon", uniform=0), "uniform 0"),
         (lambda: EntropyRateTimes(SCHEDULE, "epsilon", bins=3).restored(wrong.state()), "of 4 bins, not of 3"),
         (lambda: EntropyRateTimes(SCHEDULE, "epsilon", LikelihoodOnly()), "LikelihoodOnly gives the squared error no"),
+        (lambda: LearnedScheduleTimes(rate=0), "rate 0"),
+        (lambda: LearnedScheduleTimes(theta=torch.zeros(3)), "of 3 bins, not of 32"),
         (lambda: floored(torch.tensor([1.0, -1.0]), 0.1), "negative or not finite"),
         (lambda: floored(torch.ones(2), 0.0), "uniform is 0"),
         (lambda: RunningMeans.empty(0, 0.5), "bins is 0"),

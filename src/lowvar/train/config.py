@@ -25,6 +25,7 @@ from lowvar.train.entropy_rate import EntropyRateTimes
 from lowvar.train.gradient_norm import GradientNormTimes
 from lowvar.train.hybrid import HybridVLB
 from lowvar.train.immiscible import Immiscible
+from lowvar.train.learned_schedule import LearnedScheduleTimes
 from lowvar.train.logit_normal import LogitNormalTimes
 from lowvar.train.minsnr import MinSNR
 from lowvar.train.mode import ModeTimes
@@ -91,8 +92,9 @@ class TrainConfig:
         weighting: of the squared error by noise level; `none` leaves it out, so that the head's term is the loss (with
             `detach_mean` false).
         times: density of training times: `uniform`; learned, with weights that leave the objective as it is:
-            `loss-second-moment`, `gradient-norm` (one gradient of one sample more an update), `entropy-rate`; or of a
-            given form: `lognormal`, `logit-normal`, `mode`, which change the objective unless `times_weighted`.
+            `loss-second-moment`, `gradient-norm` (one gradient of one sample more an update), `entropy-rate`,
+            `learned-schedule`; or of a given form: `lognormal`, `logit-normal`, `mode`, which change the objective
+            unless `times_weighted`.
         times_weighted: whether weights make times of a given form unbiased.
         stratified: whether the times of a batch are stratified.
         pairing: how the samples of a batch depend on each other (`lowvar.train.pairs`, `sobol`): `independent`; `same`,
@@ -136,7 +138,14 @@ class TrainConfig:
     detach_mean: bool = True
     weighting: Literal["simple", "min-snr", "p2", "edm", "none"] = "simple"
     times: Literal[
-        "uniform", "loss-second-moment", "gradient-norm", "entropy-rate", "lognormal", "logit-normal", "mode"
+        "uniform",
+        "loss-second-moment",
+        "gradient-norm",
+        "entropy-rate",
+        "learned-schedule",
+        "lognormal",
+        "logit-normal",
+        "mode",
     ] = "uniform"
     times_weighted: bool = False
     stratified: bool = False
@@ -303,6 +312,8 @@ def make_times(config: TrainConfig, schedule: Schedule) -> Times:
         return GradientNormTimes(plain)
     if config.times == "entropy-rate":
         return EntropyRateTimes(schedule, config.prediction, WEIGHTINGS[config.weighting], plain)
+    if config.times == "learned-schedule":
+        return LearnedScheduleTimes(plain)
     if config.times == "logit-normal":
         return LogitNormalTimes(weighted=weighted, plain=plain)
     if config.times == "mode":

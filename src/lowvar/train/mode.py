@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,6 +21,23 @@ from lowvar.train.piecewise import continuous, floored, piecewise_times
 from lowvar.train.timesteps import TimeDraw, Times, UniformTimes
 
 __all__ = ["ModeTimes"]
+
+
+def _times(u: Tensor, scale: float) -> Tensor:
+    return (u - scale * (torch.sin(math.pi / 2 * u) ** 2 - u)).clamp(0, 1)
+
+
+@lru_cache(maxsize=8)
+def _cdf(scale: float, bins: int) -> Tensor:
+    """The probability of v below the edges k / K, (K + 1,) float64, by bisection of the increasing `_times`."""
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
+    low, high = torch.zeros_like(edges), torch.ones_like(edges)
+    for _ in range(53):
+        middle = (low + high) / 2
+        below = _times(middle, scale) < edges
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    high[0], high[-1] = 0, 1
+    return high
 
 
 @dataclass(frozen=True)
@@ -59,25 +77,15 @@ class ModeTimes(Times):
         """`unbiased` with weights."""
         return "unbiased" if self.weighted else "changes the objective"
 
-    def _v(self, u: Tensor) -> Tensor:
-        return (u - self.scale * (torch.sin(math.pi / 2 * u) ** 2 - u)).clamp(0, 1)
-
     def probabilities(self) -> Tensor:
-        """q of the weighted density, (K,) float64: the cdf at the bins' edges, by bisection."""
-        edges = torch.linspace(0, 1, self.bins + 1, dtype=torch.float64)
-        low, high = torch.zeros_like(edges), torch.ones_like(edges)
-        for _ in range(53):
-            middle = (low + high) / 2
-            below = self._v(middle) < edges
-            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        cdf = torch.cat([torch.zeros(1).double(), high[1:-1], torch.ones(1).double()])
-        return floored(cdf.diff().clamp_min(0), self.uniform)
+        """q of the weighted density, (K,) float64."""
+        return floored(_cdf(self.scale, self.bins).diff().clamp_min(0), self.uniform)
 
     def at(self, u: Tensor) -> TimeDraw:
         """See the base class."""
         if self.weighted:
             return piecewise_times(self.probabilities(), self.plain, u)
-        return self.plain.at(self._v(u.double()).clamp_max(1 - 2.0**-53))
+        return self.plain.at(_times(u.double(), self.scale).clamp_max(1 - 2.0**-53))
 
     def updated(self, bins: Tensor, losses: Tensor) -> ModeTimes:
         """See the base class."""
