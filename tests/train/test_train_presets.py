@@ -64,6 +64,12 @@ def test_auto_is_the_parts_and_what_is_given_wins() -> None:
     assert config_from(yaml.safe_load("variance_reduction: 'off'")) == TrainConfig()
 
 
+@pytest.mark.parametrize("coupling", ["optimal-transport", "immiscible"])
+def test_a_stable_target_refuses_noise_that_knows_the_images(coupling: str) -> None:
+    with pytest.raises(UserError, match=f"coupling is {coupling} and target stable.*leave one of them out"):
+        config_from({"target": "stable", "coupling": coupling})
+
+
 @pytest.mark.parametrize("word", ["full", 1, None, ["auto"], True])
 def test_other_words_are_refused(word: object) -> None:
     with pytest.raises(UserError, match=r"variance_reduction is .*; allowed: off, auto"):

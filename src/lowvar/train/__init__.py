@@ -17,8 +17,8 @@ from lowvar.train.gradient_norm import GradientNormTimes
 from lowvar.train.hybrid import HybridVLB
 from lowvar.train.immiscible import Immiscible, nearest_noise
 from lowvar.train.known_posterior import KnownPosterior, ScoreMixture, clean_score_weight
-from lowvar.train.linear_variate import LinearControl, linear_variate
 from lowvar.train.learned_schedule import LearnedScheduleTimes
+from lowvar.train.linear_variate import LinearControl, linear_variate
 from lowvar.train.logit_normal import LogitNormalTimes
 from lowvar.train.loop import Fitted, NonFiniteError, Trainer, fit
 from lowvar.train.minsnr import MinSNR
