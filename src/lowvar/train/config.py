@@ -173,8 +173,8 @@ class TrainConfig:
             )
         if self.target == "stable" and self.coupling != "none":
             raise ValueError(
-                f"coupling is {self.coupling} and target stable, whose weights are those of noise that knows nothing of "
-                "the images; leave one of them out"
+                f"coupling is {self.coupling} and target stable, whose weights are those of noise that knows nothing "
+                "of the images; leave one of them out"
             )
         if self.rank is not None and self.head != "lowrank":
             raise ValueError(f"rank is {self.rank} and head {self.head}; a rank belongs to head lowrank: leave it out")
