@@ -147,6 +147,17 @@ def test_hutchinson_is_exact_in_the_mean() -> None:
     torch.testing.assert_close(estimate, torch.trace(S)[None], atol=1e-12, rtol=0)
 
 
+def test_lanczos_ends_where_the_subspace_is_complete() -> None:
+    """Two eigenvalues and six steps, and a start within one eigenspace: root and quadratic form are exact."""
+    S = torch.diag(torch.tensor([1.0, 1.0, 1.0, 2.0, 2.0, 2.0], dtype=torch.float64))
+    v = Independent(4).normal(range(3), (6,), dtype=torch.float64)
+    v[1, 3:] = 0
+    C = Implicit(lambda x: x @ S, (6,), steps=6, like=v)
+    expected = (v**2 / S.diagonal()).sum(1)
+    torch.testing.assert_close(C.inverse_quadratic(v), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(C.sqrt_matvec(v), v * S.diagonal().sqrt(), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("shape", [(3, 4, 5), (1, 4, 4), (3, 4, 1), (2, 3, 2, 4), (5,), (1, 1)], ids=str)
 @pytest.mark.parametrize("with_spare", [True, False])
 def test_accumulate_is_the_inverse_added(shape: tuple[int, ...], with_spare: bool) -> None:

@@ -157,10 +157,13 @@ class Implicit(Covariance):
         basis = [flat / norm]
         k = min(self.steps, self.d)
         T = torch.zeros(z.shape[0], k, k, dtype=flat.dtype, device=flat.device)
+        complete = torch.zeros(z.shape[0], dtype=torch.bool, device=flat.device)
         for j in range(k):
             w = self.matvec(basis[j].reshape(z.shape)).flatten(1)
             scale = w.norm(dim=1, keepdim=True)
-            T[:, j, j] = (w * basis[j]).sum(1)
+            own = (w * basis[j]).sum(1)
+            # a direction beyond the invariant subspace is 0 and has no part in the result: any value that f can take
+            T[:, j, j] = own if j == 0 else torch.where(complete, T[:, 0, 0], own)
             for _ in range(2):  # twice is enough
                 V = torch.stack(basis, -1)
                 w = w - torch.einsum("bdk,bk->bd", V, torch.einsum("bdk,bd->bk", V, w))
@@ -168,6 +171,7 @@ class Implicit(Covariance):
                 beta = w.norm(dim=1, keepdim=True)
                 # where the invariant subspace is complete T becomes block diagonal
                 alive = beta > 1e-6 * scale.clamp_min(1e-30)
+                complete = ~alive[:, 0]
                 beta = torch.where(alive, beta, torch.zeros_like(beta))
                 T[:, j, j + 1] = T[:, j + 1, j] = beta[:, 0]
                 basis.append(torch.where(alive, w / beta.clamp_min(1e-30), torch.zeros_like(w)))
