@@ -12,6 +12,7 @@ Sources: Pooladian et al. 2023 ("Multisample flow matching"), Tong et al. 2024 (
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -45,6 +46,7 @@ def optimal_transport(x0: Tensor, eps: Tensor) -> Tensor:
     return torch.from_numpy(linear_sum_assignment(cost.numpy())[1]).long()
 
 
+@dataclass(frozen=True)
 class OptimalTransport:
     """The coupling as a part of a draw plan: applied to the global batch, whatever its parts.
 
