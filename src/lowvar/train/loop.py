@@ -123,7 +123,13 @@ class Trainer:
         self.objective: Objective = make_objective(config, data.levels)
         self.times = make_times(config, self.schedule)
         self.plan = DrawPlan(data.train, self.schedule, config.batch_size, config.seed)
-        self.validation = ValidationSet(data.calibration, self.schedule, UniformTimes(config.train_timesteps))
+        self.validation = ValidationSet(
+            data.calibration,
+            self.schedule,
+            UniformTimes(config.train_timesteps),
+            prediction=config.prediction,
+            weighting=self.objective.weighting,
+        )
         self.spectrum = None if config.head_basis is None else make_spectrum(data, config.head_basis)
         if self.spectrum is not None and parts > 1:  # eigenvectors may differ between machines
             self.spectrum = restored(_of_the_main_process(self.accelerator, stored(self.spectrum)), self.spectrum)
