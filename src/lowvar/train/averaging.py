@@ -1,5 +1,4 @@
-r"""Post-hoc averages of the weights, of any length (Karras et al. 2024, "Analyzing and improving the training dynamics
-of diffusion models", Sec. 3 and App. C).
+r"""Post-hoc averages of the weights, of any length.
 
 The power-function average with exponent gamma over updates 1 .. t weighs the weights theta(tau) as tau^gamma:
 
@@ -19,6 +18,8 @@ average is given back exactly; Karras et al. integrate the continuous ones. The 
 stands still stays. Label of use: the average changes what comes out of a run, never its gradient.
 
 diffusers' EMAModel keeps the plain exponential average; this is for those whose length is chosen after training.
+
+Source: Karras et al. 2024, "Analyzing and improving the training dynamics of diffusion models", Sec. 3 and App. C.
 """
 
 from __future__ import annotations
@@ -75,9 +76,7 @@ def profile(gamma: float, updates: int, length: int) -> Tensor:
         [0.25, 0.25, 0.25, 0.25, 0.0]
     """
     if not 1 <= updates <= length:
-        raise ValueError(
-            f"the average is of {updates} updates and the profile of {length}; need 1 <= updates <= length"
-        )
+        raise ValueError(f"the average is of {updates} updates, the profile of {length}; need 1 <= updates <= length")
     tau = torch.arange(1, updates + 1, dtype=torch.float64)
     log_beta = (gamma + 1) * torch.log1p(-1 / tau)  # -inf at 1: the first update is all there is
     after = torch.cat([log_beta[1:].flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
