@@ -46,7 +46,7 @@ def test_state_and_seed() -> None:
     assert torch.equal(one.get_buffer("phase"), two.get_buffer("phase"))
     assert not torch.equal(one.get_buffer("phase"), other.get_buffer("phase"))
     with torch.no_grad():
-        one.amplitude += 1
+        one.amplitude.add_(1)
     other.load_state_dict(one.state_dict())
     x = torch.linspace(-5, 5, 7)
     assert torch.equal(one.log_uncertainty(x), other.log_uncertainty(x))
@@ -72,7 +72,7 @@ def test_curves() -> None:
 def test_curves_with_what_was_learned() -> None:
     learned = Uncertainty()
     with torch.no_grad():
-        learned.offset += 2.0
+        learned.offset.add_(2.0)
     found = weighting_curves("epsilon", weightings={"m": MinSNR(), "none": LikelihoodOnly()}, uncertainty=learned)
     assert [c.name for c in found] == ["m", "none", "uncertainty"]
     torch.testing.assert_close(found[2].relative, torch.ones(121, dtype=torch.float64))
