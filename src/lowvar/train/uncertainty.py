@@ -132,7 +132,9 @@ def weighting_curves(
     if weightings is None:
         weightings = {"simple": Simple(), "min-snr": MinSNR(), "p2": P2(), "edm": EDM(sigma_data)}
     plain = Simple().log_weight(levels, prediction, sigma_data)
-    found = [(name, w.label, w.log_weight(levels, prediction, sigma_data)) for name, w in weightings.items()]
+    found: list[tuple[str, Label, Tensor]] = [
+        (name, w.label, w.log_weight(levels, prediction, sigma_data)) for name, w in weightings.items()
+    ]
     if uncertainty is not None:
         u = uncertainty.log_uncertainty(levels).detach().double()
         found.append(("uncertainty", uncertainty.label, plain - u))
