@@ -7,17 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from lowvar.data import TensorImages, load
+from lowvar.data import TensorImages
 from lowvar.errors import UserError
-from lowvar.process import Antithetic, Independent, NetworkDenoiser, schedule_from_diffusers
+from lowvar.process import Antithetic, Independent, schedule_from_diffusers
 from lowvar.train import (
     DrawPlan,
     NetworkConfig,
-    Objective,
-    Simple,
     TrainConfig,
     UniformTimes,
-    ValidationSet,
     build_network,
     config_from,
 )
@@ -75,38 +72,6 @@ def test_plan_refuses() -> None:
         DrawPlan(images(3), SCHEDULE, 0)
     with pytest.raises(ValueError, match="must divide"):
         DrawPlan(images(3), SCHEDULE, 4).draws(0, UniformTimes(), 0, 3)
-
-
-# ---------------------------------------------------------------------------------------------------------- validation
-
-
-def test_validation_is_stratified_fixed_and_split_free() -> None:
-    network = build_network((1, 8, 8), NetworkConfig(width=8)).eval()
-    denoiser = NetworkDenoiser(network, SCHEDULE)
-    data = TensorImages(load("digits").calibration.images(range(24)))
-    objective = Objective(Simple())
-    validation = ValidationSet(data, SCHEDULE, UniformTimes(), batch_size=32)
-    values = validation.values(denoiser, objective)
-    other = ValidationSet(data, SCHEDULE, UniformTimes(), batch_size=7)
-    halves = other.values(denoiser, objective, 0, 2) + other.values(denoiser, objective, 1, 2)
-    assert torch.allclose(values, halves, atol=1e-5)
-    summary = validation.summary(values, has_variance=False)
-    assert [b.n for b in summary.bins] == [12] * 8
-    assert summary.bins[0].logsnr_low == pytest.approx(float(SCHEDULE.logsnr(1 / 8)))
-    assert all(a.logsnr_low == b.logsnr_high for a, b in zip(summary.bins, summary.bins[1:], strict=False))
-    assert sum(b.loss for b in summary.bins) / 8 == pytest.approx(summary.loss)
-    assert summary.low < summary.loss < summary.high
-    assert summary.variance is None
-
-
-def test_validation_interval_covers() -> None:
-    """An untrained prediction of 0 has loss |eps|^2 / d of mean 1: in the interval, whose width is right."""
-    data = TensorImages(torch.zeros(400, 1, 4, 4))
-    validation = ValidationSet(data, SCHEDULE, UniformTimes())
-    denoiser = NetworkDenoiser(lambda x, t: torch.zeros_like(x), SCHEDULE)
-    summary = validation.summary(validation.values(denoiser, Objective(Simple())), has_variance=False)
-    assert summary.low < 1 < summary.high
-    assert (summary.high - summary.low) / 2 == pytest.approx(1.96 * (2 / (16 * 1600)) ** 0.5, rel=0.1)
 
 
 # ------------------------------------------------------------------------------------------------------------ networks

@@ -1,5 +1,6 @@
 """Learning the reverse process: draw plans, objectives, training times, networks, the loop."""
 
+from lowvar.train.averaging import PowerAverages
 from lowvar.train.config import (
     PRESETS,
     TrainConfig,
@@ -25,6 +26,7 @@ from lowvar.train.minsnr import MinSNR
 from lowvar.train.mode import ModeTimes
 from lowvar.train.networks import NetworkConfig, build_network
 from lowvar.train.nll import PosteriorNLL
+from lowvar.train.noise_scale import NoiseScale
 from lowvar.train.objectives import LikelihoodOnly, Losses, Objective, Simple, VarianceTerm, Weighting
 from lowvar.train.optimal_transport import OptimalTransport, optimal_transport
 from lowvar.train.p2 import P2
@@ -38,6 +40,7 @@ from lowvar.train.stratified import stratified_uniforms
 from lowvar.train.targets import PlainTarget, Target
 from lowvar.train.taylor import taylor_variate
 from lowvar.train.timesteps import LossSecondMomentTimes, TimeDraw, Times, UniformTimes
+from lowvar.train.uncertainty import Uncertainty, weighting_curves
 from lowvar.train.validation import ValidationLoss, ValidationSet
 
 __all__ = [
@@ -64,6 +67,7 @@ __all__ = [
     "MinSNR",
     "ModeTimes",
     "NetworkConfig",
+    "NoiseScale",
     "NonFiniteError",
     "Objective",
     "OptimalTransport",
@@ -71,6 +75,7 @@ __all__ = [
     "Pairing",
     "PlainTarget",
     "PosteriorNLL",
+    "PowerAverages",
     "Record",
     "ReferencePlan",
     "RunningMeans",
@@ -86,6 +91,7 @@ __all__ = [
     "Times",
     "TrainConfig",
     "Trainer",
+    "Uncertainty",
     "UniformTimes",
     "Update",
     "Validation",
@@ -114,4 +120,5 @@ __all__ = [
     "strata_order",
     "stratified_uniforms",
     "taylor_variate",
+    "weighting_curves",
 ]

@@ -133,7 +133,13 @@ class Trainer:
                 f"batch_size {config.batch_size} among {parts} processes would split the groups of {size} samples of "
                 f"pairing {config.pairing}; give a multiple of {parts * size}"
             )
-        self.validation = ValidationSet(data.calibration, self.schedule, UniformTimes(config.train_timesteps))
+        self.validation = ValidationSet(
+            data.calibration,
+            self.schedule,
+            UniformTimes(config.train_timesteps),
+            prediction=config.prediction,
+            weighting=self.objective.weighting,
+        )
         self.spectrum = None if config.head_basis is None else make_spectrum(data, config.head_basis)
         if self.spectrum is not None and parts > 1:  # eigenvectors may differ between machines
             self.spectrum = restored(_of_the_main_process(self.accelerator, stored(self.spectrum)), self.spectrum)

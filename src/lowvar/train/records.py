@@ -56,6 +56,8 @@ class Validation:
             "validation_loss": v.loss,
             "low": v.low,
             "high": v.high,
+            "population_low": v.population_low,
+            "population_high": v.population_high,
             "validation_error": v.error,
             "validation_variance": v.variance,
             "bins": [{"logsnr": b.logsnr} | dataclasses.asdict(b) for b in v.bins],

@@ -1,38 +1,38 @@
-r"""Validation loss on fixed noise, by noise level.
+r"""Validation loss on fixed images, times and noise, by noise level, with an interval that can be believed.
 
-Image i of N is evaluated at 4 times, one in each quarter of [0, 1],
+The images are the first of the calibration split; each is evaluated four times, at the times of a `meter` design whose
+density follows the spread of the linear denoiser's loss on these images, so it depends on the data alone: times and
+noise are the same in every validation and every run on the same data, and validations compare on common noise. The
+parts of the linear denoiser's loss (`linear_loss`), known exactly for every image, are the control variates.
 
-    u_{i,r} = (r + (pi_r(i) + 1/2) / N) / 4,      r = 0 .. 3,
-
-with pi_r seeded permutations, so that all timesteps are covered evenly; noise and times are the same in every
-validation and every run. The estimate is the mean over images of an image's mean loss, its standard error that of a
-mean over images. The 8 bins are the times' eighths: an image has at most one evaluation in a bin, so a bin's standard
-error is that of a plain mean. Stratification is not credited to either: both are on the safe side.
-
-Times are uniform whatever times are trained on, so that runs compare.
+What is estimated is the plain mean over uniform times, whatever times are trained on, so that runs compare. `low` and
+`high` are a 95% interval for the loss *on these images*, over all times and noise; `population_low` and
+`population_high` are for all such images. The 8 bins are the times' eighths.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lowvar.process.denoiser import NetworkDenoiser
+from lowvar.process.denoiser import NetworkDenoiser, Prediction
 from lowvar.process.noise import Independent
 from lowvar.process.schedule import Schedule
 from lowvar.train.draws import ImageSource
-from lowvar.train.objectives import Objective
+from lowvar.train.linear_loss import FEATURES, LinearLoss
+from lowvar.train.meter import Measured, allocation, make_design, measure
+from lowvar.train.objectives import Objective, Weighting
 from lowvar.train.timesteps import UniformTimes
 
 __all__ = ["BINS", "Bin", "ValidationLoss", "ValidationSet", "logsnr_edges"]
 
 BINS = 8
-_STRATA = 4
 _SEED = 0x6C76  # one for all runs: validation losses of different runs are on common noise
 _EDGE = 30.0
+_CHUNK = 256  # of the passes over the images alone: the design does not depend on the batch size
 
 
 def logsnr_edges(schedule: Schedule) -> list[float]:
@@ -48,7 +48,7 @@ class Bin:
     Attributes:
         logsnr_low, logsnr_high: the range.
         n: evaluations.
-        loss, se: mean and standard error.
+        loss, se: mean, and standard error given the images.
         variance, variance_se: of the head's term in bits a dimension; None without head.
     """
 
@@ -72,7 +72,8 @@ class ValidationLoss:
 
     Attributes:
         loss: mean objective.
-        low, high: 95% interval over images.
+        low, high: 95% interval for the loss on these images, over times and noise.
+        population_low, population_high: 95% interval for all such images.
         error: mean squared error of the prediction target, unweighted.
         variance: the head's term in bits a dimension; None without head.
         bins: by noise level, from little noise to much.
@@ -81,16 +82,11 @@ class ValidationLoss:
     loss: float
     low: float
     high: float
+    population_low: float
+    population_high: float
     error: float
     variance: float | None
     bins: tuple[Bin, ...]
-
-
-def _mean_se(values: Tensor) -> tuple[float, float]:
-    n = len(values)
-    if n == 0:
-        return math.nan, math.nan
-    return float(values.mean()), float(values.std() / math.sqrt(n)) if n > 1 else math.nan
 
 
 class ValidationSet:
@@ -102,24 +98,60 @@ class ValidationSet:
         times: the uniform times that are trained on (a table's length, or continuous).
         limit: images used of a larger split.
         batch_size: evaluations at once.
+        prediction, weighting, sigma_data: of the loss that is expected; another one is measured as correctly, with a
+            wider interval.
+        seed: of times and noise.
+        density: of the times by bin, (8,), for example `allocation(measured.residual)` of an earlier validation;
+            default: from the images.
+
+    Raises:
+        ValueError: if there are fewer than two images.
+
+    Example:
+        >>> from lowvar.data import load
+        >>> from lowvar.process import CosineVP
+        >>> data = ValidationSet(load("digits").calibration, CosineVP(), UniformTimes(), limit=64)
+        >>> denoiser = NetworkDenoiser(lambda x, t: torch.zeros_like(x), CosineVP())
+        >>> found = data.summary(data.values(denoiser, Objective(Simple())), has_variance=False)
+        >>> found.low < 1.0 < found.high, len(found.bins)
+        (True, 8)
     """
 
     def __init__(
-        self, images: ImageSource, schedule: Schedule, times: UniformTimes, limit: int = 1024, batch_size: int = 256
+        self,
+        images: ImageSource,
+        schedule: Schedule,
+        times: UniformTimes,
+        limit: int = 1024,
+        batch_size: int = 256,
+        *,
+        prediction: Prediction = "epsilon",
+        weighting: Weighting | None = None,
+        sigma_data: float = 0.5,
+        seed: int = _SEED,
+        density: Tensor | None = None,
     ) -> None:
         self.images, self.schedule, self.times, self.batch_size = images, schedule, times, batch_size
         self.n = min(len(images), limit)
-        self._noise = Independent(_SEED)
-        ranks = [
-            torch.argsort(torch.argsort(self._noise.uniform(range(self.n), (), draw=1 + r, dtype=torch.float64)))
-            for r in range(_STRATA)
-        ]
-        position = (torch.stack(ranks).double() + 0.5) / self.n
-        self._u = ((torch.arange(_STRATA)[:, None] + position) / _STRATA).flatten()  # stratum by stratum
+        if self.n < 2:
+            raise ValueError(f"there are {self.n} validation images; a validation needs at least 2")
+        self._noise = Independent(seed)
+        self.linear = LinearLoss.of(self._batches(), prediction, weighting, sigma_data)
+        spread = torch.zeros(BINS, dtype=torch.float64)
+        expected = []
+        for x0 in self._batches():
+            expected.append(self.linear.given_image(x0, schedule, times, BINS))
+            spread += self.linear.spread(x0, schedule, times, BINS) ** 2 * (len(x0) / self.n)
+        self._expected = torch.cat(expected)
+        self.design = make_design(self.n, allocation(spread.sqrt()) if density is None else density, self._noise)
+
+    def _batches(self) -> Iterator[Tensor]:
+        for rows in torch.arange(self.n).split(_CHUNK):
+            yield self.images.images(rows)
 
     def __len__(self) -> int:
         """Number of evaluations."""
-        return len(self._u)
+        return len(self.design)
 
     def values(
         self,
@@ -129,28 +161,41 @@ class ValidationSet:
         parts: int = 1,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """(loss, error, variance term) of every evaluation, (len, 3) float64; zeros where another part evaluates."""
-        table = torch.zeros(len(self), 3, dtype=torch.float64)
+        """(loss, error, variance term, control variates) of every evaluation, (len, 7) float64.
+
+        Rows that another part evaluates are zeros.
+        """
+        table = torch.zeros(len(self), 3 + len(FEATURES), dtype=torch.float64)
         for rows in torch.arange(part, len(self), parts).split(self.batch_size):
-            x0 = self.images.images(rows % self.n).to(device)
+            x0 = self.images.images(rows % self.n)
+            level = self.schedule.at(self.times.at(self.design.u[rows]).t)
             eps = self._noise.normal(rows, x0.shape[1:], draw=0, device=device)
-            level = self.schedule.at(self.times.at(self._u[rows]).t).to(device)
             with torch.no_grad():
-                losses = objective.losses(denoiser, x0, eps, level)
+                losses = objective.losses(denoiser, x0.to(device), eps, level.to(device))
             columns = [losses.loss, losses.error, losses.loss * 0 if losses.variance is None else losses.variance]
-            table[rows] = torch.stack(columns, 1).double().cpu()
+            table[rows, :3] = torch.stack(columns, 1).double().cpu()
+            table[rows, 3:] = self.linear.features(x0, eps, level)
         return table
+
+    def measured(self, values: Tensor, column: int = 0) -> Measured:
+        """What the meter says of a column of a table of values."""
+        return measure(self.design, values[:, column], values[:, 3:], self._expected)
 
     def summary(self, values: Tensor, has_variance: bool) -> ValidationLoss:
         """Means, intervals and bins of a table of values."""
-        per_image = values.reshape(_STRATA, self.n, 3).mean(0)
-        loss, se = _mean_se(per_image[:, 0])
+        loss, error = self.measured(values), self.measured(values, 1)
+        variance = self.measured(values, 2) if has_variance else None
         edges = logsnr_edges(self.schedule)
         bins = []
         for k in range(BINS):
-            inside = values[(self._u * BINS).long().clamp_max(BINS - 1) == k]
-            variance = _mean_se(inside[:, 2]) if has_variance else (None, None)
-            bins.append(Bin(edges[k + 1], edges[k], len(inside), *_mean_se(inside[:, 0]), *variance))
-        reach = 1.96 * se
-        variance = float(per_image[:, 2].mean()) if has_variance else None
-        return ValidationLoss(loss, loss - reach, loss + reach, float(per_image[:, 1].mean()), variance, tuple(bins))
+            value, se, count = loss.bins[k].tolist()
+            head = (None, None) if variance is None else variance.bins[k, :2].tolist()
+            bins.append(Bin(edges[k + 1], edges[k], int(count), value, se, *head))
+        return ValidationLoss(
+            loss.total.value,
+            *loss.total.interval,
+            *loss.total.population,
+            error.total.value,
+            None if variance is None else variance.total.value,
+            tuple(bins),
+        )
