@@ -23,6 +23,7 @@ from torch import Tensor
 from lowvar.process.denoiser import NetworkDenoiser
 from lowvar.process.noise import Independent
 from lowvar.process.schedule import Schedule
+from lowvar.train.conditional import of_classes
 from lowvar.train.draws import ImageSource
 from lowvar.train.objectives import Objective
 from lowvar.train.timesteps import UniformTimes
@@ -128,15 +129,20 @@ class ValidationSet:
         part: int = 0,
         parts: int = 1,
         device: torch.device | str = "cpu",
+        labels: Tensor | None = None,
     ) -> Tensor:
-        """(loss, error, variance term) of every evaluation, (len, 3) float64; zeros where another part evaluates."""
+        """(loss, error, variance term) of every evaluation, (len, 3) float64; zeros where another part evaluates.
+
+        `labels` are the images' class numbers, for a network that is conditioned on them.
+        """
         table = torch.zeros(len(self), 3, dtype=torch.float64)
         for rows in torch.arange(part, len(self), parts).split(self.batch_size):
             x0 = self.images.images(rows % self.n).to(device)
             eps = self._noise.normal(rows, x0.shape[1:], draw=0, device=device)
             level = self.schedule.at(self.times.at(self._u[rows]).t).to(device)
             with torch.no_grad():
-                losses = objective.losses(denoiser, x0, eps, level)
+                own = denoiser if labels is None else of_classes(denoiser, labels[rows % self.n].to(device))
+                losses = objective.losses(own, x0, eps, level)
             columns = [losses.loss, losses.error, losses.loss * 0 if losses.variance is None else losses.variance]
             table[rows] = torch.stack(columns, 1).double().cpu()
         return table
