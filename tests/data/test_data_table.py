@@ -59,7 +59,7 @@ def test_a_heavy_tail_becomes_nearly_uniform(tmp_path: Path):
     assert (x - torch.linspace(-1, 1, len(x), dtype=torch.float64)).abs().max() < 0.02  # a knot's share is 1/128
 
 
-@pytest.mark.parametrize("train", [[2.0], [2.0, 2.0, 2.0], [1.0, 9.0], [1.0, 2.0, 2.0, 2.0, 9.0]])
+@pytest.mark.parametrize("train", [[2.0], [2.0, 2.0, 2.0], [1.0, 9.0], [1.0, 2.0, 2.0, 2.0, 9.0], [1.0, 1.0, 1.0, 9.0]])
 def test_knots_increase_strictly_whatever_the_training_rows(train: list[float]):
     values = torch.tensor([1.0, 2.0, 2.0, 4.5, 9.0])
     column = Number.fitted("a", values, torch.tensor(train))

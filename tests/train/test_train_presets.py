@@ -70,6 +70,11 @@ def test_a_stable_target_refuses_noise_that_knows_the_images(coupling: str) -> N
         config_from({"target": "stable", "coupling": coupling})
 
 
+def test_a_stable_target_refuses_classes() -> None:
+    with pytest.raises(UserError, match="target stable averages over all classes.*give target plain"):
+        config_from({"target": "stable", "conditional": True})
+
+
 @pytest.mark.parametrize("word", ["full", 1, None, ["auto"], True])
 def test_other_words_are_refused(word: object) -> None:
     with pytest.raises(UserError, match=r"variance_reduction is .*; allowed: off, auto"):

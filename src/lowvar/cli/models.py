@@ -14,7 +14,8 @@ from lowvar.calibrate import Calibration
 from lowvar.data import Columns
 from lowvar.errors import UserError
 from lowvar.evaluation import check_steps
-from lowvar.pipelines import TablePipeline, denoiser_of, open_pipeline
+from lowvar.own_pipelines import class_number, null_class
+from lowvar.pipelines import ClassConditionalPipeline, TablePipeline, denoiser_of, network_of, open_pipeline
 from lowvar.process.denoiser import NetworkDenoiser
 from lowvar.process.discrete import DiscreteVP
 from lowvar.process.noise import NoiseSource
@@ -57,7 +58,7 @@ class Model:
     @property
     def about(self) -> dict[str, Any]:
         """What stands in a report about the network."""
-        network: Any = self.denoiser.network
+        network: Any = network_of(self.pipeline)
         parameters = sum(p.numel() for p in network.parameters()) if hasattr(network, "parameters") else None
         return {
             "name": type(network).__name__,
@@ -82,8 +83,25 @@ def _shape_of(network: Any, pipeline: Any) -> tuple[int, ...]:
     return int(channels), height, width
 
 
-def model_of(pipeline: Any, device: torch.device) -> Model:
+def _class_of(pipeline: Any, label: str) -> int:
+    """The number of a class of a model."""
+    conditional = isinstance(pipeline, ClassConditionalPipeline | TablePipeline)
+    if not conditional or null_class(network_of(pipeline)) is None:
+        raise UserError(
+            f"--label is {label!r}, and the model has no classes; leave it out, or train with --conditional"
+        )
+    names = pipeline.columns.classes if isinstance(pipeline, TablePipeline) else pipeline.classes
+    return class_number(label, names)
+
+
+def model_of(pipeline: Any, device: torch.device, label: str | None = None, guidance: float = 1.0) -> Model:
     """An opened pipeline as a `Model` on a device.
+
+    Args:
+        pipeline: the pipeline.
+        device: where to put it.
+        label: class, by name or number; None: all classes.
+        guidance: scale of classifier-free guidance.
 
     Raises:
         UserError: if it works on latents, or its network is not one that is called with images alone.
@@ -95,7 +113,8 @@ def model_of(pipeline: Any, device: torch.device) -> Model:
                 "lowvar.schedulers.ReverseVarianceScheduler into the pipeline"
             )
     pipeline.to(device)
-    denoiser = denoiser_of(pipeline)
+    number = None if label is None else _class_of(pipeline, label)
+    denoiser = denoiser_of(pipeline, class_labels=number, guidance=guidance)
     network: Any = denoiser.network
     if hasattr(network, "eval"):
         network.eval().requires_grad_(False)
@@ -105,8 +124,8 @@ def model_of(pipeline: Any, device: torch.device) -> Model:
     return Model(pipeline, denoiser, calibration, _shape_of(network, pipeline))
 
 
-def open_model(folder: Path, device: torch.device) -> Model:
-    """A pipeline folder as a `Model`.
+def open_model(folder: Path, device: torch.device, label: str | None = None, guidance: float = 1.0) -> Model:
+    """A pipeline folder as a `Model`; arguments as of `model_of`.
 
     Raises:
         UserError: if it is no pipeline folder, holds pickles, or its calibration is of another schedule.
@@ -114,7 +133,7 @@ def open_model(folder: Path, device: torch.device) -> Model:
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
-    return model_of(open_pipeline(folder), device)
+    return model_of(open_pipeline(folder), device, label, guidance)
 
 
 def require_shape(model: Model, shape: Sequence[int]) -> None:

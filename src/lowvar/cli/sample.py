@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,10 @@ class Sample(Sampling):
     calibration's"""
     adaptive: bool = False
     """steps of their own for every sample, around the grid; 2 evaluations a step (ddpm-* of a calibrated model)"""
+    label: MaybeText = None
+    """class to sample, by name or number, of a model trained with --conditional; default: all classes"""
+    guidance: float = 1.0
+    """scale of classifier-free guidance with --label; above 1 it costs a second evaluation a step"""
     png: MaybePath = None
     """also write a picture of the first samples"""
     csv: MaybePath = None
@@ -101,7 +106,11 @@ class Sample(Sampling):
         device = choose_device(self.device)
         if self.grid is not None:
             check_grid(self.grid)
-        model = open_model(self.model, device)
+        if not (math.isfinite(self.guidance) and self.guidance >= 0):
+            raise UserError(f"--guidance is {self.guidance:g}; give a number from 0, for example 2")
+        if self.guidance != 1 and self.label is None:
+            raise UserError(f"--guidance is {self.guidance:g}, and there is no class to guide to; give --label")
+        model = open_model(self.model, device, self.label, self.guidance)
         if self.png is not None and model.columns is not None:
             raise UserError("--png draws images, and the model makes rows of a table; give --csv instead")
         if self.csv is not None and model.columns is None:
@@ -259,8 +268,6 @@ def write_png(file: Any, samples: Any, most: int = 64, scale: int = 4) -> None:
         most: how many are shown.
         scale: smallest factor by which images under 64 pixels are enlarged.
     """
-    import math
-
     import torch
     from PIL import Image
 

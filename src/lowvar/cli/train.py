@@ -58,6 +58,8 @@ class Train(DataFlags, Common):
     """directions of head lowrank, 0 to 16; default: the config's"""
     variance_reduction: MaybeText = None
     """auto: the unbiased parts that measured best together; off: the plain recipe; default: the config's, or off"""
+    conditional: bool = False
+    """condition the network on the data's classes, 10% of them dropped (condition_dropout in --config) for guidance"""
     resume: bool = False
     """go on in OUT.partial; from the start if there is none"""
 
@@ -72,6 +74,7 @@ class Train(DataFlags, Common):
         values = {} if self.config is None else _read_yaml(self.config)
         given = ("updates", "batch_size", "seed", "checkpoint_every", "head", "rank", "variance_reduction")
         values |= {name: value for name in given if (value := getattr(self, name)) is not None}
+        values |= {"conditional": True} if self.conditional else {}
         return config_from(values)
 
     def _make_way(self, partial: Path) -> None:
@@ -205,7 +208,7 @@ def save_trained(trainer: Trainer, folder: Path) -> Any:
     """Writes the averaged network as a pipeline with our scheduler; the pipeline."""
     from diffusers import DDPMPipeline
 
-    from lowvar.pipelines import TablePipeline
+    from lowvar.pipelines import ClassConditionalPipeline, TablePipeline
     from lowvar.schedulers import ReverseVarianceScheduler
 
     config = trainer.config
@@ -222,6 +225,9 @@ def save_trained(trainer: Trainer, folder: Path) -> Any:
     columns = getattr(trainer.data, "columns", None)
     if columns is not None:
         pipeline: Any = TablePipeline(network, scheduler, columns.config())
+    elif trainer.classes is not None:
+        names = getattr(trainer.data, "classes", ()) or map(str, range(trainer.classes.count))
+        pipeline = ClassConditionalPipeline(network, scheduler, list(names))
     else:
         pipeline = DDPMPipeline(network, scheduler)  # type: ignore[arg-type]
     pipeline.save_pretrained(str(folder), safe_serialization=True)

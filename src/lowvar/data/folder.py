@@ -188,4 +188,5 @@ def load_folder(folder: Path, *, size: int | None = None, seed: int = 0, channel
         sets.append(FileImages(folder, [path for path, _ in part], shape, size is not None, labels))
         digest.update(repr([(display(path, folder), Path(path).stat().st_size) for path, _ in part]).encode())
     train, calibration, test = sets
-    return Data(str(folder), train, calibration, test, levels=256, fingerprint=digest.hexdigest()[:16])
+    names = tuple(classes) if labelled else ()
+    return Data(str(folder), train, calibration, test, 256, digest.hexdigest()[:16], classes=names)

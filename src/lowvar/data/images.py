@@ -136,6 +136,7 @@ class Data:
         levels: number of grey levels L of the source; the likelihood bin's half-width is 1 / (L - 1). None for a
             table, whose likelihood is a density.
         fingerprint: 16 hexadecimal digits of content and split; goes into checkpoints and reports.
+        classes: names of the classes 0, 1, .. of `labels`, where they have names; () otherwise.
         columns: of a table, to read its rows with; None for images.
 
     Raises:
@@ -155,6 +156,7 @@ class Data:
     levels: int | None
     fingerprint: str
     columns: Columns | None = None
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Checks that the splits agree."""

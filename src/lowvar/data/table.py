@@ -210,4 +210,4 @@ def load_table(path: Path, *, size: int | None = None, seed: int = 0, channels: 
     if labels is not None:
         digest.update(labels.numpy().tobytes())
     train, calibration, test = (TableRows(x[rows], None if labels is None else labels[rows]) for rows in parts)
-    return Data(str(path), train, calibration, test, None, digest.hexdigest()[:16], columns)
+    return Data(str(path), train, calibration, test, None, digest.hexdigest()[:16], columns, classes)

@@ -110,6 +110,8 @@ class TrainConfig:
         beta_schedule: table of the noise schedule, by diffusers' name.
         train_timesteps: length T of that table.
         network: size of the network.
+        conditional: whether the network is conditioned on the data's classes.
+        condition_dropout: share of training samples whose class is replaced by the null class, for guidance.
         seed: of initial weights, data order, times and noise.
         mixed_precision: of the network's evaluations; losses and schedule stay in float32 or wider.
         validate_every: updates between validations.
@@ -157,6 +159,8 @@ class TrainConfig:
     beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear", "sigmoid"] = "squaredcos_cap_v2"
     train_timesteps: Annotated[int, Field(ge=2)] = 1000
     network: NetworkConfig = NetworkConfig()
+    conditional: bool = False
+    condition_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     seed: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     validate_every: Annotated[int, Field(ge=1)] = 500
@@ -170,6 +174,11 @@ class TrainConfig:
             raise ValueError(
                 f"references is {self.references} and target {self.target}; references belong to target stable: leave "
                 "them out"
+            )
+        if self.target == "stable" and self.conditional:
+            raise ValueError(
+                "target stable averages over all classes, and conditional trains a network that knows the class; give "
+                "target plain or leave conditional out"
             )
         if self.target == "stable" and self.coupling != "none":
             raise ValueError(

@@ -30,6 +30,7 @@ from lowvar.errors import UserError
 from lowvar.process.denoiser import NetworkDenoiser
 from lowvar.process.schedule import Schedule
 from lowvar.train import checkpoints
+from lowvar.train.conditional import classes_of, of_classes
 from lowvar.train.config import TrainConfig, make_objective, make_plan, make_references, make_schedule, make_times
 from lowvar.train.draws import Draws, ImageSource
 from lowvar.train.networks import build_network
@@ -143,8 +144,12 @@ class Trainer:
         self.spectrum = None if config.head_basis is None else make_spectrum(data, config.head_basis)
         if self.spectrum is not None and parts > 1:  # eigenvectors may differ between machines
             self.spectrum = restored(_of_the_main_process(self.accelerator, stored(self.spectrum)), self.spectrum)
+        self.classes = classes_of(data, config.condition_dropout, config.seed) if config.conditional else None
         if network is None:
-            network = build_network(data.shape, config.network, config.network_head, config.seed, config.head_rank)
+            classes = None if self.classes is None else self.classes.count
+            network = build_network(
+                data.shape, config.network, config.network_head, config.seed, config.head_rank, classes
+            )
         self._average = _copy(network)
         optimizer = torch.optim.AdamW(network.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
         self._scheduler = get_scheduler(
@@ -175,12 +180,15 @@ class Trainer:
         self._network.train()
         draws = self.plan.draws(self.update, self.times, a.process_index, a.num_processes, a.device)
         target = _PLAIN if self.references is None else self.references.target(self.update, a.device)
+        denoiser = self._denoiser
+        if self.classes is not None:
+            denoiser = of_classes(denoiser, self.classes.labels(draws.number, draws.image).to(a.device))
         if self._drops:  # dropout draws from torch's generators: made a function of the update's number
             with torch.random.fork_rng(devices=[a.device] if a.device.type == "cuda" else []):
                 torch.manual_seed(hash((config.seed, self.update, a.process_index)))
-                losses = self.objective.losses(self._denoiser, draws.x0, draws.eps, draws.level, target)
+                losses = self.objective.losses(denoiser, draws.x0, draws.eps, draws.level, target)
         else:
-            losses = self.objective.losses(self._denoiser, draws.x0, draws.eps, draws.level, target)
+            losses = self.objective.losses(denoiser, draws.x0, draws.eps, draws.level, target)
         probe = self._probe(draws) if self.times.learns_from == "squared gradient norms" else None
         loss = (draws.weight.to(losses.loss) * losses.loss).mean()
         mean = float(_summed(a, loss.detach().double())) / a.num_processes
@@ -211,6 +219,9 @@ class Trainer:
             with torch.random.fork_rng(devices=[a.device] if a.device.type == "cuda" else []), a.autocast():
                 torch.manual_seed(hash((self.config.seed, self.update, -1)))
                 denoiser = self._as_denoiser(network)
+                if self.classes is not None:
+                    labels = self.classes.labels(draws.number[one], draws.image[one])
+                    denoiser = of_classes(denoiser, labels.to(a.device))
                 losses = self.objective.losses(denoiser, draws.x0[one], draws.eps[one], draws.level[one])
             weights = [p for p in network.parameters() if p.requires_grad]
             gradient = torch.autograd.grad(losses.loss.sum(), weights, allow_unused=True)
@@ -276,7 +287,12 @@ class Trainer:
         self._average.eval()
         with a.autocast():
             values = self.validation.values(
-                self._as_denoiser(self._average), self.objective, a.process_index, a.num_processes, a.device
+                self._as_denoiser(self._average),
+                self.objective,
+                a.process_index,
+                a.num_processes,
+                a.device,
+                None if self.classes is None else self.classes.calibration,
             )
         values = _summed(a, values)
         rate = since.updates * self.config.batch_size / since.seconds if since.seconds else math.nan
@@ -357,6 +373,8 @@ class Trainer:
             "strata": "none",
             "target": "plain",
             "references": None,
+            "conditional": False,
+            "condition_dropout": 0.1,
         }
         saved = added | kept.state["identity"]
         other = sorted(k for k in own.keys() | saved.keys() if own.get(k) != saved.get(k))

@@ -21,6 +21,7 @@ from torch import Tensor
 from lowvar.process.denoiser import NetworkDenoiser, Prediction
 from lowvar.process.noise import Independent
 from lowvar.process.schedule import Schedule
+from lowvar.train.conditional import of_classes
 from lowvar.train.draws import ImageSource
 from lowvar.train.linear_loss import FEATURES, LinearLoss
 from lowvar.train.meter import Measured, allocation, make_design, measure
@@ -160,10 +161,12 @@ class ValidationSet:
         part: int = 0,
         parts: int = 1,
         device: torch.device | str = "cpu",
+        labels: Tensor | None = None,
     ) -> Tensor:
         """(loss, error, variance term, control variates) of every evaluation, (len, 7) float64.
 
-        Rows that another part evaluates are zeros.
+        Rows that another part evaluates are zeros. `labels` are the images' class numbers, for a network that is
+        conditioned on them.
         """
         table = torch.zeros(len(self), 3 + len(FEATURES), dtype=torch.float64)
         for rows in torch.arange(part, len(self), parts).split(self.batch_size):
@@ -171,10 +174,11 @@ class ValidationSet:
             level = self.schedule.at(self.times.at(self.design.u[rows]).t)
             eps = self._noise.normal(rows, x0.shape[1:], draw=0, device=device)
             with torch.no_grad():
-                losses = objective.losses(denoiser, x0.to(device), eps, level.to(device))
+                own = denoiser if labels is None else of_classes(denoiser, labels[rows % self.n].to(device))
+                losses = objective.losses(own, x0.to(device), eps, level.to(device))
             columns = [losses.loss, losses.error, losses.loss * 0 if losses.variance is None else losses.variance]
             table[rows, :3] = torch.stack(columns, 1).double().cpu()
-            table[rows, 3:] = self.linear.features(x0, eps, level)
+            table[rows, 3:] = self.linear.features(x0, eps.cpu(), level)
         return table
 
     def measured(self, values: Tensor, column: int = 0) -> Measured:
