@@ -71,7 +71,7 @@ def test_a_stable_target_refuses_noise_that_knows_the_images(coupling: str) -> N
 
 
 def test_a_stable_target_refuses_classes() -> None:
-    with pytest.raises(UserError, match="target stable averages over all classes.*give target plain"):
+    with pytest.raises(UserError, match=r"target stable averages over all classes.*give target plain"):
         config_from({"target": "stable", "conditional": True})
 
 
