@@ -79,7 +79,7 @@ def test_resumed_run_is_bit_identical(references: int, data: Data, tmp_path: Pat
 def test_training_loss_reads_lower_and_validation_is_plain(data: Data) -> None:
     """The same draws: the loss of the first update lacks target noise, the validation before it does not."""
     plain, stable = make(data, {}), make(data, {"target": "stable"})
-    assert plain.validate().validation == stable.validate().validation
+    assert repr(plain.validate().validation) == repr(stable.validate().validation)  # nan where a bin is empty
     assert losses(stable, 1)[0] < losses(plain, 1)[0]
 
 

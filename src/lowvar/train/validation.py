@@ -110,6 +110,7 @@ class ValidationSet:
 
     Example:
         >>> from lowvar.data import load
+        >>> from lowvar.train.objectives import Simple
         >>> from lowvar.process import CosineVP
         >>> data = ValidationSet(load("digits").calibration, CosineVP(), UniformTimes(), limit=64)
         >>> denoiser = NetworkDenoiser(lambda x, t: torch.zeros_like(x), CosineVP())
