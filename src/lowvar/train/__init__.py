@@ -31,7 +31,7 @@ from lowvar.train.objectives import LikelihoodOnly, Losses, Objective, Simple, V
 from lowvar.train.optimal_transport import OptimalTransport, optimal_transport
 from lowvar.train.p2 import P2
 from lowvar.train.pairs import CrossPairs, IndependentSamples, OrthogonalNoise, Pairing, SameImagePairs
-from lowvar.train.piecewise import RunningMeans, continuous, floored, piecewise_times
+from lowvar.train.piecewise import LearnedBins, RunningMeans, continuous, piecewise_times
 from lowvar.train.records import Record, Saved, Update, Validation
 from lowvar.train.sobol import SobolPoints
 from lowvar.train.stable_target import ReferencePlan, StableInfo, StableTarget, memorisation, reference_noise
@@ -39,7 +39,7 @@ from lowvar.train.strata import proportional_order, strata_order
 from lowvar.train.stratified import stratified_uniforms
 from lowvar.train.targets import PlainTarget, Target
 from lowvar.train.taylor import taylor_variate
-from lowvar.train.timesteps import LossSecondMomentTimes, TimeDraw, Times, UniformTimes
+from lowvar.train.timesteps import FixedTimes, LossSecondMomentTimes, TimeDraw, Times, UniformTimes, floored
 from lowvar.train.uncertainty import Uncertainty, weighting_curves
 from lowvar.train.validation import ValidationLoss, ValidationSet
 
@@ -52,11 +52,13 @@ __all__ = [
     "Draws",
     "EntropyRateTimes",
     "Fitted",
+    "FixedTimes",
     "GradientNormTimes",
     "HybridVLB",
     "Immiscible",
     "IndependentSamples",
     "KnownPosterior",
+    "LearnedBins",
     "LearnedScheduleTimes",
     "LikelihoodOnly",
     "LinearControl",

@@ -323,9 +323,9 @@ def make_times(config: TrainConfig, schedule: Schedule) -> Times:
     if config.times == "loss-second-moment":
         return LossSecondMomentTimes(config.train_timesteps)
     if config.times == "gradient-norm":
-        return GradientNormTimes(plain)
+        return GradientNormTimes(plain=plain)
     if config.times == "entropy-rate":
-        return EntropyRateTimes(schedule, config.prediction, WEIGHTINGS[config.weighting], plain)
+        return EntropyRateTimes(schedule, config.prediction, WEIGHTINGS[config.weighting], plain=plain)
     if config.times == "learned-schedule":
         return LearnedScheduleTimes(plain)
     if config.times == "logit-normal":

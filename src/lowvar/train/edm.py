@@ -13,7 +13,6 @@ objective is left as it is (see `piecewise`). For other training densities see `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -23,8 +22,8 @@ from torch import Tensor
 from lowvar.process.denoiser import Prediction
 from lowvar.process.schedule import Schedule
 from lowvar.train.objectives import Label, Weighting, log_error_factor
-from lowvar.train.piecewise import continuous, floored, piecewise_times
-from lowvar.train.timesteps import TimeDraw, Times, UniformTimes
+from lowvar.train.piecewise import continuous, piecewise_times
+from lowvar.train.timesteps import FixedTimes, TimeDraw, UniformTimes, floored
 
 __all__ = ["EDM", "LognormalTimes"]
 
@@ -55,7 +54,7 @@ class EDM(Weighting):
 
 
 @dataclass(frozen=True)
-class LognormalTimes(Times):
+class LognormalTimes(FixedTimes):
     """Times at which sigma / alpha is lognormal, limited to what the schedule reaches from t_min to 1.
 
     Args:
@@ -111,15 +110,3 @@ class LognormalTimes(Times):
         low, high = float(self.schedule.logsnr(1.0)), float(self.schedule.logsnr(self.schedule.t_min))
         t = self.schedule.time(logsnr.clamp(low, high)).clamp_min(self.schedule.t_min)
         return TimeDraw(t, torch.ones_like(t), torch.zeros_like(t, dtype=torch.int64))
-
-    def updated(self, bins: Tensor, losses: Tensor) -> LognormalTimes:
-        """See the base class."""
-        return self
-
-    def state(self) -> dict[str, Tensor]:
-        """See the base class."""
-        return {}
-
-    def restored(self, state: Mapping[str, Tensor]) -> LognormalTimes:
-        """See the base class."""
-        return self

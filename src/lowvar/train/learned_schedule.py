@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from lowvar.train.objectives import Label
-from lowvar.train.piecewise import continuous, floored, piecewise_times
-from lowvar.train.timesteps import TimeDraw, Times, UniformTimes
+from lowvar.train.piecewise import continuous, piecewise_times
+from lowvar.train.timesteps import TimeDraw, Times, UniformTimes, floored
 
 __all__ = ["LearnedScheduleTimes"]
 

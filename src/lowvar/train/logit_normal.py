@@ -9,21 +9,20 @@ expected gradient that of uniform times (see `piecewise`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lowvar.train.objectives import Label
-from lowvar.train.piecewise import continuous, floored, piecewise_times
-from lowvar.train.timesteps import TimeDraw, Times, UniformTimes
+from lowvar.train.piecewise import continuous, piecewise_times
+from lowvar.train.timesteps import FixedTimes, TimeDraw, UniformTimes, floored
 
 __all__ = ["LogitNormalTimes"]
 
 
 @dataclass(frozen=True)
-class LogitNormalTimes(Times):
+class LogitNormalTimes(FixedTimes):
     """Logit-normal times.
 
     Args:
@@ -74,15 +73,3 @@ class LogitNormalTimes(Times):
         if self.weighted:
             return piecewise_times(self.probabilities(), self.plain, u)
         return self.plain.at(torch.sigmoid(self.mean + self.std * torch.special.ndtri(u.double())))
-
-    def updated(self, bins: Tensor, losses: Tensor) -> LogitNormalTimes:
-        """See the base class."""
-        return self
-
-    def state(self) -> dict[str, Tensor]:
-        """See the base class."""
-        return {}
-
-    def restored(self, state: Mapping[str, Tensor]) -> LogitNormalTimes:
-        """See the base class."""
-        return self

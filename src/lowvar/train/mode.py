@@ -9,7 +9,6 @@ weights this changes the objective; with `weighted` see `piecewise`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lowvar.train.objectives import Label
-from lowvar.train.piecewise import continuous, floored, piecewise_times
-from lowvar.train.timesteps import TimeDraw, Times, UniformTimes
+from lowvar.train.piecewise import continuous, piecewise_times
+from lowvar.train.timesteps import FixedTimes, TimeDraw, UniformTimes, floored
 
 __all__ = ["ModeTimes"]
 
@@ -41,7 +40,7 @@ def _cdf(scale: float, bins: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ModeTimes(Times):
+class ModeTimes(FixedTimes):
     """Times with heavy tails and a mode.
 
     Args:
@@ -86,15 +85,3 @@ class ModeTimes(Times):
         if self.weighted:
             return piecewise_times(self.probabilities(), self.plain, u)
         return self.plain.at(_times(u.double(), self.scale).clamp_max(1 - 2.0**-53))
-
-    def updated(self, bins: Tensor, losses: Tensor) -> ModeTimes:
-        """See the base class."""
-        return self
-
-    def state(self) -> dict[str, Tensor]:
-        """See the base class."""
-        return {}
-
-    def restored(self, state: Mapping[str, Tensor]) -> ModeTimes:
-        """See the base class."""
-        return self

@@ -18,14 +18,18 @@ What a density learns comes from running means by bin, of values y seen at bin k
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self, final
 
 import torch
 from torch import Tensor
 
-from lowvar.train.timesteps import TimeDraw, UniformTimes
+from lowvar.train.objectives import Label
+from lowvar.train.timesteps import TimeDraw, Times, UniformTimes, floored
 
-__all__ = ["RunningMeans", "continuous", "floored", "piecewise_times"]
+__all__ = ["LearnedBins", "RunningMeans", "continuous", "piecewise_times"]
 
 
 def continuous() -> UniformTimes:
@@ -36,30 +40,6 @@ def continuous() -> UniformTimes:
         [0.001, 0.5005]
     """
     return UniformTimes(None, t_min=1e-3)
-
-
-def floored(values: Tensor, uniform: float) -> Tensor:
-    """Probabilities (1 - m) values / sum + m / K, (K,) float64; uniform where all values are 0.
-
-    Args:
-        values: (K,), nonnegative.
-        uniform: m, in (0, 1].
-
-    Raises:
-        ValueError: if m is out of range or a value negative or not finite.
-
-    Example:
-        >>> floored(torch.tensor([3.0, 1.0]), 0.5).tolist()
-        [0.625, 0.375]
-    """
-    if not 0 < uniform <= 1:
-        raise ValueError(f"uniform is {uniform}; give a share in (0, 1]: it bounds the weights by 1 / uniform")
-    values = values.double()
-    if not bool((torch.isfinite(values) & (values >= 0)).all()):
-        raise ValueError("a density has a value that is negative or not finite; give nonnegative numbers")
-    flat = torch.full_like(values, 1 / len(values))
-    total = values.sum()
-    return flat if float(total) == 0 else (1 - uniform) * values / total + uniform * flat
 
 
 def piecewise_times(probabilities: Tensor, plain: UniformTimes, u: Tensor) -> TimeDraw:
@@ -134,3 +114,75 @@ class RunningMeans:
         average = torch.zeros_like(self.sums).index_add(0, bins, values) / visits.clamp_min(1)
         kept = self.decay ** visits.double()
         return replace(self, sums=kept * self.sums + (1 - kept) * average, counts=self.counts + visits)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LearnedBins(Times):
+    """Importance sampling by running means: a density of K bins that is uniform until each bin has seen enough.
+
+    Args:
+        plain: the times that are weighted for: a table's, or continuous ones.
+        bins: K.
+        uniform: m; weights are at most 1 / m.
+        decay: d of the running means a visit.
+        least: values each bin needs before the density is used.
+        means: what was seen. Default: nothing.
+
+    Raises:
+        ValueError: for parameters out of range.
+    """
+
+    plain: UniformTimes = field(default_factory=continuous)
+    bins: int = 32
+    uniform: float = 0.1
+    decay: float = 0.95
+    least: int = 5
+    means: RunningMeans = field(default=None)  # type: ignore[assignment]
+    label: ClassVar[Label] = "unbiased"
+
+    def __post_init__(self) -> None:
+        """Fills in an empty history; refuses parameters out of range."""
+        if self.means is None:
+            object.__setattr__(self, "means", RunningMeans.empty(self.bins, self.decay))
+        if self.means.sums.shape != (self.bins,):
+            raise ValueError(f"the state is of {len(self.means.sums)} bins, not of {self.bins}")
+        if self.least < 1 or not 0 < self.uniform <= 1:
+            raise ValueError(
+                f"least is {self.least} and uniform {self.uniform}; need least >= 1, uniform in (0, 1]: without a "
+                "uniform share the weights have no bound"
+            )
+
+    @abstractmethod
+    def values(self) -> Tensor:
+        """What the density is proportional to, (K,) nonnegative float64, once it is warm."""
+
+    @property
+    @final
+    def warm(self) -> bool:
+        """Whether every bin has seen enough."""
+        return bool((self.means.counts >= self.least).all())
+
+    @final
+    def probabilities(self) -> Tensor:
+        """q, (K,) float64."""
+        return floored(self.values() if self.warm else torch.zeros_like(self.means.sums), self.uniform)
+
+    @final
+    def at(self, u: Tensor) -> TimeDraw:
+        """See the base class."""
+        return piecewise_times(self.probabilities(), self.plain, u)
+
+    @final
+    def updated(self, bins: Tensor, losses: Tensor) -> Self:
+        """See the base class."""
+        return replace(self, means=self.means.updated(bins, losses))
+
+    @final
+    def state(self) -> dict[str, Tensor]:
+        """See the base class."""
+        return {"sums": self.means.sums, "counts": self.means.counts}
+
+    @final
+    def restored(self, state: Mapping[str, Tensor]) -> Self:
+        """See the base class."""
+        return replace(self, means=RunningMeans(state["sums"].double(), state["counts"].long(), self.decay))

@@ -19,7 +19,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, final
+from typing import ClassVar, Literal, Self, final
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from torch import Tensor
 from lowvar.process.noise import NoiseSource
 from lowvar.train.objectives import Label
 
-__all__ = ["Learns", "LossSecondMomentTimes", "TimeDraw", "Times", "UniformTimes"]
+__all__ = ["FixedTimes", "Learns", "LossSecondMomentTimes", "TimeDraw", "Times", "UniformTimes", "floored"]
 
 Learns = Literal["losses", "squared gradient norms"]
 
@@ -75,8 +75,51 @@ class Times(ABC):
         """The density with a state that `state` gave."""
 
 
+class FixedTimes(Times):
+    """Times that learn nothing."""
+
+    @final
+    def updated(self, bins: Tensor, losses: Tensor) -> Self:
+        """See the base class: the same times."""
+        return self
+
+    @final
+    def state(self) -> dict[str, Tensor]:
+        """See the base class: empty."""
+        return {}
+
+    @final
+    def restored(self, state: Mapping[str, Tensor]) -> Self:
+        """See the base class: the same times."""
+        return self
+
+
+def floored(values: Tensor, uniform: float) -> Tensor:
+    """Probabilities (1 - m) values / sum + m / K, (K,) float64; uniform where all values are 0.
+
+    Args:
+        values: (K,), nonnegative.
+        uniform: m, in (0, 1].
+
+    Raises:
+        ValueError: if m is out of range or a value negative or not finite.
+
+    Example:
+        >>> floored(torch.tensor([3.0, 1.0]), 0.5).tolist()
+        [0.625, 0.375]
+    """
+    if not 0 < uniform <= 1:
+        raise ValueError(f"uniform is {uniform}; give a share in (0, 1]: it bounds the weights by 1 / uniform")
+    values = values.double()
+    if not bool((torch.isfinite(values) & (values >= 0)).all()):
+        raise ValueError("a density has a value that is negative or not finite; give nonnegative numbers")
+    flat = torch.full_like(values, 1 / len(values))
+    total = values.sum()
+    return flat if float(total) == 0 else (1 - uniform) * values / total + uniform * flat
+
+
 @dataclass(frozen=True)
-class UniformTimes(Times):
+class UniformTimes(FixedTimes):
     """Uniform times, weight 1.
 
     Args:
@@ -107,18 +150,6 @@ class UniformTimes(Times):
             )
         n = (u * self.steps).long().clamp_max(self.steps - 1)
         return TimeDraw((n + 1).double() / self.steps, torch.ones_like(u), n)
-
-    def updated(self, bins: Tensor, losses: Tensor) -> UniformTimes:
-        """See the base class."""
-        return self
-
-    def state(self) -> dict[str, Tensor]:
-        """See the base class."""
-        return {}
-
-    def restored(self, state: Mapping[str, Tensor]) -> UniformTimes:
-        """See the base class."""
-        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,11 +200,8 @@ class LossSecondMomentTimes(Times):
 
     def probabilities(self) -> Tensor:
         """q, (T,) float64."""
-        flat = torch.full((self.steps,), 1 / self.steps, dtype=torch.float64)
         root = (self.losses**2).mean(1).sqrt()
-        if not self.warm or float(root.sum()) == 0:
-            return flat
-        return (1 - self.uniform) * root / root.sum() + self.uniform * flat
+        return floored(root if self.warm else torch.zeros_like(root), self.uniform)
 
     def at(self, u: Tensor) -> TimeDraw:
         """See the base class."""
