@@ -19,7 +19,8 @@ from lowvar.train.hybrid import HybridVLB
 from lowvar.train.immiscible import Immiscible, nearest_noise
 from lowvar.train.known_posterior import KnownPosterior, ScoreMixture, clean_score_weight
 from lowvar.train.learned_schedule import LearnedScheduleTimes
-from lowvar.train.linear_variate import LinearControl, linear_variate
+from lowvar.train.linear_control import LinearControl
+from lowvar.train.linear_loss import LinearLoss
 from lowvar.train.logit_normal import LogitNormalTimes
 from lowvar.train.loop import Fitted, NonFiniteError, Trainer, fit
 from lowvar.train.minsnr import MinSNR
@@ -62,6 +63,7 @@ __all__ = [
     "LearnedScheduleTimes",
     "LikelihoodOnly",
     "LinearControl",
+    "LinearLoss",
     "LogitNormalTimes",
     "LognormalTimes",
     "LossSecondMomentTimes",
@@ -107,7 +109,6 @@ __all__ = [
     "continuous",
     "fit",
     "floored",
-    "linear_variate",
     "make_objective",
     "make_plan",
     "make_references",

@@ -18,7 +18,8 @@ mean tr(C s^2 (C + s^2 I)^-1), s = sigma / alpha, *exactly, for any data*: m and
 basis that is used with the set's own variances along its directions, diagonal or not. The expectation over the times
 of a bin is a sum over its timesteps, or a Gauss-Legendre rule where times are continuous.
 
-These are control variates for the loss of any network (`meter`); they cost matrix products and no evaluation.
+These are control variates for the loss of any network (`meter`, `linear_control`); they cost matrix products and no
+evaluation.
 """
 
 from __future__ import annotations
@@ -141,10 +142,20 @@ class LinearLoss:
         y2 = energy.sum(1)[:, None] * w_bin
         return torch.stack([image, torch.zeros_like(image), noise, y2], 2)
 
+    def loss(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
+        """w ||D_lin(x_t) - x_0||^2 / d, (n,) float64 on the CPU: the sum of the first three parts."""
+        return self.features(x0, eps, level)[:, :3].sum(1)
+
     def mean(self, level: Level) -> Tensor:
         """E of the loss over noise and the set, (n,) or scalar, float64: w / d tr(C s^2 (C + s^2 I)^-1), exact."""
+        level = level.to("cpu")
         log_w = self.weighting.log_weight(level.logsnr.clamp(-60, 60), self.prediction, self.sigma_data)
         return log_w.exp() * self.twin.mmse(level)
+
+    def over_noise(self, x0: Tensor, level: Level) -> Tensor:
+        """E of the loss over the noise for every image at one level, (n,), float64."""
+        w, b, g = self.coefficients(Level(*(v.reshape(1) for v in (level.t, level.logsnr, level.alpha, level.sigma))))
+        return w[0, 0] * (self._centred(x0) ** 2 @ (b[0] ** 2) + (g[0] ** 2).sum())
 
     def spread(self, x0: Tensor, schedule: Schedule, times: UniformTimes, bins: int, nodes: int = 4) -> Tensor:
         """Standard deviation of the linear loss over images and noise at a time, root mean square by bin: (bins,)."""

@@ -16,11 +16,12 @@ fall below the population's optimum, by memorising.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lowvar.process.schedule import Level
 from lowvar.process.twin import GaussianTwin
+from lowvar.train.linear_loss import LinearLoss
+from lowvar.train.stable_target import StableTarget
 
 __all__ = ["linear_high", "memorising_low"]
 
@@ -35,17 +36,15 @@ def memorising_low(train: Tensor, image: Tensor, eps: Tensor, level: Level) -> T
         level: (n,) levels with t > 0.
 
     Example:
+        >>> import torch
         >>> from lowvar.process import CosineVP
         >>> train, far = torch.tensor([[-1.0], [1.0]]), CosineVP().at(torch.tensor([1.0]))
         >>> round(memorising_low(train, torch.tensor([0]), torch.zeros(1, 1), far).item(), 2)
         1.0
     """
-    x = train.double().flatten(1)
-    alpha, sigma = level.alpha[:, None], level.sigma[:, None]
-    state = alpha * x[image] + sigma * eps.double().flatten(1)
-    log_p = (alpha * (state @ x.T) - alpha**2 * (x**2).sum(1) / 2) / sigma**2
-    mean = torch.softmax(log_p, 1) @ x
-    return ((mean - x[image]) ** 2).mean(1)
+    x0 = train[image].double()
+    mean = StableTarget(train, "among").clean(x0, eps.double(), level)
+    return ((mean - x0) ** 2).flatten(1).mean(1)
 
 
 def linear_high(twin: GaussianTwin, images: Tensor, level: Level) -> Tensor:
@@ -57,13 +56,10 @@ def linear_high(twin: GaussianTwin, images: Tensor, level: Level) -> Tensor:
         level: one level.
 
     Example:
+        >>> import torch
         >>> from lowvar.process import CosineVP, PixelBasis
         >>> twin = GaussianTwin(torch.zeros(1), PixelBasis((1,)), torch.ones(1))
         >>> round(linear_high(twin, torch.tensor([[-2.0], [2.0]]), CosineVP().at(1.0)).item(), 2)
         4.0
     """
-    c = twin.spectrum.double().flatten()
-    alpha2, sigma2 = level.alpha**2, level.sigma**2
-    v = alpha2 * c + sigma2
-    y = twin.basis.forward(images.double() - twin.mean.double()).flatten(1)
-    return ((sigma2 / v) ** 2 * (y**2).mean(0) + sigma2 * alpha2 * (c / v) ** 2).mean()
+    return LinearLoss(twin, "sample").over_noise(images, level).mean()

@@ -14,7 +14,8 @@ from lowvar.process.basis import Basis, DCTBasis, MatrixBasis, PixelBasis
 from lowvar.process.denoiser import Prediction
 from lowvar.process.noise import Independent
 from lowvar.train import EDM, MinSNR, Objective, Simple
-from lowvar.train.linear_variate import LinearControl, linear_variate
+from lowvar.train.linear_control import LinearControl
+from lowvar.train.linear_loss import LinearLoss
 from lowvar.train.objectives import Weighting
 
 
@@ -41,17 +42,17 @@ def test_mean_is_exact_on_the_digits(kind: str, schedule: Schedule, t: float) ->
     twin = twin_of(x, kind)
     n, d = len(x), x[0].numel()
     level = schedule.at(torch.full((n,), t, dtype=torch.float64))
-    objective = Objective(Simple())
+    linear = LinearLoss(twin, "sample")
 
     def value(eps: Tensor) -> Tensor:
-        return linear_variate(twin, x, eps.expand_as(x), level, objective, "sample")[0]
+        return linear.loss(x, eps.expand_as(x), level)
 
     centre = value(torch.zeros_like(x[:1]))
     total = centre.clone()
     for k in range(d):  # (v(e) + v(-e)) / 2 - v(0) is the quadratic part along e
         e = torch.zeros(d, dtype=torch.float64).index_fill_(0, torch.tensor(k), 1.0).reshape(1, *x.shape[1:])
         total += (value(e) + value(-e)) / 2 - centre
-    mean = linear_variate(twin, x, torch.zeros_like(x), level, objective, "sample")[1]
+    mean = linear.mean(level)
     assert float(total.mean()) == pytest.approx(float(mean[0]), abs=1e-9)
     if kind == "pca" and t < 1:
         s2 = float(level.sigma[0] / level.alpha[0]) ** 2
@@ -78,10 +79,10 @@ def test_variate_is_the_loss_of_the_linear_denoiser(weighting: Weighting, predic
     objective = Objective(weighting)
     denoiser = NetworkDenoiser(lambda x, t: x, schedule, prediction)
     loss = objective.from_output(denoiser, x0, eps, x, level, out, None).loss
-    v, mean = linear_variate(twin, x0, eps, level, objective, prediction)
+    linear, plain = LinearLoss(twin, prediction, weighting), LinearLoss(twin, "sample")  # plain: weight 1
+    v, mean = linear.loss(x0, eps, level), linear.mean(level)
     assert torch.allclose(loss, v, rtol=1e-9)
-    v0, mean0 = linear_variate(twin, x0, eps, level, Objective(Simple()), "sample")  # weight 1
-    assert torch.allclose(mean / mean0, v / v0, rtol=1e-9)
+    assert torch.allclose(mean / plain.mean(level), v / plain.loss(x0, eps, level), rtol=1e-9)
 
 
 def batch(number: int, n: int, images: Tensor) -> tuple[Tensor, Tensor, Level]:
@@ -102,12 +103,12 @@ def test_value_varies_less_and_the_gradient_is_the_same() -> None:
         return theta * torch.tanh(1.2 * twin.posterior(x, at).mean)
 
     denoiser, objective = NetworkDenoiser(network, CosineVP(), "sample"), Objective(Simple())
-    control = LinearControl(twin)
+    control = LinearControl(LinearLoss(twin, "sample"))
     values, better = [], []
     for k in range(40):
         x0, eps, level = batch(k, 64, images)
         loss = objective.losses(denoiser, x0, eps, level).loss
-        mine, control = control.applied(loss, x0, eps, level, objective, "sample")
+        mine, control = control.applied(loss, x0, eps, level)
         grads = [torch.autograd.grad(v.mean(), theta, retain_graph=True)[0] for v in (loss, mine)]
         assert torch.equal(*grads)  # zero difference: D_lin has no parameters
         if k >= 4:
@@ -128,15 +129,15 @@ def _mean_given_level(loss: Tensor, level: Level) -> Tensor:
 
 def test_state_is_restored_and_bins_are_checked() -> None:
     images = digits()
-    twin = twin_of(images, "dct")
+    linear = LinearLoss(twin_of(images, "dct"))
     x0, eps, level = batch(0, 32, images)
     loss = (x0**2).flatten(1).mean(1)
-    _, control = LinearControl(twin).applied(loss, x0, eps, level, Objective(Simple()), "epsilon")
-    again = LinearControl(twin).restored(control.state())
-    first, second = (c.applied(loss, x0, eps, level, Objective(Simple()), "epsilon")[0] for c in (control, again))
+    _, control = LinearControl(linear).applied(loss, x0, eps, level)
+    again = LinearControl(linear).restored(control.state())
+    first, second = (c.applied(loss, x0, eps, level)[0] for c in (control, again))
     assert torch.equal(first, second)
     with pytest.raises(ValueError, match="must increase"):
-        LinearControl(twin, edges=(1.0, 0.0))
+        LinearControl(linear, edges=(1.0, 0.0))
     with pytest.raises(ValueError, match="bins"):
-        LinearControl(twin, (0.0,), control.coefficients)
+        LinearControl(linear, (0.0,), control.coefficients)
     assert math.isfinite(float(second.sum()))
