@@ -8,8 +8,7 @@ import torch
 from lowvar.calibrate import Calibration, FitConfig, add_head, calibrate, standardised_residuals
 from lowvar.data import Data, load
 from lowvar.process import Independent, NetworkDenoiser
-from lowvar.train import NetworkConfig, TrainConfig
-from lowvar.train.loop import fit
+from lowvar.train import NetworkConfig, TrainConfig, fit
 
 pytestmark = pytest.mark.slow
 

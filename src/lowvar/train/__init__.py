@@ -14,6 +14,7 @@ from lowvar.train.config import (
 from lowvar.train.draws import DrawPlan, Draws
 from lowvar.train.edm import EDM, LognormalTimes
 from lowvar.train.entropy_rate import EntropyRateTimes
+from lowvar.train.fitting import Fitted, fit
 from lowvar.train.gradient_norm import GradientNormTimes
 from lowvar.train.hybrid import HybridVLB
 from lowvar.train.immiscible import Immiscible, nearest_noise
@@ -22,7 +23,7 @@ from lowvar.train.learned_schedule import LearnedScheduleTimes
 from lowvar.train.linear_control import LinearControl
 from lowvar.train.linear_loss import LinearLoss
 from lowvar.train.logit_normal import LogitNormalTimes
-from lowvar.train.loop import Fitted, NonFiniteError, Trainer, fit
+from lowvar.train.loop import NonFiniteError, Trainer
 from lowvar.train.minsnr import MinSNR
 from lowvar.train.mode import ModeTimes
 from lowvar.train.networks import NetworkConfig, build_network

@@ -44,6 +44,7 @@ __all__ = [
     "TrainConfig",
     "config_from",
     "make_objective",
+    "make_pairing",
     "make_plan",
     "make_references",
     "make_schedule",
@@ -58,7 +59,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 _REFERENCES = 1024
-ORTHOGONAL = 4  # samples of a group of orthogonal noises
 WEIGHTINGS: dict[str, Weighting] = {
     "simple": Simple(),
     "min-snr": MinSNR(),
@@ -225,7 +225,7 @@ class TrainConfig:
             raise ValueError(
                 f"coupling {self.coupling} chooses noises that pairing {self.pairing} has paired; give one of them"
             )
-        size = {"same": 2, "cross": 2, "orthogonal": ORTHOGONAL}.get(self.pairing, 1)
+        size = make_pairing(self).size
         if self.batch_size % size:
             raise ValueError(
                 f"batch_size is {self.batch_size} and pairing {self.pairing} makes groups of {size} samples; give a "
@@ -335,19 +335,23 @@ def make_times(config: TrainConfig, schedule: Schedule) -> Times:
     return LognormalTimes(schedule, weighted=weighted, plain=plain)
 
 
+def make_pairing(config: TrainConfig) -> Pairing:
+    """How the samples of a batch depend on each other."""
+    if config.pairing == "independent":
+        return IndependentSamples()
+    if config.pairing == "same":
+        return SameImagePairs()
+    if config.pairing == "cross":
+        return CrossPairs()
+    return OrthogonalNoise(4) if config.pairing == "orthogonal" else SobolPoints(config.batch_size)
+
+
 def make_plan(config: TrainConfig, images: ImageSource, schedule: Schedule) -> DrawPlan:
     """The draw plan.
 
     Raises:
         UserError: if strata are asked for and the data have no classes.
     """
-    pairings: dict[str, Pairing] = {
-        "independent": IndependentSamples(),
-        "same": SameImagePairs(),
-        "cross": CrossPairs(),
-        "orthogonal": OrthogonalNoise(ORTHOGONAL),
-        "sobol": SobolPoints(config.batch_size),
-    }
     couplings = {"none": None, "optimal-transport": OptimalTransport(), "immiscible": Immiscible()}
     labels: Tensor | None = None
     if config.strata == "class":
@@ -359,7 +363,7 @@ def make_plan(config: TrainConfig, images: ImageSource, schedule: Schedule) -> D
         schedule,
         config.batch_size,
         config.seed,
-        pairing=pairings[config.pairing],
+        pairing=make_pairing(config),
         stratified=config.stratified,
         coupling=couplings[config.coupling],
         labels=labels,

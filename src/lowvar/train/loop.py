@@ -16,9 +16,9 @@ import copy
 import dataclasses
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from lowvar.errors import UserError
 from lowvar.process.denoiser import NetworkDenoiser
-from lowvar.process.schedule import Schedule
 from lowvar.train import checkpoints
 from lowvar.train.conditional import classes_of, of_classes
 from lowvar.train.config import TrainConfig, make_objective, make_plan, make_references, make_schedule, make_times
@@ -42,9 +41,9 @@ from lowvar.train.targets import PlainTarget
 from lowvar.train.timesteps import UniformTimes
 from lowvar.train.validation import BINS, ValidationSet, logsnr_edges
 
-__all__ = ["Fitted", "NonFiniteError", "Trainer", "TrainingData", "fit"]
+__all__ = ["NonFiniteError", "Trainer", "TrainingData"]
 
-_PLAIN = PlainTarget()
+_ALL = slice(None)
 
 
 class TrainingData(Protocol):
@@ -176,18 +175,12 @@ class Trainer:
         return NetworkDenoiser(network, self.schedule, self.config.prediction, head, spectrum=self.spectrum)
 
     def _step(self) -> Update:
-        a, config = self.accelerator, self.config
+        a = self.accelerator
         self._network.train()
         draws = self.plan.draws(self.update, self.times, a.process_index, a.num_processes, a.device)
-        target = _PLAIN if self.references is None else self.references.target(self.update, a.device)
-        denoiser = self._denoiser
-        if self.classes is not None:
-            denoiser = of_classes(denoiser, self.classes.labels(draws.number, draws.image).to(a.device))
-        if self._drops:  # dropout draws from torch's generators: made a function of the update's number
-            with torch.random.fork_rng(devices=[a.device] if a.device.type == "cuda" else []):
-                torch.manual_seed(hash((config.seed, self.update, a.process_index)))
-                losses = self.objective.losses(denoiser, draws.x0, draws.eps, draws.level, target)
-        else:
+        target = PlainTarget() if self.references is None else self.references.target(self.update, a.device)
+        denoiser = self._of_classes(self._denoiser, draws)
+        with self._seeded(a.process_index):
             losses = self.objective.losses(denoiser, draws.x0, draws.eps, draws.level, target)
         probe = self._probe(draws) if self.times.learns_from == "squared gradient norms" else None
         loss = (draws.weight.to(losses.loss) * losses.loss).mean()
@@ -208,6 +201,24 @@ class Trainer:
         self.update += 1
         return Update(self.update, mean, norm, lr)
 
+    @contextmanager
+    def _seeded(self, number: int) -> Iterator[None]:
+        """Within: dropout, which draws from torch's generators, is a function of the update and of `number`."""
+        if not self._drops:
+            yield
+            return
+        device = self.accelerator.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(hash((self.config.seed, self.update, number)))
+            yield
+
+    def _of_classes(self, denoiser: NetworkDenoiser, draws: Draws, rows: slice = _ALL) -> NetworkDenoiser:
+        """The denoiser of the draws' classes, some of them dropped; as it is without classes."""
+        if self.classes is None:
+            return denoiser
+        labels = self.classes.labels(draws.number[rows], draws.image[rows])
+        return of_classes(denoiser, labels.to(self.accelerator.device))
+
     def _probe(self, draws: Draws) -> tuple[Tensor, Tensor]:
         """Bin and squared gradient norm of one sample's unweighted loss, sample u mod B of the batch."""
         a, count = self.accelerator, len(draws.number)
@@ -216,12 +227,8 @@ class Trainer:
         if 0 <= place < count:
             one = slice(place, place + 1)
             network = a.unwrap_model(self._network)  # without the hooks that would average gradients
-            with torch.random.fork_rng(devices=[a.device] if a.device.type == "cuda" else []), a.autocast():
-                torch.manual_seed(hash((self.config.seed, self.update, -1)))
-                denoiser = self._as_denoiser(network)
-                if self.classes is not None:
-                    labels = self.classes.labels(draws.number[one], draws.image[one])
-                    denoiser = of_classes(denoiser, labels.to(a.device))
+            denoiser = self._of_classes(self._as_denoiser(network), draws, one)
+            with self._seeded(-1), a.autocast():
                 losses = self.objective.losses(denoiser, draws.x0[one], draws.eps[one], draws.level[one])
             weights = [p for p in network.parameters() if p.requires_grad]
             gradient = torch.autograd.grad(losses.loss.sum(), weights, allow_unused=True)
@@ -361,22 +368,8 @@ class Trainer:
             self._truncate_metrics()
             return
         own = json.loads(json.dumps(self._identity()))
-        added = {  # later than some checkpoints
-            "rank": None,
-            "basis": None,
-            "head_loss": None,
-            "detach_mean": True,
-            "times_weighted": False,
-            "stratified": False,
-            "pairing": "independent",
-            "coupling": "none",
-            "strata": "none",
-            "target": "plain",
-            "references": None,
-            "conditional": False,
-            "condition_dropout": 0.1,
-        }
-        saved = added | kept.state["identity"]
+        defaults = json.loads(json.dumps(dataclasses.asdict(TrainConfig())))  # of settings later than the checkpoint
+        saved = {k: v for k, v in defaults.items() if k in own} | kept.state["identity"]
         other = sorted(k for k in own.keys() | saved.keys() if own.get(k) != saved.get(k))
         if other:
             key = other[0]
@@ -403,60 +396,6 @@ class Trainer:
         partial = file.with_suffix(".tmp")
         partial.write_text("".join(kept))
         partial.replace(file)
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A finished run.
-
-    Attributes:
-        network: with the averaged weights, on the CPU.
-        schedule: its noise schedule.
-        config: its settings.
-        last: the final validation.
-    """
-
-    network: nn.Module
-    schedule: Schedule
-    config: TrainConfig
-    last: Validation
-
-
-def fit(
-    data: TrainingData,
-    config: TrainConfig,
-    folder: Path | str | None = None,
-    *,
-    network: nn.Module | None = None,
-    resume: bool = False,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    progress: bool = True,
-) -> Fitted:
-    """Trains to the end, with a progress bar on stderr.
-
-    Args:
-        data, config, folder, network, resume, device: as for `Trainer`.
-        progress: whether to show the bar.
-
-    Raises:
-        UserError: as `Trainer` and its `run` do.
-    """
-    from tqdm import tqdm
-
-    trainer = Trainer(data, config, folder, network=network, resume=resume, device=device)
-    quiet = not (progress and trainer.accelerator.is_main_process)
-    last: Validation | None = None
-    with tqdm(
-        total=config.updates, initial=trainer.update, unit="update", desc="train", file=sys.stderr, disable=quiet
-    ) as bar:
-        for record in trainer.run():
-            if isinstance(record, Update):
-                bar.update()
-            elif isinstance(record, Validation):
-                last = record
-                bar.set_postfix(validation=f"{record.validation.loss:.4f}")
-    last = trainer.validate() if last is None else last
-    return Fitted(trainer.ema_network(), trainer.schedule, config, last)
 
 
 def _copy(network: nn.Module) -> nn.Module:
