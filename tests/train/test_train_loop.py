@@ -419,34 +419,10 @@ def test_kill_9_at_twenty_random_moments(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_end_where_one_does(tmp_path: Path) -> None:
-    """The same global batch on one and on two CPU processes (gloo): predictions to 1e-5, losses to 1e-6, learned times.
-
-    Not the weights: a bias in front of a group normalisation has no gradient but rounding, which Adam scales up.
-    """
+def test_two_processes_end_where_one_does(tmp_path: Path, on_one_and_two_processes: Any) -> None:
+    """The same global batch on one and on two CPU processes: predictions to 1e-5, losses to 1e-6, learned times."""
     settings = BASE | {"times": "loss-second-moment", "train_timesteps": 4, "updates": 14, "warmup": 0, "lr": 1e-4}
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys, torch; torch.set_num_threads(1)\n"
-        "from lowvar.data import load\n"
-        "from lowvar.train import Trainer, config_from\n"
-        f"trainer = Trainer(load('digits'), config_from({settings!r}), sys.argv[1], device='cpu')\n"
-        "for record in trainer.run(): pass\n"
-        "if trainer.accelerator.is_main_process:\n"
-        "    network = trainer.ema_network()\n"
-        "    x = torch.linspace(-2, 2, 256).reshape(4, 1, 8, 8)\n"
-        "    out = network(x, torch.arange(4.0)).sample\n"
-        "    torch.save([out, trainer.times.state()], sys.argv[1] + '/final.pt')\n"
-    )
-    ends = []
-    for n in (1, 2):
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []
-        done = subprocess.run(
-            [sys.executable, *launch, str(script), str(tmp_path / str(n))], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        ends.append(torch.load(tmp_path / str(n) / "final.pt", weights_only=True))
-    (a, times_a), (b, times_b) = ends
+    (a, times_a), (b, times_b) = on_one_and_two_processes(settings)
     assert torch.allclose(a, b, atol=1e-5)
     assert torch.equal(times_a["counts"], times_b["counts"])
     assert torch.allclose(times_a["losses"], times_b["losses"], atol=1e-6)
