@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowvar.metrics.intervals import Interval, Replicates
 from lowvar.process.denoiser import NetworkDenoiser
 from lowvar.process.discrete import schedule_from_diffusers
 from lowvar.process.noise import Independent
@@ -39,6 +40,8 @@ from lowvar.process.schedule import VE, Flow, Schedule
 from lowvar.train import (
     CrossPairs,
     DrawPlan,
+    EntropyRateTimes,
+    GradientNormTimes,
     LognormalTimes,
     LossSecondMomentTimes,
     NetworkConfig,
@@ -173,13 +176,19 @@ METHODS: dict[str, Method] = {
     "cross pairs": Method(CROSS),
     "orthogonal noise": Method({"pairing": OrthogonalNoise(4)}),
     "sobol": Method({"pairing": SobolPoints(BATCH)}),
-    "importance": Method({}, times="loss"),
+    "importance, losses": Method({}, times="losses"),
+    "importance, gradient norms": Method({}, times="gradient norms"),
+    "importance, entropy rate": Method({}, times="entropy rate"),
     "stable target": Method({}, **STABLE),
     "cross + stratified": Method(CROSS | {"stratified": True}),
     "stable + cross + stratified": Method(CROSS | {"stratified": True}, **STABLE),
     "stable + same + stratified": Method(SAME | {"stratified": True}, **STABLE),
-    "importance + cross + stratified": Method(CROSS | {"stratified": True}, times="loss"),
-    "importance + stable + cross + stratified": Method(CROSS | {"stratified": True}, times="loss", **STABLE),
+    "importance, losses + cross + stratified": Method(CROSS | {"stratified": True}, times="losses"),
+    "importance, losses + stable + cross + stratified": Method(CROSS | {"stratified": True}, times="losses", **STABLE),
+    "importance, gradient norms + stable + cross + stratified": Method(
+        CROSS | {"stratified": True}, times="gradient norms", **STABLE
+    ),
+    "importance, losses + stable + sobol": Method({"pairing": SobolPoints(BATCH)}, times="losses", **STABLE),
 }
 
 
@@ -203,9 +212,9 @@ def batches(cell: Cell, denoiser: NetworkDenoiser, method: Method, learned: dict
 # ---------------------------------------------------------------------------------------------------------- measurement
 
 
-def gradient(network: nn.Module, loss: Tensor) -> Tensor:
-    """The gradient of a loss as one vector, float32."""
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))])
+def gradient(network: nn.Module, loss: Tensor, keep: bool = False) -> Tensor:
+    """The gradient of a loss as one vector, float32; `keep` the graph for others."""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()), retain_graph=keep)])
 
 
 def variance(gram: Tensor, kept: Tensor) -> Tensor:
@@ -222,18 +231,18 @@ def apart(gram: Tensor, cross: Tensor, plain: Tensor, kept: Tensor) -> Tensor:
     return (d.sum() - d.diagonal().sum()) / (n * (n - 1))
 
 
-def jackknife(statistic: Callable[[Tensor], Tensor], n: int) -> tuple[float, float]:
-    """(value, standard error) of a statistic of the kept replicates."""
+def interval(statistic: Callable[[Tensor], Tensor], n: int) -> Interval:
+    """A statistic of the kept replicates with its jackknife interval."""
     everyone = torch.arange(n)
     without = torch.stack([statistic(everyone[everyone != j]) for j in range(n)]).double()
-    return float(statistic(everyone)), math.sqrt((n - 1) / n * float((without - without.mean()).square().sum()))
+    return Replicates(float(statistic(everyone)), without, torch.ones(n)).interval()
 
 
 def run_cell(cell: Cell, moment: str, only: str) -> dict[str, Any]:
     """Every method of one cell."""
     network = network_at(cell, moment)
     denoiser = NetworkDenoiser(network, schedule_of(cell), cell.prediction)  # type: ignore[arg-type]
-    learned = learn_times(cell, denoiser)
+    learned = learn_times(cell, denoiser, network)
     chosen = {k: m for k, m in METHODS.items() if m.times in (None, *learned) and (k == "plain" or only in k)}
     losses = {k: batches(cell, denoiser, m, learned) for k, m in chosen.items()}
     gradients: dict[str, list[Tensor]] = {k: [] for k in chosen}
@@ -251,33 +260,49 @@ def run_cell(cell: Cell, moment: str, only: str) -> dict[str, Any]:
     rows = []
     for name, g in stacked.items():
         gram, cross = (g @ g.T).double(), (g @ stacked["plain"].T).double()
-        log_vrf, se = jackknife(
-            lambda kept, gram=gram: (variance(plain, kept) / variance(gram, kept)).log(), REPLICATES
-        )
-        bias, bias_se = jackknife(
+        log_vrf = interval(lambda kept, gram=gram: (variance(plain, kept) / variance(gram, kept)).log(), REPLICATES)
+        bias = interval(
             lambda kept, gram=gram, cross=cross: apart(gram, cross, plain, kept) / (variance(plain, kept) / len(kept)),
             REPLICATES,
         )
         ratio = sorted(a / b for a, b in zip(seconds[name], seconds["plain"], strict=True))[REPLICATES // 2]
-        row = {"method": name, "vrf": math.exp(log_vrf), "low": math.exp(log_vrf - 2 * se)}
-        row |= {"high": math.exp(log_vrf + 2 * se), "seconds_ratio": ratio, "bias": bias, "bias_se": bias_se}
+        row = {"method": name, "vrf": math.exp(log_vrf.value), "low": math.exp(log_vrf.low)}
+        row |= {"high": math.exp(log_vrf.high), "seconds_ratio": ratio, "bias": bias.value, "bias_low": bias.low}
         rows.append(row)
         print(f"{cell.name} {moment} {name}: VRF {row['vrf']:.2f} [{row['low']:.2f}, {row['high']:.2f}]", flush=True)
     return {"cell": cell.name, "moment": moment, "batch": BATCH, "replicates": REPLICATES, "rows": rows}
 
 
-def learn_times(cell: Cell, denoiser: NetworkDenoiser) -> dict[str, Times]:
-    """Importance-sampled times from a pilot's losses, of which no replicate knows; none for continuous times yet."""
-    if cell.process != "vp":
+def learn_times(cell: Cell, denoiser: NetworkDenoiser, network: nn.Module) -> dict[str, Times]:
+    """Importance-sampled times from a pilot's losses and gradients, of which no replicate knows.
+
+    None where the plain times are not uniform, and losses by timestep only on a table of timesteps.
+    """
+    plain = times_of(cell, denoiser.schedule)
+    if not isinstance(plain, UniformTimes):
         return {}
-    data, times = data_of(cell.data), LossSecondMomentTimes(1000)
-    plan = DrawPlan(data.train, denoiser.schedule, 1000, 2, Independent(2), stratified=True)
-    with torch.no_grad():
-        for update in range(10):
-            draws = plan.draws(update, UniformTimes(1000))
-            losses = Objective(Simple()).losses(denoiser, draws.x0, draws.eps, draws.level)
-            times = times.updated(draws.bin, losses.loss)
-    return {"loss": times}
+    learned: dict[str, Times] = {
+        "gradient norms": GradientNormTimes(plain=plain),
+        "entropy rate": EntropyRateTimes(denoiser.schedule, denoiser.prediction, plain=plain),
+    }
+    if plain.steps is not None:
+        learned["losses"] = LossSecondMomentTimes(plain.steps)
+    objective, images = Objective(Simple()), data_of(cell.data).train
+    for name, times in learned.items():
+        norms = times.learns_from == "squared gradient norms"
+        size, updates = (50, 10) if norms else (1000, 10)
+        plan = DrawPlan(images, denoiser.schedule, size, 2, Independent(2), stratified=True)
+        for update in range(updates):
+            draws = plan.draws(update, times)
+            with torch.set_grad_enabled(norms):
+                losses = objective.losses(denoiser, draws.x0, draws.eps, draws.level).loss
+            seen = losses
+            if norms:
+                parts = losses.split(1)
+                seen = torch.stack([gradient(network, part.sum(), keep=True).square().sum() for part in parts])
+            times = times.updated(draws.bin, seen)
+        learned[name] = times
+    return learned
 
 
 # --------------------------------------------------------------------------------------------------------------- report
@@ -321,10 +346,9 @@ def report() -> None:
             if row is None:
                 texts.append("")
                 continue
-            biased = row["bias"] > 3 * row["bias_se"] > 0
             texts.append(
                 f"{row['vrf']:.2f} [{row['low']:.2f}, {row['high']:.2f}] ({row['seconds_ratio']:.2f})"
-                + (" biased" if biased else "")
+                + (" biased" if row["bias_low"] > 0 else "")
             )
         lines.append("| " + " | ".join([name, *texts]) + " |")
     TABLE.write_text("\n".join(lines) + "\n")

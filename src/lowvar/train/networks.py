@@ -3,8 +3,9 @@ r"""Networks for training from scratch, sized by a few numbers: diffusers' UNet2
 Resolutions H, H/2, .., H / 2^(levels - 1) with widths w, 2 w, 4 w, ..; attention, where asked for, at the lowest. A
 variance head adds output channels (see `lowvar.process.head`). Of a basis or low-rank head those that hold log
 variances begin at 0, where their parametrisation begins right; the directions of a low rank begin random, because the
-likelihood's gradient in U is 0 at U = 0. The size must be divisible by 2^(levels - 1), so that what is halved can be
-doubled back.
+likelihood's gradient in U is 0 at U = 0. A group of the group norms has at least two channels: the norm of a single one
+would take away the time's embedding, which is constant over the image. The size must be divisible by 2^(levels - 1), so
+that what is halved can be doubled back.
 
 Rows of a table (d,) go through a `lowvar.models.ResidualMLP` of 8 w hidden units and levels (layers + 1) blocks.
 
@@ -135,7 +136,7 @@ def _unet(
         up_block_types=tuple(
             "AttnUpBlock2D" if config.attention and k == 0 else "UpBlock2D" for k in range(config.levels)
         ),
-        norm_num_groups=_GROUPS,
+        norm_num_groups=min(_GROUPS, config.width // 2),
         attention_head_dim=min(16, config.width),
         dropout=config.dropout,
         num_class_embeds=classes,
