@@ -239,7 +239,7 @@ def test_refusals() -> None:
     wrong = GradientNormTimes(bins=4)
     for make, message in [
         (lambda: LogitNormalTimes(std=0), "std is 0"),
-        (lambda: LogitNormalTimes(uniform=0), "uniform 0"),
+        (lambda: LogitNormalTimes(uniform=0), "uniform is 0"),
         (lambda: ModeTimes(2.0), "scale is 2.0"),
         (lambda: ModeTimes(bins=0), "bins 0"),
         (lambda: LognormalTimes(SCHEDULE, uniform=2), "uniform is 2"),

@@ -38,4 +38,11 @@ def test_every_part_is_in_the_table(base: type) -> None:
     public = {
         n for n in lowvar.train.__all__ if isinstance(c := getattr(lowvar.train, n), type) and issubclass(c, base)
     }
-    assert public - named <= {base.__name__, "FixedTimes", "IndependentSamples", "LearnedBins", "LikelihoodOnly"}
+    assert public - named <= {
+        base.__name__,
+        "FixedTimes",
+        "GivenTimes",
+        "IndependentSamples",
+        "LearnedBins",
+        "LikelihoodOnly",
+    }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ def test_every_block_answers_to_the_time(width: int, levels: int) -> None:
     network = build_network((1, 8, 8), NetworkConfig(width=width, levels=levels), seed=3).double()
     x = Independent(0).normal(range(4), (1, 8, 8), dtype=torch.float64)
     found: list[torch.Tensor] = []
-    first = network.down_blocks[0].resnets[0]  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
+    first: Any = network.get_submodule("down_blocks.0.resnets.0")
     handle = first.register_forward_hook(lambda module, inputs, out: found.append(out))
     with torch.no_grad():
         outs = [network(x, torch.full((4,), t)).sample for t in (10.0, 900.0)]

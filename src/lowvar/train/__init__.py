@@ -33,7 +33,7 @@ from lowvar.train.objectives import LikelihoodOnly, Losses, Objective, Simple, V
 from lowvar.train.optimal_transport import OptimalTransport, optimal_transport
 from lowvar.train.p2 import P2
 from lowvar.train.pairs import CrossPairs, IndependentSamples, OrthogonalNoise, Pairing, SameImagePairs
-from lowvar.train.piecewise import LearnedBins, RunningMeans, continuous, piecewise_times
+from lowvar.train.piecewise import GivenTimes, LearnedBins, RunningMeans, continuous, piecewise_times
 from lowvar.train.records import Record, Saved, Update, Validation
 from lowvar.train.sobol import SobolPoints
 from lowvar.train.stable_target import ReferencePlan, StableInfo, StableTarget, memorisation, reference_noise
@@ -55,6 +55,7 @@ __all__ = [
     "EntropyRateTimes",
     "Fitted",
     "FixedTimes",
+    "GivenTimes",
     "GradientNormTimes",
     "HybridVLB",
     "Immiscible",

@@ -13,7 +13,7 @@ objective is left as it is (see `piecewise`). For other training densities see `
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -22,8 +22,8 @@ from torch import Tensor
 from lowvar.process.denoiser import Prediction
 from lowvar.process.schedule import Schedule
 from lowvar.train.objectives import Label, Weighting, log_error_factor
-from lowvar.train.piecewise import continuous, piecewise_times
-from lowvar.train.timesteps import FixedTimes, TimeDraw, UniformTimes, floored
+from lowvar.train.piecewise import GivenTimes
+from lowvar.train.timesteps import TimeDraw
 
 __all__ = ["EDM", "LognormalTimes"]
 
@@ -54,16 +54,14 @@ class EDM(Weighting):
 
 
 @dataclass(frozen=True)
-class LognormalTimes(FixedTimes):
+class LognormalTimes(GivenTimes):
     """Times at which sigma / alpha is lognormal, limited to what the schedule reaches from t_min to 1.
+
+    Further arguments as of `GivenTimes`.
 
     Args:
         schedule: the schedule.
         mean, std: of log(sigma / alpha).
-        weighted: whether weights make it unbiased for the times `plain`.
-        uniform: m of the weighted density; weights are at most 1 / m.
-        plain: the times that are weighted for: a table's, or continuous ones.
-        bins: K of the weighted density.
 
     Raises:
         ValueError: for parameters out of range.
@@ -78,35 +76,23 @@ class LognormalTimes(FixedTimes):
     schedule: Schedule
     mean: float = -1.2
     std: float = 1.2
-    weighted: bool = False
-    uniform: float = 0.1
-    plain: UniformTimes = field(default_factory=continuous)
-    bins: int = 256
 
     def __post_init__(self) -> None:
         """Refuses parameters out of range."""
+        super().__post_init__()
         if self.std <= 0:
             raise ValueError(f"std is {self.std}; give a number above 0")
-        if not 0 < self.uniform <= 1 or self.bins < 1:
-            raise ValueError(f"uniform is {self.uniform}, bins {self.bins}; need uniform in (0, 1] and at least 1 bin")
 
-    @property
-    def label(self) -> Label:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """`unbiased` with weights."""
-        return "unbiased" if self.weighted else "changes the objective"
-
-    def probabilities(self) -> Tensor:
-        """q of the weighted density, (K,) float64; what the schedule does not reach goes to the end bins."""
+    def law(self) -> Tensor:
+        """See the base class; what the schedule does not reach goes to the end bins."""
         v = torch.linspace(0, 1, self.bins + 1, dtype=torch.float64)[1:-1]
         t = v if self.plain.steps is not None else self.plain.t_min + (1 - self.plain.t_min) * v
         inner = torch.special.ndtr((-self.schedule.logsnr(t) / 2 - self.mean) / self.std)
-        return floored(torch.cat([torch.zeros(1), inner, torch.ones(1)]).diff(), self.uniform)
+        return torch.cat([torch.zeros(1), inner, torch.ones(1)]).diff()
 
-    def at(self, u: Tensor) -> TimeDraw:
+    def unweighted(self, u: Tensor) -> TimeDraw:
         """See the base class."""
-        if self.weighted:
-            return piecewise_times(self.probabilities(), self.plain, u)
-        logsnr = -2 * (self.mean + self.std * torch.special.ndtri(u.double()))
+        logsnr = -2 * (self.mean + self.std * torch.special.ndtri(u))
         low, high = float(self.schedule.logsnr(1.0)), float(self.schedule.logsnr(self.schedule.t_min))
         t = self.schedule.time(logsnr.clamp(low, high)).clamp_min(self.schedule.t_min)
         return TimeDraw(t, torch.ones_like(t), torch.zeros_like(t, dtype=torch.int64))

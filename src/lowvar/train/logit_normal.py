@@ -9,28 +9,23 @@ expected gradient that of uniform times (see `piecewise`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lowvar.train.objectives import Label
-from lowvar.train.piecewise import continuous, piecewise_times
-from lowvar.train.timesteps import FixedTimes, TimeDraw, UniformTimes, floored
+from lowvar.train.piecewise import GivenTimes
+from lowvar.train.timesteps import TimeDraw
 
 __all__ = ["LogitNormalTimes"]
 
 
 @dataclass(frozen=True)
-class LogitNormalTimes(FixedTimes):
-    """Logit-normal times.
+class LogitNormalTimes(GivenTimes):
+    """Logit-normal times; further arguments as of `GivenTimes`.
 
     Args:
         mean, std: of logit v.
-        weighted: whether weights make it unbiased.
-        uniform: m of the weighted density; weights are at most 1 / m.
-        plain: what uniform numbers become: a table's times, or continuous ones.
-        bins: K of the weighted density.
 
     Raises:
         ValueError: for parameters out of range.
@@ -45,31 +40,18 @@ class LogitNormalTimes(FixedTimes):
 
     mean: float = 0.0
     std: float = 1.0
-    weighted: bool = False
-    uniform: float = 0.1
-    plain: UniformTimes = field(default_factory=continuous)
-    bins: int = 256
 
     def __post_init__(self) -> None:
         """Refuses parameters out of range."""
-        if self.std <= 0 or not 0 < self.uniform <= 1 or self.bins < 1:
-            raise ValueError(
-                f"std is {self.std}, uniform {self.uniform}, bins {self.bins}; need std above 0, uniform in (0, 1] and "
-                "at least 1 bin"
-            )
+        super().__post_init__()
+        if self.std <= 0:
+            raise ValueError(f"std is {self.std}; give a number above 0")
 
-    @property
-    def label(self) -> Label:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """`unbiased` with weights."""
-        return "unbiased" if self.weighted else "changes the objective"
-
-    def probabilities(self) -> Tensor:
-        """q of the weighted density, (K,) float64."""
-        edges = torch.logit(torch.linspace(0, 1, self.bins + 1, dtype=torch.float64))
-        return floored(torch.special.ndtr((edges - self.mean) / self.std).diff(), self.uniform)
-
-    def at(self, u: Tensor) -> TimeDraw:
+    def law(self) -> Tensor:
         """See the base class."""
-        if self.weighted:
-            return piecewise_times(self.probabilities(), self.plain, u)
-        return self.plain.at(torch.sigmoid(self.mean + self.std * torch.special.ndtri(u.double())))
+        edges = torch.logit(torch.linspace(0, 1, self.bins + 1, dtype=torch.float64))
+        return torch.special.ndtr((edges - self.mean) / self.std).diff()
+
+    def unweighted(self, u: Tensor) -> TimeDraw:
+        """See the base class."""
+        return self.plain.at(torch.sigmoid(self.mean + self.std * torch.special.ndtri(u)))

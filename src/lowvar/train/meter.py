@@ -40,6 +40,8 @@ import torch
 from torch import Tensor
 
 from lowvar.process.noise import NoiseSource
+from lowvar.train.piecewise import piecewise_times
+from lowvar.train.timesteps import UniformTimes, floored
 
 __all__ = ["Design", "Estimate", "Measured", "allocation", "make_design", "measure"]
 
@@ -103,7 +105,7 @@ def allocation(spread: Tensor, floor: float = _FLOOR) -> Tensor:
     total = float(spread.sum())
     if not math.isfinite(total) or total <= 0:
         return torch.ones_like(spread)
-    return (1 - floor) * spread * (len(spread) / total) + floor
+    return len(spread) * floored(spread, floor)
 
 
 def make_design(n: int, density: Tensor, noise: NoiseSource) -> Design:
@@ -121,12 +123,8 @@ def make_design(n: int, density: Tensor, noise: NoiseSource) -> Design:
         key = noise.uniform(range(n), (), draw=1 + sweep, dtype=torch.float64)
         jitter = noise.uniform(range(n), (), draw=1 + SWEEPS + sweep, dtype=torch.float64)
         sweeps.append((sweep % 2 + (torch.argsort(torch.argsort(key)) + jitter) / n) / 2)
-    v = torch.cat(sweeps)
-    K = len(density)
-    cdf = torch.cat([torch.zeros(1, dtype=torch.float64), density.cumsum(0) / density.sum()])
-    k = (torch.searchsorted(cdf, v, right=True) - 1).clamp(0, K - 1)
-    inside = ((v - cdf[k]) / (cdf[k + 1] - cdf[k])).clamp(0, 1 - 1e-12)
-    return Design(n, (k + inside) / K, (density / density.mean())[k], k, density / density.mean())
+    drawn = piecewise_times(density / density.sum(), UniformTimes(None), torch.cat(sweeps))
+    return Design(n, drawn.t, 1 / drawn.weight, drawn.bin, density / density.mean())
 
 
 @dataclass(frozen=True)

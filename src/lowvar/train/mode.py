@@ -9,15 +9,14 @@ weights this changes the objective; with `weighted` see `piecewise`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from lowvar.train.objectives import Label
-from lowvar.train.piecewise import continuous, piecewise_times
-from lowvar.train.timesteps import FixedTimes, TimeDraw, UniformTimes, floored
+from lowvar.train.piecewise import GivenTimes
+from lowvar.train.timesteps import TimeDraw
 
 __all__ = ["ModeTimes"]
 
@@ -40,15 +39,11 @@ def _cdf(scale: float, bins: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ModeTimes(FixedTimes):
-    """Times with heavy tails and a mode.
+class ModeTimes(GivenTimes):
+    """Times with heavy tails and a mode; further arguments as of `GivenTimes`.
 
     Args:
         scale: s.
-        weighted: whether weights make it unbiased.
-        uniform: m of the weighted density; weights are at most 1 / m.
-        plain: what uniform numbers become: a table's times, or continuous ones.
-        bins: K of the weighted density.
 
     Raises:
         ValueError: for parameters out of range.
@@ -59,29 +54,17 @@ class ModeTimes(FixedTimes):
     """
 
     scale: float = 1.29
-    weighted: bool = False
-    uniform: float = 0.1
-    plain: UniformTimes = field(default_factory=continuous)
-    bins: int = 256
 
     def __post_init__(self) -> None:
         """Refuses parameters out of range."""
+        super().__post_init__()
         if not -1 <= self.scale <= 2 / (math.pi - 2):
             raise ValueError(f"scale is {self.scale}; give a number in [-1, 2 / (pi - 2)] = [-1, 1.7519]")
-        if not 0 < self.uniform <= 1 or self.bins < 1:
-            raise ValueError(f"uniform is {self.uniform}, bins {self.bins}; need uniform in (0, 1] and at least 1 bin")
 
-    @property
-    def label(self) -> Label:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """`unbiased` with weights."""
-        return "unbiased" if self.weighted else "changes the objective"
-
-    def probabilities(self) -> Tensor:
-        """q of the weighted density, (K,) float64."""
-        return floored(_cdf(self.scale, self.bins).diff().clamp_min(0), self.uniform)
-
-    def at(self, u: Tensor) -> TimeDraw:
+    def law(self) -> Tensor:
         """See the base class."""
-        if self.weighted:
-            return piecewise_times(self.probabilities(), self.plain, u)
-        return self.plain.at(_times(u.double(), self.scale).clamp_max(1 - 2.0**-53))
+        return _cdf(self.scale, self.bins).diff().clamp_min(0)
+
+    def unweighted(self, u: Tensor) -> TimeDraw:
+        """See the base class."""
+        return self.plain.at(_times(u, self.scale).clamp_max(1 - 2.0**-53))

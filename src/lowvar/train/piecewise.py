@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from lowvar.train.objectives import Label
-from lowvar.train.timesteps import TimeDraw, Times, UniformTimes, floored
+from lowvar.train.timesteps import FixedTimes, TimeDraw, Times, UniformTimes, floored
 
-__all__ = ["LearnedBins", "RunningMeans", "continuous", "piecewise_times"]
+__all__ = ["GivenTimes", "LearnedBins", "RunningMeans", "continuous", "piecewise_times"]
 
 
 def continuous() -> UniformTimes:
@@ -186,3 +186,52 @@ class LearnedBins(Times):
     def restored(self, state: Mapping[str, Tensor]) -> Self:
         """See the base class."""
         return replace(self, means=RunningMeans(state["sums"].double(), state["counts"].long(), self.decay))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenTimes(FixedTimes):
+    """Times of a given law: as they are they change the objective, with weights they do not.
+
+    Args:
+        weighted: whether weights make it unbiased for the times `plain`.
+        uniform: m of the weighted density; weights are at most 1 / m.
+        plain: the times that are weighted for: a table's, or continuous ones.
+        bins: K of the weighted density.
+
+    Raises:
+        ValueError: for parameters out of range.
+    """
+
+    weighted: bool = False
+    uniform: float = 0.1
+    plain: UniformTimes = field(default_factory=continuous)
+    bins: int = 256
+
+    def __post_init__(self) -> None:
+        """Refuses parameters out of range."""
+        if not 0 < self.uniform <= 1 or self.bins < 1:
+            raise ValueError(f"uniform is {self.uniform}, bins {self.bins}; need uniform in (0, 1] and at least 1 bin")
+
+    @abstractmethod
+    def law(self) -> Tensor:
+        """The law's probabilities of the bins, (K,) float64."""
+
+    @abstractmethod
+    def unweighted(self, u: Tensor) -> TimeDraw:
+        """Times of the law itself at uniform numbers u, (n,) float64."""
+
+    @property
+    @final
+    def label(self) -> Label:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """`unbiased` with weights."""
+        return "unbiased" if self.weighted else "changes the objective"
+
+    @final
+    def probabilities(self) -> Tensor:
+        """q of the weighted density, (K,) float64."""
+        return floored(self.law(), self.uniform)
+
+    @final
+    def at(self, u: Tensor) -> TimeDraw:
+        """See the base class."""
+        return piecewise_times(self.probabilities(), self.plain, u) if self.weighted else self.unweighted(u.double())
