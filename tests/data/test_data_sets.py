@@ -124,7 +124,9 @@ def test_a_data_loader_takes_a_split():
     assert sum(len(batch) for batch in loader) == 300
 
 
-@pytest.mark.parametrize("values", [torch.zeros(2, 3), torch.zeros(0, 1, 2, 2), torch.full((1, 1, 2, 2), 1.5)])
+@pytest.mark.parametrize(
+    "values", [torch.zeros(2, 3, 4), torch.zeros(0, 3), torch.full((1, 1, 2, 2), 1.5), torch.full((2, 3), -1.5)]
+)
 def test_tensor_images_refuse_other_shapes_and_ranges(values: torch.Tensor):
     with pytest.raises(ValueError, match="values"):
         TensorImages(values)

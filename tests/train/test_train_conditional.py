@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowvar.cli import main
-from lowvar.data import Data, TableRows
+from lowvar.data import Data, TensorImages
 from lowvar.errors import UserError
 from lowvar.own_pipelines import ClassGuided, class_number
 from lowvar.pipelines import ClassConditionalPipeline, denoiser_of, open_pipeline
@@ -41,7 +41,7 @@ class ByClass(nn.Module):
 
 def rows(n: int = 40) -> Data:
     x = Independent(1).uniform(range(n), (2,)) * 2 - 1
-    parts = [TableRows(x[k::4] if k else x, torch.arange(len(x[k::4] if k else x)) % 3) for k in range(3)]
+    parts = [TensorImages(x[k::4] if k else x, torch.arange(len(x[k::4] if k else x)) % 3) for k in range(3)]
     return Data("rows", parts[0], parts[1], parts[2], None, "f" * 16)
 
 
@@ -81,10 +81,10 @@ def test_training_asks_for_the_images_classes_and_validation_for_the_conditional
 
 
 def test_data_without_classes_are_refused() -> None:
-    plain = TableRows(torch.zeros(4, 2))
+    plain = TensorImages(torch.zeros(4, 2))
     with pytest.raises(UserError, match="the data have no classes"):
         classes_of(SimpleNamespace(train=plain, calibration=plain), 0.1)
-    one = TableRows(torch.zeros(4, 2), torch.zeros(4))
+    one = TensorImages(torch.zeros(4, 2), torch.zeros(4))
     with pytest.raises(UserError, match="the data have no classes"):
         classes_of(SimpleNamespace(train=one, calibration=one), 0.1)
 

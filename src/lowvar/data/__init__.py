@@ -10,6 +10,5 @@ from __future__ import annotations
 from lowvar.data.columns import Columns
 from lowvar.data.images import Data, Images, TensorImages
 from lowvar.data.registry import NAMES, load
-from lowvar.data.table import TableRows
 
-__all__ = ["NAMES", "Columns", "Data", "Images", "TableRows", "TensorImages", "load"]
+__all__ = ["NAMES", "Columns", "Data", "Images", "TensorImages", "load"]

@@ -69,10 +69,10 @@ class Images(ABC):
 
 
 class TensorImages(Images):
-    """Images held in memory.
+    """Images, or rows of a table, held in memory.
 
     Args:
-        values: (n, C, H, W) in [-1, 1], n >= 1; kept as float32.
+        values: (n, C, H, W) or rows (n, d) in [-1, 1], n >= 1; kept as float32.
         labels: class numbers (n,) or None.
 
     Raises:
@@ -87,8 +87,10 @@ class TensorImages(Images):
 
     def __init__(self, values: Tensor, labels: Tensor | None = None) -> None:
         """Checks shape and range."""
-        if values.ndim != 4 or values.numel() == 0:
-            raise ValueError(f"values have shape {tuple(values.shape)}; images are (n, C, H, W) with n at least 1")
+        if values.ndim not in (2, 4) or values.numel() == 0:
+            raise ValueError(
+                f"values have shape {tuple(values.shape)}; images are (n, C, H, W), rows (n, d), with n at least 1"
+            )
         if not bool((values.abs() <= 1).all()):
             raise ValueError("values leave [-1, 1] or are not finite; scale the images to [-1, 1] first")
         if labels is not None and labels.shape != (len(values),):
@@ -97,10 +99,9 @@ class TensorImages(Images):
         self._labels = None if labels is None else labels.to(torch.int64)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one image."""
-        _, c, h, w = self._values.shape
-        return c, h, w
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of one image, (d,) of one row."""
+        return tuple(self._values.shape[1:])
 
     @property
     def labels(self) -> Tensor | None:
@@ -112,7 +113,7 @@ class TensorImages(Images):
         return len(self._values)
 
     def images(self, indices: Tensor | Sequence[int]) -> Tensor:
-        """A copy of the images numbered `indices`, float32 (n, C, H, W)."""
+        """A copy of the images or rows numbered `indices`, float32."""
         return self._values[torch.as_tensor(indices, dtype=torch.int64)]
 
     def fingerprint(self) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,50 +20,13 @@ from torch import Tensor
 
 from lowvar.data.columns import CATEGORIES, Category, Column, Columns, Constant, Number
 from lowvar.data.folder import split_of
-from lowvar.data.images import Data, Images
+from lowvar.data.images import Data, TensorImages
 from lowvar.errors import UserError
 
-__all__ = ["LABEL", "TableRows", "is_table", "load_table"]
+__all__ = ["LABEL", "is_table", "load_table"]
 
 LABEL = "label"
 _SUFFIXES = (".csv", ".tsv")
-
-
-class TableRows(Images):
-    """Rows of a table: a set of "images" with one axis.
-
-    Args:
-        values: (n, d) in [-1, 1], n >= 1.
-        labels: class numbers (n,) or None.
-
-    Example:
-        >>> rows = TableRows(torch.zeros(4, 3))
-        >>> rows.shape, tuple(rows.images([0, 2]).shape)
-        ((3,), (2, 3))
-    """
-
-    def __init__(self, values: Tensor, labels: Tensor | None = None) -> None:
-        """Keeps the rows as float32."""
-        self._values = values.to(torch.float32)
-        self._labels = None if labels is None else labels.to(torch.int64)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(d,)."""
-        return (self._values.shape[1],)
-
-    @property
-    def labels(self) -> Tensor | None:
-        """Class numbers (n,) or None."""
-        return self._labels
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        return len(self._values)
-
-    def images(self, indices: Tensor | Sequence[int]) -> Tensor:
-        """A copy of the rows numbered `indices`, float32 (n, d)."""
-        return self._values[torch.as_tensor(indices, dtype=torch.int64)]
 
 
 def is_table(path: Path) -> bool:
@@ -209,5 +171,5 @@ def load_table(path: Path, *, size: int | None = None, seed: int = 0, channels: 
     digest = hashlib.sha256(json.dumps([columns.config(), seed]).encode() + x.numpy().tobytes())
     if labels is not None:
         digest.update(labels.numpy().tobytes())
-    train, calibration, test = (TableRows(x[rows], None if labels is None else labels[rows]) for rows in parts)
+    train, calibration, test = (TensorImages(x[rows], None if labels is None else labels[rows]) for rows in parts)
     return Data(str(path), train, calibration, test, None, digest.hexdigest()[:16], columns, classes)
