@@ -1,0 +1,191 @@
+r"""Does less gradient variance train better? The preset at batch B against the plain recipe at B and at 2 B.
+
+Every run makes the same number of updates with a constant learning rate (so that every point of a curve is a model one
+could stop at), U-Net of the default size, v prediction, averaged weights. Held-out loss is the loss meter's on the
+calibration split: the same images, times and noise for all. Per data set and training seed:
+
+    recovered   (L_plain(B) - L_preset(B)) / (L_plain(B) - L_plain(2 B)) at the end: the share of the gain of a doubled
+                batch, at half its evaluations
+    share       evaluations at which the preset first has the final loss of plain(B), over all of plain(B)'s (linear
+                between validations)
+    energy      energy distance of 2,048 samples of diffusers' DDIM at 20 steps
+
+Means over seeds; intervals are Student's t over seeds, of a ratio by the jackknife over seeds. Cells are kept in
+build/benchmarks/curves (or $LOWVAR_BENCHMARKS/curves) and not run again.
+
+    python benchmarks/training_curves.py --data digits --minutes 60
+    python benchmarks/training_curves.py --report
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowvar.data import load
+from lowvar.evaluation import Cell, draw
+from lowvar.metrics import Scorer
+from lowvar.process import Independent, NetworkDenoiser
+from lowvar.train import PRESETS, Trainer, Validation, config_from
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = Path(os.environ.get("LOWVAR_BENCHMARKS", ROOT / "build" / "benchmarks")) / "curves"
+RESULTS, TABLE = (
+    ROOT / "benchmarks" / "results" / "training_curves.json",
+    ROOT / "docs" / "results" / "training_curves.md",
+)
+
+SEEDS = range(5)
+UPDATES = {"digits": 1200, "photos:16": 800}
+BATCH = 32
+ARMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "plain, doubled batch": {"batch_size": 2 * BATCH},
+    "auto": PRESETS["auto"],
+    "auto, gradient norms": PRESETS["auto"] | {"times": "gradient-norm"},
+}
+
+
+def _path(data: str, seed: int, arm: str) -> Path:
+    return CACHE / data.replace(":", "") / f"{arm}@{seed}.json"
+
+
+def run(data_name: str, seed: int, arm: str) -> dict[str, Any]:
+    """One training run: its curve and the quality of its samples."""
+    data = load(data_name)
+    updates = UPDATES[data_name]
+    settings = {"updates": updates, "batch_size": BATCH, "seed": seed, "head": "none", "lr": 1e-3}
+    settings |= {"lr_schedule": "constant", "validate_every": updates // 20} | ARMS[arm]
+    trainer = Trainer(data, config_from(settings), device="cpu")
+    begun, curve = time.perf_counter(), []
+    for record in trainer.run():
+        if isinstance(record, Validation):
+            found = record.validation
+            curve.append([record.update, found.loss, found.low, found.high])
+    seconds = trainer.seconds
+    denoiser = NetworkDenoiser(trainer.ema_network(), trainer.schedule, trainer.config.prediction, clip=1.0)
+    drawn = draw(denoiser, Cell("diffusers:ddim", 20, "trailing"), 2048, data.shape, noise=Independent(500 + seed))
+    energy = Scorer(data, metrics=("energy",)).replicates(drawn.samples)["energy"].value
+    made = {"data": data_name, "seed": seed, "arm": arm, "curve": curve, "seconds": seconds, "energy": energy}
+    print(f"{data_name} {arm} seed {seed}: {curve[-1][1]:.5f}, {time.perf_counter() - begun:.0f} s", flush=True)
+    return made
+
+
+def reached(curve: list[list[float]], target: float) -> float:
+    """Updates at which a curve first is at a target, linear between validations; inf if it never is."""
+    before = None
+    for update, loss, *_ in curve:
+        if loss <= target:
+            if before is None:
+                return float(update)
+            w = (before[1] - target) / (before[1] - loss)
+            return before[0] + w * (update - before[0])
+        before = (update, loss)
+    return math.inf
+
+
+def estimate(values: list[dict[str, float]], statistic: Callable[[dict[str, float]], float]) -> list[float]:
+    """[value, low, high] of a statistic of means over seeds, by the jackknife over seeds."""
+    from scipy.stats import t
+
+    def of(rows: list[dict[str, float]]) -> float:
+        return statistic({k: sum(r[k] for r in rows) / len(rows) for k in rows[0]})
+
+    n, value = len(values), of(values)
+    if n < 2:
+        return [value, -math.inf, math.inf]
+    without = [of([r for j, r in enumerate(values) if j != i]) for i in range(n)]
+    mean = sum(without) / n
+    reach = float(t.ppf(0.975, n - 1)) * math.sqrt((n - 1) / n * sum((w - mean) ** 2 for w in without))
+    return [value, value - reach, value + reach]
+
+
+def report() -> None:
+    """Writes what was run."""
+    results: dict[str, Any] = {"date": dt.date.today().isoformat(), "torch": torch.__version__, "data": {}}
+    head = (
+        f"U-Net of the default size, v prediction, batches of {BATCH}, constant learning rate, equally many updates; "
+        f"means over training seeds with 95% intervals. Measured {results['date']} with torch {torch.__version__}; "
+        "script `benchmarks/training_curves.py`."
+    )
+    titles = ("data", "recipe", "seeds", "held-out loss", "gain of a doubled batch recovered")
+    titles += ("share of plain's evaluations", "seconds over plain's", "energy distance")
+    lines = [head, "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for name, updates in UPDATES.items():
+        runs = {a: {s: json.loads(p.read_text()) for s in SEEDS if (p := _path(name, s, a)).exists()} for a in ARMS}
+        rows = []
+        for arm in ARMS:
+            seeds = [s for s in runs[arm] if s in runs["plain"] and s in runs["plain, doubled batch"]]
+            if not seeds:
+                continue
+            last = {a: {s: runs[a][s]["curve"][-1][1] for s in seeds} for a in (arm, "plain", "plain, doubled batch")}
+            values = [
+                {
+                    "own": last[arm][s],
+                    "plain": last["plain"][s],
+                    "double": last["plain, doubled batch"][s],
+                    "share": min(reached(runs[arm][s]["curve"], last["plain"][s]), 2 * updates) / updates,
+                    "seconds": runs[arm][s]["seconds"] / runs["plain"][s]["seconds"],
+                    "energy": runs[arm][s]["energy"],
+                }
+                for s in seeds
+            ]
+            row = {"arm": arm, "seeds": seeds, "loss": estimate(values, lambda v: v["own"])}
+            row["recovered"] = estimate(values, lambda v: (v["plain"] - v["own"]) / (v["plain"] - v["double"]))
+            factor = 2.0 if arm == "plain, doubled batch" else 1.0
+            row["share"] = estimate(values, lambda v, factor=factor: factor * v["share"])
+            row["seconds"] = estimate(values, lambda v: v["seconds"])
+            row["energy"] = estimate(values, lambda v: v["energy"])
+            rows.append(row)
+
+            def shown(key: str, digits: int, row: dict[str, Any] = row) -> str:
+                value, low, high = row[key]
+                return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+            texts = [
+                shown("loss", 4),
+                shown("recovered", 2),
+                shown("share", 2),
+                shown("seconds", 2),
+                shown("energy", 4),
+            ]
+            lines.append(f"| {name} | {arm} | {len(seeds)} | " + " | ".join(texts) + " |")
+        results["data"][name] = rows
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    TABLE.write_text("\n".join(lines) + "\n")
+    print(TABLE.read_text())
+
+
+def main() -> None:
+    """Reads the arguments."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", default=",".join(UPDATES), help="comma separated")
+    parser.add_argument("--minutes", type=float, default=90, help="budget, processor minutes")
+    parser.add_argument("--report", action="store_true", help="only write the results from the runs that were made")
+    arguments = parser.parse_args()
+    if not arguments.report:
+        torch.set_num_threads(1)
+        end = time.process_time() + 60 * arguments.minutes
+        for seed in SEEDS:
+            for name in arguments.data.split(","):
+                for arm in ARMS:
+                    path = _path(name, seed, arm)
+                    if path.exists() or time.process_time() > end:
+                        continue
+                    made = run(name, seed, arm)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_text(json.dumps(made))
+    report()
+
+
+if __name__ == "__main__":
+    main()
