@@ -155,3 +155,10 @@ def test_other_columns_and_files_are_refused_in_a_sentence(tmp_path: Path):
         load(tmp_path / "head.csv")
     with pytest.raises(UserError, match=r"size is 8, and .* is a table"):
         load(write(tmp_path / "t.csv", some()), size=8)
+
+
+def test_an_empty_cell_is_named_before_the_number_of_rows(tmp_path: Path) -> None:
+    file = tmp_path / "t.csv"
+    file.write_text("a,b\n1,2\n,3\n4,5\n")
+    with pytest.raises(UserError, match=r"the column 'a' of .* has no value in row 2"):
+        load(file)

@@ -155,6 +155,7 @@ def load_table(path: Path, *, size: int | None = None, seed: int = 0, channels: 
         if given is not None:
             raise UserError(f"{name} is {given}, and {path} is a table; leave {name} out, it is of images")
     table = _read(path)
+    values = {name: _values(path, name, table.column(name)) for name in table.column_names}
     where = torch.tensor([split_of(str(i), seed) for i in range(table.num_rows)])
     parts = [torch.nonzero(where == k)[:, 0] for k in range(3)]
     for numbers, name in zip(parts, ("train", "calibration", "test"), strict=True):
@@ -162,7 +163,6 @@ def load_table(path: Path, *, size: int | None = None, seed: int = 0, channels: 
             raise UserError(
                 f"{path} has {table.num_rows} rows, of which {len(numbers)} fall to the {name} split; give more rows"
             )
-    values = {name: _values(path, name, table.column(name)) for name in table.column_names}
     labels, classes = _classes(path, values.pop(LABEL)) if LABEL in values else (None, ())
     columns = Columns(tuple(_fitted(path, name, column, parts[0]) for name, column in values.items()), classes)
     if columns.width == 0:
