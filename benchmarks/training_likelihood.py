@@ -3,7 +3,7 @@ r"""Bits per dimension of hybrid and variational training, with and without impo
 The claim of Nichol & Dhariwal 2021, Sec. 3.3 (improved-diffusion): the gradient of L_vlb is too noisy to train on;
 their resampler, times by the losses' second moments as published, makes it trainable and gives the best likelihood.
 
-One small U-Net with a learned-range variance, noise prediction, cosine schedule (their setting); four recipes of equally
+One small U-Net with a learned-range variance, noise prediction, cosine schedule (their setting); four recipes of as
 many updates, batches of 64, 3 training seeds; held-out bits a dimension of the averaged weights on the ancestral chain
 of 100 equally spaced steps with the learned variance (the variational bound, grey levels decoded), the same images and
 noise for all. Intervals: Student's t over training seeds, of differences paired by seed.
