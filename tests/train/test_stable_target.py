@@ -178,13 +178,36 @@ def test_implied_noise_is_that_of_x_t() -> None:
     assert torch.equal(implied_noise(x0, x0, eps, level), eps)
 
 
+@pytest.mark.parametrize("off", [False, True])
+def test_weights_are_those_of_the_distances_at_any_snr(off: bool) -> None:
+    """float32 images, from logsnr -25 to 25: as summed squares of float64 differences say."""
+    images = load("digits").train.images(range(300)) * (0.01 if off else 1.0) + (0.9 if off else 0.0)
+    logsnr = torch.linspace(-25, 25, 51, dtype=torch.float64)
+    x0, eps = images[:51], Independent(7).normal(range(51), (1, 8, 8))
+    variance = torch.sigmoid(-logsnr)
+    level = Level(variance, logsnr, (1 - variance).sqrt(), variance.sqrt())
+    found, info = StableTarget(images, "among").weighted(x0.double(), eps.double(), level)
+    x, e = images.double().flatten(1), eps.double().flatten(1)
+    steps = e[:, None] + torch.exp(0.5 * logsnr)[:, None, None] * (x[:51, None] - x[None])
+    w = torch.softmax(-0.5 * (steps**2).sum(2), 1)
+    assert float((found.flatten(1) - w @ x).abs().max()) < 1e-12
+    assert torch.allclose(info.ess, 1 / (w**2).sum(1), rtol=1e-8)
+    assert float(info.ess.max()) > 299.9
+    assert float(info.ess.min()) == 1.0
+    assert int(((info.ess > 1.001) & (info.ess < 299)).sum()) >= 8
+
+
 @pytest.mark.parametrize("neighbours", [None, 7])
-def test_blocks_of_references_change_nothing(neighbours: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("block", "page"), [(9, 2**23), (40, 40), (2**18, 50)])
+def test_blocks_of_references_change_nothing(
+    neighbours: int | None, block: int, page: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = Independent(0).normal(range(50), (3,))
     level, eps = CosineVP().at(torch.tensor([0.2, 0.4, 0.6, 0.9])), Independent(1).normal(range(4), (3,))
     target = StableTarget(data, "added", neighbours=neighbours)
     whole, info = target.weighted(data[:4], eps, level)
-    monkeypatch.setattr("lowvar.train.stable_target._BLOCK", 40)
+    monkeypatch.setattr("lowvar.train.stable_target._BLOCK", block)
+    monkeypatch.setattr("lowvar.train.stable_target._PAGE", page)
     parts, info2 = target.weighted(data[:4], eps, level)
     assert torch.allclose(whole, parts, atol=1e-6)
     assert torch.allclose(info.ess, info2.ess)
