@@ -16,6 +16,7 @@ from lowvar.process.denoiser import Prediction, from_prediction
 from lowvar.process.noise import Independent
 from lowvar.testing.mixture import mixture8
 from lowvar.train import MinSNR, Objective, Simple, UniformTimes
+from lowvar.train.conditional import of_classes
 from lowvar.train.draws import DrawPlan
 from lowvar.train.objectives import Weighting
 from lowvar.train.stable_target import ReferencePlan, Source, StableInfo, StableTarget, memorisation, reference_noise
@@ -114,6 +115,64 @@ def test_labels_give_the_class_conditional_target(neighbours: int | None) -> Non
         assert torch.allclose(found[i], expected[0], atol=1e-12)
     assert info.references.tolist() == [5, 4, 1, 4]
     assert torch.equal(found[2], data[4])
+
+
+class TinyOfClasses(Tiny):
+    """A network that knows the class; 2 is the null class."""
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        assert class_labels is not None
+        shift = class_labels.double().reshape(-1, 1, 1, 1)
+        return super().forward(x, t) + self.w[3] * shift * torch.tanh(x + self.w[2] * shift)
+
+
+CLASSES = torch.tensor([0, 0, 1, 0])
+FOUR = torch.tensor([-0.9, 0.1, 0.6, 0.7], dtype=torch.float64).reshape(-1, 1, 1, 1)
+
+
+def conditional_gradient(
+    targets: list[tuple[float, list[int]]], source: Source | None, blind: bool = False, **options: Any
+) -> Tensor:
+    """Expected gradient over sources, dropout of their class (chance .3), noise and reference sets (chance, rows)."""
+    network, schedule = TinyOfClasses(), CosineVP()
+    denoiser, objective = NetworkDenoiser(network, schedule, "v_prediction"), Objective(Simple())
+    level = schedule.at(torch.full((len(GRID),), 0.55, dtype=torch.float64))
+    ratio = float((level.alpha / level.sigma)[0])
+    total = torch.zeros((), dtype=torch.float64)
+    for x0, label in zip(FOUR, CLASSES.tolist(), strict=True):
+        eps = GRID - ratio * float(x0)
+        chance = torch.exp(-0.5 * eps**2) / math.sqrt(2 * math.pi) * (GRID[1] - GRID[0]) / len(FOUR)
+        draws = x0.expand(len(GRID), 1, 1, 1), eps.reshape(-1, 1, 1, 1)
+        for share, dropped in ((0.7, False), (0.3, True)):
+            known = torch.full((len(GRID),), -1 if dropped else label)
+            conditioned = of_classes(denoiser, torch.where(known < 0, 2, known))
+            for weight, rows in targets:
+                target: Target = PlainTarget()
+                if source is not None:
+                    labels = (None, None) if blind else (CLASSES[rows], known)
+                    target = StableTarget(FOUR[rows], source, *labels, **options)
+                total = (
+                    total + share * weight * (chance * objective.losses(conditioned, *draws, level, target).loss).sum()
+                )
+    return torch.cat([g.flatten() for g in torch.autograd.grad(total, list(network.parameters()))])
+
+
+@pytest.mark.parametrize("neighbours", [None, 1])
+def test_expected_gradient_with_classes_that_are_dropped(neighbours: int | None) -> None:
+    plain = conditional_gradient([(1.0, [])], None)
+    sets = [(len(FOUR) ** -2.0, list(rows)) for rows in itertools.product(range(len(FOUR)), repeat=2)]
+    added = conditional_gradient(sets, "added", neighbours=neighbours)
+    among = conditional_gradient([(1.0, list(range(len(FOUR))))], "among", neighbours=neighbours)
+    assert float(plain.abs().max()) > 0.05
+    assert float((added - plain).abs().max()) < 1e-9
+    assert float((among - plain).abs().max()) < 1e-9
+
+
+def test_references_of_all_classes_are_biased_for_a_network_that_knows_the_class() -> None:
+    """The known bug: the labels are left out."""
+    plain = conditional_gradient([(1.0, [])], None)
+    blind = conditional_gradient([(1.0, list(range(len(FOUR))))], "among", blind=True)
+    assert float((blind - plain).abs().max()) > 1e-3
 
 
 def test_no_reference_of_the_class_leaves_the_source() -> None:

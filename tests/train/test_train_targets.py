@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lowvar.data import Data, TensorImages, load
 from lowvar.errors import UserError
 from lowvar.train import PlainTarget, StableTarget, Trainer, Update, config_from
+from lowvar.train.conditional import of_classes
 
 BASE: dict[str, Any] = {
     "updates": 7,
@@ -112,6 +113,39 @@ def test_processes_refer_to_the_same_images(data: Data) -> None:
         return total / parts
 
     assert mean(2) == pytest.approx(mean(1), abs=1e-6)
+
+
+class Classy(Small):
+    """A network that knows the class."""
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        assert class_labels is not None
+        return super().forward(x, t) + 0.1 * self.conv.weight.sum() * class_labels.reshape(-1, 1, 1, 1)
+
+
+def test_the_loop_refers_to_the_class_that_the_network_is_told() -> None:
+    """Half of the classes are dropped: those draws refer to all images."""
+    digits, numbers = load("digits"), range(60)
+    train, labels = digits.train.images(numbers), digits.train.labels
+    assert labels is not None
+    calibration = TensorImages(digits.calibration.images(range(8)), torch.arange(8) % 3)
+    data = Data("few", TensorImages(train, labels[:60] % 3), calibration, calibration, levels=17, fingerprint="few")
+    config = config_from(BASE | {"target": "stable", "references": 60, "conditional": True, "condition_dropout": 0.5})
+    trainer = Trainer(data, config, network=Classy(), device="cpu")
+    assert trainer.classes is not None
+    draws = trainer.plan.draws(0, trainer.times)
+    told = trainer.classes.labels(draws.number, draws.image)
+    assert 0 < int((told == 3).sum()) < len(told)
+    denoiser = trainer._denoiser  # pyright: ignore[reportPrivateUsage]
+    total = 0.0
+    for i, label in enumerate(told.tolist()):
+        near = train if label == 3 else train[labels[:60] % 3 == label]
+        known, one = of_classes(denoiser, told[i : i + 1]), slice(i, i + 1)
+        target = StableTarget(near, "among")
+        with torch.no_grad():
+            found = trainer.objective.losses(known, draws.x0[one], draws.eps[one], draws.level[one], target)
+        total += float(found.loss)
+    assert losses(trainer, 1)[0] == pytest.approx(total / len(told), abs=1e-6)
 
 
 def test_checkpoints_from_before_targets_resume(data: Data, tmp_path: Path) -> None:

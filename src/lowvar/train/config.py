@@ -105,7 +105,7 @@ class TrainConfig:
         strata: whether every batch holds the data's classes in proportion (`class`), or not (`none`).
         target: from which clean image the thing to predict is made: `plain`, the one that was drawn, or `stable`, the
             mean over a reference set with the drawn one in it (the same expected gradient; the training loss reads
-            lower).
+            lower). With `conditional`, over those of its class.
         references: images of target `stable`'s reference set; as many as there are or more: all; None: 1024.
         beta_schedule: table of the noise schedule, by diffusers' name.
         train_timesteps: length T of that table.
@@ -174,11 +174,6 @@ class TrainConfig:
             raise ValueError(
                 f"references is {self.references} and target {self.target}; references belong to target stable: leave "
                 "them out"
-            )
-        if self.target == "stable" and self.conditional:
-            raise ValueError(
-                "target stable averages over all classes, and conditional trains a network that knows the class; give "
-                "target plain or leave conditional out"
             )
         if self.target == "stable" and self.coupling != "none":
             raise ValueError(
@@ -375,4 +370,5 @@ def make_references(config: TrainConfig, images: ImageSource) -> ReferencePlan |
     if config.target == "plain":
         return None
     count = _REFERENCES if config.references is None else config.references
-    return ReferencePlan(images, count, reference_noise(config.seed))
+    labels = getattr(images, "labels", None) if config.conditional else None
+    return ReferencePlan(images, count, reference_noise(config.seed), labels=labels)

@@ -37,7 +37,7 @@ from lowvar.train.objectives import Losses, Objective
 from lowvar.train.records import Record, Saved, Update, Validation
 from lowvar.train.snapshot import Parts, capture, restore
 from lowvar.train.spectrum import make_spectrum, restored, stored
-from lowvar.train.targets import PlainTarget
+from lowvar.train.targets import PlainTarget, Target
 from lowvar.train.timesteps import UniformTimes
 from lowvar.train.validation import BINS, ValidationSet, logsnr_edges
 
@@ -178,7 +178,7 @@ class Trainer:
         a = self.accelerator
         self._network.train()
         draws = self.plan.draws(self.update, self.times, a.process_index, a.num_processes, a.device)
-        target = PlainTarget() if self.references is None else self.references.target(self.update, a.device)
+        target = self._target(draws)
         denoiser = self._of_classes(self._denoiser, draws)
         with self._seeded(a.process_index):
             losses = self.objective.losses(denoiser, draws.x0, draws.eps, draws.level, target)
@@ -200,6 +200,12 @@ class Trainer:
             self.times = self.times.updated(*_gathered(a, draws.bin, losses.loss))
         self.update += 1
         return Update(self.update, mean, norm, lr)
+
+    def _target(self, draws: Draws) -> Target:
+        if self.references is None:
+            return PlainTarget()
+        labels = None if self.classes is None else self.classes.known(draws.number, draws.image)
+        return self.references.target(self.update, self.accelerator.device, labels)
 
     @contextmanager
     def _seeded(self, number: int) -> Iterator[None]:

@@ -13,8 +13,11 @@ mean of the plain target given more than x_t, so E[T | x_t] = D*(x_t) exactly an
     left out   n independent draws without it                                    biased, by O(1 / n)
 
 `added` wants references drawn *with* replacement, independently of the source: of a random subset that holds the source
-by chance and gets it once more the source would weigh double. With labels the network is asked for E[x_0 | x_t,
-label], so only references of the source's class count.
+by chance and gets it once more the source would weigh double.
+
+With labels the network is asked for E[x_0 | x_t, label], so only references of the source's class count; a source whose
+class was dropped (a negative label) is one of E[x_0 | x_t], and all references count. Which class it is and whether it
+was dropped is known to the network, so all stays unbiased.
 
 With k neighbours only A counts, the members that are likelier than the (k + 1)-th (k of them where there are no ties),
 and where the source is not in A the target is x_0: T = E[x_0 | x_t, set, whether the source is in A, and it if not],
@@ -106,7 +109,7 @@ class StableTarget(Target):
         references: x^j, (n, *event_shape).
         source: how the source stands to them (see the module).
         labels: classes of the references, (n,) int64; then `source_labels` are needed.
-        source_labels: classes of the draws, (B,) int64.
+        source_labels: classes of the draws, (B,) int64; a negative one: no class, so all references count.
         neighbours: k, or None for all.
 
     Raises:
@@ -206,8 +209,9 @@ class StableTarget(Target):
                 square = 0.5 * torch.linalg.vector_norm(z, dim=1) ** 2
                 log_p[:, at : at + len(z)] = (rs @ z.mT).addr_(r2, square, alpha=-1).sub_(constant)
             if self.labels is not None and self.source_labels is not None:
-                same = self.source_labels[:, None].to(y.device) == self.labels[rows.to(self.labels.device)].to(y.device)
-                log_p = torch.where(same, log_p, -torch.inf)
+                wanted = self.source_labels[:, None].to(y.device)
+                counts = (wanted < 0) | (wanted == self.labels[rows.to(self.labels.device)].to(y.device))
+                log_p = torch.where(counts, log_p, -torch.inf)
             counted += (~torch.isneginf(log_p)).sum(1)
             parts.append(_top(log_p, rows.expand(len(y), -1), self.neighbours))
         log_p, rows = (torch.cat(columns, 1) for columns in zip(*parts, strict=True))
@@ -305,7 +309,10 @@ class ReferencePlan:
     def target(
         self, update: int, device: torch.device | str = "cpu", source_labels: Tensor | None = None
     ) -> StableTarget:
-        """The target of an update; `source_labels` (B,) are the classes of its draws, where the plan has labels."""
+        """The target of an update; `source_labels` (B,) are the classes of its draws, where the plan has labels.
+
+        A negative one stands for a draw whose class was dropped.
+        """
         rows = self.rows(update)
         if self.source == "among":
             self._all = self.images.images(rows).to(device) if self._all is None else self._all.to(device)
