@@ -311,10 +311,11 @@ def test_all_data_hold_the_source() -> None:
 
 
 def test_memorisation_is_said_of_all_data_only() -> None:
-    info = StableInfo(torch.tensor([1.0, 1.1, 1.2, 9.0]), torch.full((4,), 9), torch.zeros(4).bool())
-    assert "75% of the targets" in str(memorisation(info, "among"))
-    assert memorisation(info, "added") is None
-    assert memorisation(StableInfo(info.ess + 5, info.references, info.fallback), "among") is None
+    info = StableInfo(torch.tensor([1.0, 1.1, 1.6, 1.49]), torch.full((4,), 9), torch.zeros(4).bool())
+    assert info.alone.tolist() == [True, True, False, True]
+    assert "75% of the targets" in str(memorisation(0.75, "among"))
+    assert memorisation(0.75, "added") is None
+    assert memorisation(0.5, "among") is None
 
 
 @pytest.mark.parametrize(

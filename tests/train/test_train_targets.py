@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from lowvar.data import Data, TensorImages, load
 from lowvar.errors import UserError
-from lowvar.train import PlainTarget, StableTarget, Trainer, Update, config_from
+from lowvar.train import PlainTarget, StableTarget, Trainer, Update, config_from, fit
 from lowvar.train.conditional import of_classes
 
 BASE: dict[str, Any] = {
@@ -113,6 +114,38 @@ def test_processes_refer_to_the_same_images(data: Data) -> None:
         return total / parts
 
     assert mean(2) == pytest.approx(mean(1), abs=1e-6)
+
+
+def test_records_say_what_the_weights_were_like(data: Data, tmp_path: Path) -> None:
+    """Means over the updates since the last validation, also over a break."""
+    values = {"target": "stable", "references": 500, "seed": 5}
+    losses(make(data, values, tmp_path), 3)  # the checkpoint is of update 3, the validation of update 4
+    list(make(data, values, tmp_path, resume=True).run())
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    trainer = make(data, values)
+    assert trainer.references is not None
+    ess: list[float] = []
+    alone: list[float] = []
+    for update in range(7):
+        draws = trainer.plan.draws(update, trainer.times)
+        info = trainer.references.target(update).weighted(draws.x0, draws.eps, draws.level)[1]
+        ess.append(float(info.ess.mean()))
+        alone.append(float((info.ess < 1.5).double().mean()))
+    for record, rows in zip(found, (slice(0, 4), slice(4, 7)), strict=True):
+        assert record["target"]["ess"] == pytest.approx(sum(ess[rows]) / len(ess[rows]))
+        assert record["target"]["alone"] == pytest.approx(sum(alone[rows]) / len(alone[rows]))
+        assert (record["target"]["warning"] is None) == (record["target"]["alone"] <= 0.5)
+    assert "target" not in make(data, {}).validate().record()
+    assert make(data, values).validate().target is None  # no update yet
+
+
+def test_memorisation_is_said_once(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"target": "stable", "references": 500, "validate_every": 1, "updates": 4, "train_timesteps": 1000}
+    config = config_from(BASE | values | {"beta_schedule": "linear", "seed": 3, "batch_size": 1})
+    fit(data, config, network=Small(), device="cpu")
+    assert capsys.readouterr().err.count("with all data as references the network is shown the denoiser") == 1
+    fit(data, dataclasses.replace(config, references=5), network=Small(), device="cpu")
+    assert "the denoiser that memorises" not in capsys.readouterr().err
 
 
 class Classy(Small):

@@ -65,7 +65,8 @@ Source = Literal["added", "among", "left out"]
 _STREAM = 0x53544142 << 32  # the references' random numbers are no other ones of the same seed
 _BLOCK = 2**18  # numbers of references that are float64 at a time: what a core's cache holds
 _PAGE = 2**23  # numbers of references on a GPU, or of distances, at a time
-_ALONE = 1e-12  # a weight this near to 1 is 1
+_ROUNDING = 1e-12  # a weight this near to 1 is 1
+_ONE = 1.5  # an effective sample size below this is that of one datum
 
 
 @dataclass(frozen=True)
@@ -82,21 +83,28 @@ class StableInfo:
     references: Tensor
     fallback: Tensor
 
+    @property
+    def alone(self) -> Tensor:
+        """Whether a target is one datum, or next to it (ess < 1.5), (B,) bool."""
+        return self.ess < _ONE
 
-def memorisation(info: StableInfo, source: Source, near: float = 1.5) -> str | None:
-    """A sentence where the references are all data and most targets are one datum (ess < `near`); None elsewhere.
+
+def memorisation(alone: float, source: Source) -> str | None:
+    """A sentence where the references are all data and most targets are one datum; None elsewhere.
+
+    Args:
+        alone: share of such targets, in [0, 1].
+        source: how the source stands to the references.
 
     Example:
-        >>> one = torch.ones(4)
-        >>> print(memorisation(StableInfo(one, 100 * one.long(), one.bool()), "among"))
-        100% of the targets are one training image: with all data as references the network is shown the denoiser that \
+        >>> print(memorisation(0.71, "among"))
+        71% of the targets are one training image: with all data as references the network is shown the denoiser that \
 memorises them; watch the validation loss, and give fewer references if it rises
     """
-    share = float((info.ess < near).double().mean()) if len(info.ess) else 0.0
-    if source != "among" or share <= 0.5:
+    if source != "among" or alone <= 0.5:
         return None
     return (
-        f"{share:.0%} of the targets are one training image: with all data as references the network is shown the "
+        f"{alone:.0%} of the targets are one training image: with all data as references the network is shown the "
         "denoiser that memorises them; watch the validation loss, and give fewer references if it rises"
     )
 
@@ -236,7 +244,7 @@ class StableTarget(Target):
         picked = rows.gather(1, best[:, None])[:, 0]
         z = self.references.flatten(1)
         mean = torch.where((picked == -1)[:, None], y, z[picked.clamp_min(0).to(z.device)].to(y.device).to(y.dtype))
-        several = (most < 1 - _ALONE).nonzero()[:, 0]  # few at little noise, and the others have their mean
+        several = (most < 1 - _ROUNDING).nonzero()[:, 0]  # few at little noise, and the others have their mean
         if not len(several):
             return mean
         w, rows = w[several], rows[several]
