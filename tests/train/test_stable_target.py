@@ -257,7 +257,7 @@ def test_weights_are_those_of_the_distances_at_any_snr(off: bool) -> None:
 
 
 @pytest.mark.parametrize("neighbours", [None, 7])
-@pytest.mark.parametrize(("block", "page"), [(9, 2**23), (40, 40), (2**18, 50)])
+@pytest.mark.parametrize(("block", "page"), [(9, 2**23), (40, 40), (2**18, 50)])  # page 40: draws go in twos
 def test_blocks_of_references_change_nothing(
     neighbours: int | None, block: int, page: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,9 +66,9 @@ def losses(trainer: Trainer, updates: int = 100) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("references", [5, 500])
-def test_resumed_run_is_bit_identical(references: int, data: Data, tmp_path: Path) -> None:
-    values = {"target": "stable", "references": references}
+@pytest.mark.parametrize(("references", "neighbours"), [(5, None), ("all", 3)])
+def test_resumed_run_is_bit_identical(references: Any, neighbours: int | None, data: Data, tmp_path: Path) -> None:
+    values = {"target": "stable", "references": references, "neighbours": neighbours}
     whole = make(data, values)
     losses(whole)
     losses(make(data, values, tmp_path), 5)
@@ -96,6 +96,16 @@ def test_the_loop_uses_the_updates_references(data: Data) -> None:
         expected = trainer.objective.losses(denoiser, draws.x0, draws.eps, draws.level, target).loss.mean()
         plain = trainer.objective.losses(denoiser, draws.x0, draws.eps, draws.level, PlainTarget()).loss.mean()
     assert float(expected) != float(plain)
+    assert losses(trainer, 1)[0] == pytest.approx(float(expected), abs=1e-7)
+
+
+def test_the_loop_keeps_to_the_neighbours(data: Data) -> None:
+    trainer = make(data, {"target": "stable", "references": "all", "neighbours": 4, "seed": 3})
+    draws = trainer.plan.draws(0, trainer.times)
+    target = StableTarget(data.train.images(range(20)), "among", neighbours=4)
+    denoiser = trainer._denoiser  # pyright: ignore[reportPrivateUsage]
+    with torch.no_grad():
+        expected = trainer.objective.losses(denoiser, draws.x0, draws.eps, draws.level, target).loss.mean()
     assert losses(trainer, 1)[0] == pytest.approx(float(expected), abs=1e-7)
 
 
@@ -197,6 +207,8 @@ def test_checkpoints_from_before_targets_resume(data: Data, tmp_path: Path) -> N
     ("values", "message"),
     [
         ({"references": 5}, "references is 5 and target plain; references belong to target stable"),
+        ({"neighbours": 5}, "neighbours is 5 and target plain; neighbours belong to target stable"),
+        ({"target": "stable", "references": "some"}, "the setting references is 'some': .*integer.* or .* be 'all'"),
         ({"target": "stabel"}, "the setting target is 'stabel'"),
         ({"target": "stable", "references": 0}, "the setting references is 0"),
     ],

@@ -59,6 +59,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 _REFERENCES = 1024
+_NO_SETTINGS = ("TrainConfig", "NetworkConfig", "constrained-int", "literal['all']")  # in the place of an error
 WEIGHTINGS: dict[str, Weighting] = {
     "simple": Simple(),
     "min-snr": MinSNR(),
@@ -106,7 +107,9 @@ class TrainConfig:
         target: from which clean image the thing to predict is made: `plain`, the one that was drawn, or `stable`, the
             mean over a reference set with the drawn one in it (the same expected gradient; the training loss reads
             lower). With `conditional`, over those of its class.
-        references: images of target `stable`'s reference set; as many as there are or more: all; None: 1024.
+        references: images of target `stable`'s reference set; `all`, or as many as there are or more: all; None: 1024.
+        neighbours: how many of the references count for target `stable`, the nearest ones; None: all. For sets that are
+            too large for a weight of each.
         beta_schedule: table of the noise schedule, by diffusers' name.
         train_timesteps: length T of that table.
         network: size of the network.
@@ -155,7 +158,8 @@ class TrainConfig:
     coupling: Literal["none", "optimal-transport", "immiscible"] = "none"
     strata: Literal["none", "class"] = "none"
     target: Literal["plain", "stable"] = "plain"
-    references: Annotated[int, Field(ge=1)] | None = None
+    references: Annotated[int, Field(ge=1)] | Literal["all"] | None = None
+    neighbours: Annotated[int, Field(ge=1)] | None = None
     beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear", "sigmoid"] = "squaredcos_cap_v2"
     train_timesteps: Annotated[int, Field(ge=2)] = 1000
     network: NetworkConfig = NetworkConfig()
@@ -170,11 +174,12 @@ class TrainConfig:
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         """Refuses settings of a head or target that is not asked for."""
-        if self.references is not None and self.target != "stable":
-            raise ValueError(
-                f"references is {self.references} and target {self.target}; references belong to target stable: leave "
-                "them out"
-            )
+        for name in ("references", "neighbours"):
+            if getattr(self, name) is not None and self.target != "stable":
+                raise ValueError(
+                    f"{name} is {getattr(self, name)} and target {self.target}; {name} belong to target stable: leave "
+                    "them out"
+                )
         if self.target == "stable" and self.coupling != "none":
             raise ValueError(
                 f"coupling is {self.coupling} and target stable, whose weights are those of noise that knows nothing "
@@ -273,7 +278,7 @@ def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     if first["type"] == "value_error":  # settings that do not fit together
         return first["msg"].removeprefix("Value error, ")
-    where = [str(piece) for piece in first["loc"] if str(piece) not in ("TrainConfig", "NetworkConfig")]
+    where = [str(piece) for piece in first["loc"] if str(piece) not in _NO_SETTINGS]
     path = ".".join(where)
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         allowed = [
@@ -283,7 +288,9 @@ def _sentence(error: ValidationError) -> str:
         near = difflib.get_close_matches(where[-1], allowed, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         return f"there is no setting {path!r}{hint}; allowed: {', '.join(allowed)}"
-    message = first["msg"][:1].lower() + first["msg"][1:]
+    said = [e["msg"] for e in error.errors() if e["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]]
+    said = said[: 2 if first["loc"][-1] in _NO_SETTINGS else 1]  # of both alternatives
+    message = " or ".join(text[:1].lower() + text[1:] for text in said)
     return f"the setting {path} is {first['input']!r}: {message}"
 
 
@@ -369,6 +376,7 @@ def make_references(config: TrainConfig, images: ImageSource) -> ReferencePlan |
     """The reference sets of target `stable` from the training split, or None for target `plain`."""
     if config.target == "plain":
         return None
-    count = _REFERENCES if config.references is None else config.references
+    count = len(images) if config.references == "all" else config.references or _REFERENCES
     labels = getattr(images, "labels", None) if config.conditional else None
-    return ReferencePlan(images, count, reference_noise(config.seed), labels=labels)
+    noise = reference_noise(config.seed)
+    return ReferencePlan(images, count, noise, labels=labels, neighbours=config.neighbours)

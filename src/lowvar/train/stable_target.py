@@ -21,7 +21,8 @@ was dropped is known to the network, so all stays unbiased.
 
 With k neighbours only A counts, the members that are likelier than the (k + 1)-th (k of them where there are no ties),
 and where the source is not in A the target is x_0: T = E[x_0 | x_t, set, whether the source is in A, and it if not],
-still a conditional mean and unbiased. (Left out, the k likeliest are taken as they are.)
+still a conditional mean and unbiased. (Left out, the k likeliest are taken as they are.) All distances are needed all
+the same; saved are the mean over many references and the memory for B n weights: pages of references leave k + 1 each.
 
 Effective sample size 1 / sum w_j^2: near 1 at little noise, where T = x_0, near n + 1 at much. With *all* data as
 references T is the optimal denoiser of the training set, without noise: the network is shown nothing but the minimiser
@@ -253,8 +254,11 @@ class StableTarget(Target):
             for at, x in self._blocks(0, len(z), y):
                 sums.addmm_(w[:, at : at + len(x)], x)
         else:
-            near = z[rows.clamp_min(0).to(z.device)].to(y.device).to(y.dtype)
-            sums += torch.einsum("bk,bkd->bd", torch.where(rows == -1, 0.0, w), near)
+            w = torch.where(rows == -1, 0.0, w)
+            step = max(1, _PAGE // (rows.shape[1] * y.shape[1]))
+            for part in torch.arange(len(several), device=y.device).split(step):
+                near = z[rows[part].clamp_min(0).to(z.device)].to(y.device).to(y.dtype)
+                sums[part] += torch.einsum("bk,bkd->bd", w[part], near)
         return mean.index_copy(0, several, sums)
 
 
