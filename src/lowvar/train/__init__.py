@@ -1,6 +1,7 @@
 """Learning the reverse process: draw plans, objectives, training times, networks, the loop."""
 
 from lowvar.train.averaging import PowerAverages
+from lowvar.train.clusters import cluster_labels
 from lowvar.train.config import (
     PRESETS,
     TrainConfig,
@@ -109,6 +110,7 @@ __all__ = [
     "Weighting",
     "build_network",
     "clean_score_weight",
+    "cluster_labels",
     "config_from",
     "continuous",
     "fit",

@@ -19,6 +19,7 @@ from lowvar.errors import UserError
 from lowvar.process.discrete import DiscreteVP, schedule_from_diffusers
 from lowvar.process.head import MAX_RANK, Head
 from lowvar.process.schedule import Schedule
+from lowvar.train.clusters import cluster_labels
 from lowvar.train.draws import DrawPlan, ImageSource
 from lowvar.train.edm import EDM, LognormalTimes
 from lowvar.train.entropy_rate import EntropyRateTimes
@@ -103,7 +104,8 @@ class TrainConfig:
             groups of 4 orthogonal noises; `sobol`, times and noises from one net a batch. All are unbiased.
         coupling: what chooses the noises by the images: `none`, `optimal-transport` within the batch, or `immiscible`,
             the nearest of 8 noises. Both change the objective.
-        strata: whether every batch holds the data's classes in proportion (`class`), or not (`none`).
+        strata: whether every batch holds the data's classes in proportion (`class`), 16 clusters of the images where
+            there are no classes (`cluster`), or neither (`none`).
         target: from which clean image the thing to predict is made: `plain`, the one that was drawn, or `stable`, the
             mean over a reference set with the drawn one in it (the same expected gradient; the training loss reads
             lower). With `conditional`, over those of its class.
@@ -156,7 +158,7 @@ class TrainConfig:
     stratified: bool = False
     pairing: Literal["independent", "same", "cross", "orthogonal", "sobol"] = "independent"
     coupling: Literal["none", "optimal-transport", "immiscible"] = "none"
-    strata: Literal["none", "class"] = "none"
+    strata: Literal["none", "class", "cluster"] = "none"
     target: Literal["plain", "stable"] = "plain"
     references: Annotated[int, Field(ge=1)] | Literal["all"] | None = None
     neighbours: Annotated[int, Field(ge=1)] | None = None
@@ -359,7 +361,11 @@ def make_plan(config: TrainConfig, images: ImageSource, schedule: Schedule) -> D
     if config.strata == "class":
         labels = getattr(images, "labels", None)
         if labels is None:
-            raise UserError("strata is class, but the data have no classes; leave strata out or give labelled data")
+            raise UserError(
+                "strata is class, but the data have no classes; give strata cluster or labelled data, or leave it out"
+            )
+    elif config.strata == "cluster":
+        labels = cluster_labels(images, seed=config.seed)
     return DrawPlan(
         images,
         schedule,

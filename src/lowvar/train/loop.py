@@ -133,6 +133,9 @@ class Trainer:
         self.objective: Objective = make_objective(config, data.levels)
         self.times = make_times(config, self.schedule)
         self.plan = make_plan(config, data.train, self.schedule)
+        if config.strata == "cluster" and self.plan.labels is not None and parts > 1:  # rounding may differ
+            shared = _of_the_main_process(self.accelerator, {"labels": self.plan.labels})
+            self.plan.labels = shared["labels"]
         self.references = make_references(config, data.train)
         size = 1 if self.plan.pairing.splits else self.plan.pairing.size
         if config.batch_size % (parts * size):
