@@ -272,6 +272,15 @@ def test_missing_values_are_shown_as_missing(tmp_path: Path, write: Any, summary
     assert "Loss by update" in words(page.select_one("#training"))
 
 
+def test_the_stable_target_has_a_line(tmp_path: Path, write: Any, summary: dict[str, Any]) -> None:
+    record = {"update": 1, "loss": 0.2, "target": {"ess": 3.21, "alone": 0.71, "warning": "it memorises"}}
+    text = words(parse(build(write(tmp_path, summary, records=[record]))).select_one("#training"))
+    assert "mean of 3.21 training images (effective sample size); 71% of the targets are one image" in text
+    assert "Warning: it memorises" in text
+    odd = [record | {"target": {"ess": None, "alone": "x"}}]
+    assert "Stable target" not in words(parse(build(write(tmp_path, summary, records=odd))).select_one("#training"))
+
+
 def test_a_sampler_on_two_grids_is_two_rows(tmp_path: Path, write: Any, summary: dict[str, Any]) -> None:
     rows = [{"sampler": "ddim", "steps": 5, "nfe": 5, "metric": "energy"} for _ in range(2)]
     rows[0] |= {"grid": "karras", "value": 0.2}

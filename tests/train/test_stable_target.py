@@ -16,6 +16,7 @@ from lowvar.process.denoiser import Prediction, from_prediction
 from lowvar.process.noise import Independent
 from lowvar.testing.mixture import mixture8
 from lowvar.train import MinSNR, Objective, Simple, UniformTimes
+from lowvar.train.conditional import of_classes
 from lowvar.train.draws import DrawPlan
 from lowvar.train.objectives import Weighting
 from lowvar.train.stable_target import ReferencePlan, Source, StableInfo, StableTarget, memorisation, reference_noise
@@ -116,6 +117,64 @@ def test_labels_give_the_class_conditional_target(neighbours: int | None) -> Non
     assert torch.equal(found[2], data[4])
 
 
+class TinyOfClasses(Tiny):
+    """A network that knows the class; 2 is the null class."""
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        assert class_labels is not None
+        shift = class_labels.double().reshape(-1, 1, 1, 1)
+        return super().forward(x, t) + self.w[3] * shift * torch.tanh(x + self.w[2] * shift)
+
+
+CLASSES = torch.tensor([0, 0, 1, 0])
+FOUR = torch.tensor([-0.9, 0.1, 0.6, 0.7], dtype=torch.float64).reshape(-1, 1, 1, 1)
+
+
+def conditional_gradient(
+    targets: list[tuple[float, list[int]]], source: Source | None, blind: bool = False, **options: Any
+) -> Tensor:
+    """Expected gradient over sources, dropout of their class (chance .3), noise and reference sets (chance, rows)."""
+    network, schedule = TinyOfClasses(), CosineVP()
+    denoiser, objective = NetworkDenoiser(network, schedule, "v_prediction"), Objective(Simple())
+    level = schedule.at(torch.full((len(GRID),), 0.55, dtype=torch.float64))
+    ratio = float((level.alpha / level.sigma)[0])
+    total = torch.zeros((), dtype=torch.float64)
+    for x0, label in zip(FOUR, CLASSES.tolist(), strict=True):
+        eps = GRID - ratio * float(x0)
+        chance = torch.exp(-0.5 * eps**2) / math.sqrt(2 * math.pi) * (GRID[1] - GRID[0]) / len(FOUR)
+        draws = x0.expand(len(GRID), 1, 1, 1), eps.reshape(-1, 1, 1, 1)
+        for share, dropped in ((0.7, False), (0.3, True)):
+            known = torch.full((len(GRID),), -1 if dropped else label)
+            conditioned = of_classes(denoiser, torch.where(known < 0, 2, known))
+            for weight, rows in targets:
+                target: Target = PlainTarget()
+                if source is not None:
+                    labels = (None, None) if blind else (CLASSES[rows], known)
+                    target = StableTarget(FOUR[rows], source, *labels, **options)
+                total = (
+                    total + share * weight * (chance * objective.losses(conditioned, *draws, level, target).loss).sum()
+                )
+    return torch.cat([g.flatten() for g in torch.autograd.grad(total, list(network.parameters()))])
+
+
+@pytest.mark.parametrize("neighbours", [None, 1])
+def test_expected_gradient_with_classes_that_are_dropped(neighbours: int | None) -> None:
+    plain = conditional_gradient([(1.0, [])], None)
+    sets = [(len(FOUR) ** -2.0, list(rows)) for rows in itertools.product(range(len(FOUR)), repeat=2)]
+    added = conditional_gradient(sets, "added", neighbours=neighbours)
+    among = conditional_gradient([(1.0, list(range(len(FOUR))))], "among", neighbours=neighbours)
+    assert float(plain.abs().max()) > 0.05
+    assert float((added - plain).abs().max()) < 1e-9
+    assert float((among - plain).abs().max()) < 1e-9
+
+
+def test_references_of_all_classes_are_biased_for_a_network_that_knows_the_class() -> None:
+    """The known bug: the labels are left out."""
+    plain = conditional_gradient([(1.0, [])], None)
+    blind = conditional_gradient([(1.0, list(range(len(FOUR))))], "among", blind=True)
+    assert float((blind - plain).abs().max()) > 1e-3
+
+
 def test_no_reference_of_the_class_leaves_the_source() -> None:
     x0, eps, labels = torch.ones(2, 1), torch.zeros(2, 1), torch.tensor([0, 1])
     target = StableTarget(torch.zeros(1, 1), "left out", torch.tensor([1]), labels)
@@ -178,13 +237,36 @@ def test_implied_noise_is_that_of_x_t() -> None:
     assert torch.equal(implied_noise(x0, x0, eps, level), eps)
 
 
+@pytest.mark.parametrize("off", [False, True])
+def test_weights_are_those_of_the_distances_at_any_snr(off: bool) -> None:
+    """float32 images, from logsnr -25 to 25: as summed squares of float64 differences say."""
+    images = load("digits").train.images(range(300)) * (0.01 if off else 1.0) + (0.9 if off else 0.0)
+    logsnr = torch.linspace(-25, 25, 51, dtype=torch.float64)
+    x0, eps = images[:51], Independent(7).normal(range(51), (1, 8, 8))
+    variance = torch.sigmoid(-logsnr)
+    level = Level(variance, logsnr, (1 - variance).sqrt(), variance.sqrt())
+    found, info = StableTarget(images, "among").weighted(x0.double(), eps.double(), level)
+    x, e = images.double().flatten(1), eps.double().flatten(1)
+    steps = e[:, None] + torch.exp(0.5 * logsnr)[:, None, None] * (x[:51, None] - x[None])
+    w = torch.softmax(-0.5 * (steps**2).sum(2), 1)
+    assert float((found.flatten(1) - w @ x).abs().max()) < 1e-12
+    assert torch.allclose(info.ess, 1 / (w**2).sum(1), rtol=1e-8)
+    assert float(info.ess.max()) > 299.9
+    assert float(info.ess.min()) == 1.0
+    assert int(((info.ess > 1.001) & (info.ess < 299)).sum()) >= 8
+
+
 @pytest.mark.parametrize("neighbours", [None, 7])
-def test_blocks_of_references_change_nothing(neighbours: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("block", "page"), [(9, 2**23), (40, 40), (2**18, 50)])  # page 40: draws go in twos
+def test_blocks_of_references_change_nothing(
+    neighbours: int | None, block: int, page: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = Independent(0).normal(range(50), (3,))
     level, eps = CosineVP().at(torch.tensor([0.2, 0.4, 0.6, 0.9])), Independent(1).normal(range(4), (3,))
     target = StableTarget(data, "added", neighbours=neighbours)
     whole, info = target.weighted(data[:4], eps, level)
-    monkeypatch.setattr("lowvar.train.stable_target._BLOCK", 40)
+    monkeypatch.setattr("lowvar.train.stable_target._BLOCK", block)
+    monkeypatch.setattr("lowvar.train.stable_target._PAGE", page)
     parts, info2 = target.weighted(data[:4], eps, level)
     assert torch.allclose(whole, parts, atol=1e-6)
     assert torch.allclose(info.ess, info2.ess)
@@ -229,10 +311,11 @@ def test_all_data_hold_the_source() -> None:
 
 
 def test_memorisation_is_said_of_all_data_only() -> None:
-    info = StableInfo(torch.tensor([1.0, 1.1, 1.2, 9.0]), torch.full((4,), 9), torch.zeros(4).bool())
-    assert "75% of the targets" in str(memorisation(info, "among"))
-    assert memorisation(info, "added") is None
-    assert memorisation(StableInfo(info.ess + 5, info.references, info.fallback), "among") is None
+    info = StableInfo(torch.tensor([1.0, 1.1, 1.6, 1.49]), torch.full((4,), 9), torch.zeros(4).bool())
+    assert info.alone.tolist() == [True, True, False, True]
+    assert "75% of the targets" in str(memorisation(0.75, "among"))
+    assert memorisation(0.75, "added") is None
+    assert memorisation(0.5, "among") is None
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ def test_labels_of_configured_times() -> None:
     "parts",
     [
         {"pairing": "cross", "stratified": True, "times": "gradient-norm", "network": {"width": 8}},
-        {"variance_reduction": "auto", "train_timesteps": 4, "network": {"width": 8}},
+        {"variance_reduction": "auto", "train_timesteps": 4, "strata": "cluster", "network": {"width": 8}},
     ],
     ids=["probed", "auto"],
 )

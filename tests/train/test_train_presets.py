@@ -70,9 +70,8 @@ def test_a_stable_target_refuses_noise_that_knows_the_images(coupling: str) -> N
         config_from({"target": "stable", "coupling": coupling})
 
 
-def test_a_stable_target_refuses_classes() -> None:
-    with pytest.raises(UserError, match=r"target stable averages over all classes.*give target plain"):
-        config_from({"target": "stable", "conditional": True})
+def test_the_preset_goes_with_classes() -> None:
+    assert config_from({"variance_reduction": "auto", "conditional": True}).target == "stable"
 
 
 @pytest.mark.parametrize("word", ["full", 1, None, ["auto"], True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from lowvar.data import Data, TensorImages, load
 from lowvar.errors import UserError
-from lowvar.train import PlainTarget, StableTarget, Trainer, Update, config_from
+from lowvar.train import PlainTarget, StableTarget, Trainer, Update, config_from, fit
+from lowvar.train.conditional import of_classes
 
 BASE: dict[str, Any] = {
     "updates": 7,
@@ -64,9 +66,9 @@ def losses(trainer: Trainer, updates: int = 100) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("references", [5, 500])
-def test_resumed_run_is_bit_identical(references: int, data: Data, tmp_path: Path) -> None:
-    values = {"target": "stable", "references": references}
+@pytest.mark.parametrize(("references", "neighbours"), [(5, None), ("all", 3)])
+def test_resumed_run_is_bit_identical(references: Any, neighbours: int | None, data: Data, tmp_path: Path) -> None:
+    values = {"target": "stable", "references": references, "neighbours": neighbours}
     whole = make(data, values)
     losses(whole)
     losses(make(data, values, tmp_path), 5)
@@ -97,6 +99,16 @@ def test_the_loop_uses_the_updates_references(data: Data) -> None:
     assert losses(trainer, 1)[0] == pytest.approx(float(expected), abs=1e-7)
 
 
+def test_the_loop_keeps_to_the_neighbours(data: Data) -> None:
+    trainer = make(data, {"target": "stable", "references": "all", "neighbours": 4, "seed": 3})
+    draws = trainer.plan.draws(0, trainer.times)
+    target = StableTarget(data.train.images(range(20)), "among", neighbours=4)
+    denoiser = trainer._denoiser  # pyright: ignore[reportPrivateUsage]
+    with torch.no_grad():
+        expected = trainer.objective.losses(denoiser, draws.x0, draws.eps, draws.level, target).loss.mean()
+    assert losses(trainer, 1)[0] == pytest.approx(float(expected), abs=1e-7)
+
+
 def test_processes_refer_to_the_same_images(data: Data) -> None:
     """Gradients of two parts average to the whole batch's."""
     trainer = make(data, {"target": "stable", "references": 5})
@@ -112,6 +124,71 @@ def test_processes_refer_to_the_same_images(data: Data) -> None:
         return total / parts
 
     assert mean(2) == pytest.approx(mean(1), abs=1e-6)
+
+
+def test_records_say_what_the_weights_were_like(data: Data, tmp_path: Path) -> None:
+    """Means over the updates since the last validation, also over a break."""
+    values = {"target": "stable", "references": 500, "seed": 5}
+    losses(make(data, values, tmp_path), 3)  # the checkpoint is of update 3, the validation of update 4
+    list(make(data, values, tmp_path, resume=True).run())
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    trainer = make(data, values)
+    assert trainer.references is not None
+    ess: list[float] = []
+    alone: list[float] = []
+    for update in range(7):
+        draws = trainer.plan.draws(update, trainer.times)
+        info = trainer.references.target(update).weighted(draws.x0, draws.eps, draws.level)[1]
+        ess.append(float(info.ess.mean()))
+        alone.append(float((info.ess < 1.5).double().mean()))
+    for record, rows in zip(found, (slice(0, 4), slice(4, 7)), strict=True):
+        assert record["target"]["ess"] == pytest.approx(sum(ess[rows]) / len(ess[rows]))
+        assert record["target"]["alone"] == pytest.approx(sum(alone[rows]) / len(alone[rows]))
+        assert (record["target"]["warning"] is None) == (record["target"]["alone"] <= 0.5)
+    assert "target" not in make(data, {}).validate().record()
+    assert make(data, values).validate().target is None  # no update yet
+
+
+def test_memorisation_is_said_once(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"target": "stable", "references": 500, "validate_every": 1, "updates": 4, "train_timesteps": 1000}
+    config = config_from(BASE | values | {"beta_schedule": "linear", "seed": 3, "batch_size": 1})
+    fit(data, config, network=Small(), device="cpu")
+    assert capsys.readouterr().err.count("with all data as references the network is shown the denoiser") == 1
+    fit(data, dataclasses.replace(config, references=5), network=Small(), device="cpu")
+    assert "the denoiser that memorises" not in capsys.readouterr().err
+
+
+class Classy(Small):
+    """A network that knows the class."""
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        assert class_labels is not None
+        return super().forward(x, t) + 0.1 * self.conv.weight.sum() * class_labels.reshape(-1, 1, 1, 1)
+
+
+def test_the_loop_refers_to_the_class_that_the_network_is_told() -> None:
+    """Half of the classes are dropped: those draws refer to all images."""
+    digits, numbers = load("digits"), range(60)
+    train, labels = digits.train.images(numbers), digits.train.labels
+    assert labels is not None
+    calibration = TensorImages(digits.calibration.images(range(8)), torch.arange(8) % 3)
+    data = Data("few", TensorImages(train, labels[:60] % 3), calibration, calibration, levels=17, fingerprint="few")
+    config = config_from(BASE | {"target": "stable", "references": 60, "conditional": True, "condition_dropout": 0.5})
+    trainer = Trainer(data, config, network=Classy(), device="cpu")
+    assert trainer.classes is not None
+    draws = trainer.plan.draws(0, trainer.times)
+    told = trainer.classes.labels(draws.number, draws.image)
+    assert 0 < int((told == 3).sum()) < len(told)
+    denoiser = trainer._denoiser  # pyright: ignore[reportPrivateUsage]
+    total = 0.0
+    for i, label in enumerate(told.tolist()):
+        near = train if label == 3 else train[labels[:60] % 3 == label]
+        known, one = of_classes(denoiser, told[i : i + 1]), slice(i, i + 1)
+        target = StableTarget(near, "among")
+        with torch.no_grad():
+            found = trainer.objective.losses(known, draws.x0[one], draws.eps[one], draws.level[one], target)
+        total += float(found.loss)
+    assert losses(trainer, 1)[0] == pytest.approx(total / len(told), abs=1e-6)
 
 
 def test_checkpoints_from_before_targets_resume(data: Data, tmp_path: Path) -> None:
@@ -130,6 +207,8 @@ def test_checkpoints_from_before_targets_resume(data: Data, tmp_path: Path) -> N
     ("values", "message"),
     [
         ({"references": 5}, "references is 5 and target plain; references belong to target stable"),
+        ({"neighbours": 5}, "neighbours is 5 and target plain; neighbours belong to target stable"),
+        ({"target": "stable", "references": "some"}, "the setting references is 'some': .*integer.* or .* be 'all'"),
         ({"target": "stabel"}, "the setting target is 'stabel'"),
         ({"target": "stable", "references": 0}, "the setting references is 0"),
     ],

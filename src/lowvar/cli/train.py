@@ -184,12 +184,16 @@ def run_training(trainer: Trainer, folder: Path, console: Console) -> dict[str, 
     """Runs a trainer to its end with a progress bar; the last line of its metrics.jsonl."""
     from lowvar.train.records import Update, Validation
 
+    warned = False
     with console.progress(trainer.config.updates, "training", unit="update") as bar:
         bar.update(trainer.update)
         for record in trainer.run():
             if isinstance(record, Update):
                 bar.update()
             elif isinstance(record, Validation):
+                if not warned and record.target is not None and record.target.warning is not None:
+                    console.note(f"warning: {record.target.warning}")
+                    warned = True
                 bar.set_postfix_str(f" validation loss {record.validation.loss:.4f}", refresh=False)
     file = folder / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []

@@ -6,7 +6,7 @@ A new command adds a function and, where the existing ones do not serve, a templ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,6 +85,17 @@ def _bins(run: Run, record: Mapping[str, Any]) -> Curve:
     return curve(run, "metrics.jsonl", f"the list of bins of update {record.get('update')}", *columns)
 
 
+def _targets(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """About the stable target, as of the last record that says something of it."""
+    found = [record["target"] for record in records if isinstance(record.get("target"), Mapping)]
+    ess, alone = (number(found[-1].get(key, "")) for key in ("ess", "alone")) if found else (None, None)
+    if ess is None or alone is None or not math.isfinite(ess + alone):
+        return []
+    warning = found[-1].get("warning")
+    text = f"mean of {plain(ess)} training images (effective sample size); {alone:.0%} of the targets are one image"
+    return [("Stable target", f"{text}. Warning: {warning}" if isinstance(warning, str) else text)]
+
+
 def training(run: Run) -> Section | None:
     """Loss and validation loss by update, and the validation loss by noise level at three times."""
     records = [record for record in run.records if number(record.get("update", "")) and "loss" in record]
@@ -111,12 +122,13 @@ def training(run: Run) -> Section | None:
         svg = curves("bins", text, lines, bin_keys, ylabel="loss")
         charts.append(Chart(svg, "Validation loss by noise level", tuple(bin_keys)))
     speed = [value for value in (number(record.get("images_per_second")) for record in records) if value and value > 0]
+    facts = [("Speed", f"{count(float(np.median(speed)))} images a second (median)")] if speed else []
     content = {
         "intro": "One number says little about a diffusion loss, because it is dominated by noise levels at which "
         "nothing can be learnt. So the validation loss, on fixed images and fixed noise, is also shown by noise level. "
         "Bars are 95% intervals.",
         "charts": charts,
-        "facts": [("Speed", f"{count(float(np.median(speed)))} images a second (median)")] if speed else [],
+        "facts": facts + _targets(records),
         "name": "training",
     }
     return Section("training", "Training", "charts.html.j2", content)

@@ -1,6 +1,7 @@
 """Learning the reverse process: draw plans, objectives, training times, networks, the loop."""
 
 from lowvar.train.averaging import PowerAverages
+from lowvar.train.clusters import cluster_labels
 from lowvar.train.config import (
     PRESETS,
     TrainConfig,
@@ -34,12 +35,12 @@ from lowvar.train.optimal_transport import OptimalTransport, optimal_transport
 from lowvar.train.p2 import P2
 from lowvar.train.pairs import CrossPairs, IndependentSamples, OrthogonalNoise, Pairing, SameImagePairs
 from lowvar.train.piecewise import GivenTimes, LearnedBins, RunningMeans, continuous, piecewise_times
-from lowvar.train.records import Record, Saved, Update, Validation
+from lowvar.train.records import Record, Saved, TargetRecord, Update, Validation
 from lowvar.train.sobol import SobolPoints
 from lowvar.train.stable_target import ReferencePlan, StableInfo, StableTarget, memorisation, reference_noise
 from lowvar.train.strata import proportional_order, strata_order
 from lowvar.train.stratified import stratified_uniforms
-from lowvar.train.targets import PlainTarget, Target
+from lowvar.train.targets import GivenTarget, PlainTarget, Target
 from lowvar.train.taylor import taylor_variate
 from lowvar.train.timesteps import FixedTimes, LossSecondMomentTimes, TimeDraw, Times, UniformTimes, floored
 from lowvar.train.uncertainty import Uncertainty, weighting_curves
@@ -55,6 +56,7 @@ __all__ = [
     "EntropyRateTimes",
     "Fitted",
     "FixedTimes",
+    "GivenTarget",
     "GivenTimes",
     "GradientNormTimes",
     "HybridVLB",
@@ -93,6 +95,7 @@ __all__ = [
     "StableInfo",
     "StableTarget",
     "Target",
+    "TargetRecord",
     "TimeDraw",
     "Times",
     "TrainConfig",
@@ -107,6 +110,7 @@ __all__ = [
     "Weighting",
     "build_network",
     "clean_score_weight",
+    "cluster_labels",
     "config_from",
     "continuous",
     "fit",

@@ -59,6 +59,11 @@ class Classes:
         u = Independent(self.seed).uniform(number, (), draw=_DRAW, dtype=torch.float64)
         return torch.where(u < self.dropout, self.count, self.train[image])
 
+    def known(self, number: Tensor, image: Tensor) -> Tensor:
+        """As `labels`, and -1 where the class was dropped."""
+        labels = self.labels(number, image)
+        return torch.where(labels == self.count, -1, labels)
+
 
 def classes_of(data: Any, dropout: float, seed: int = 0) -> Classes:
     """The classes of a data set.

@@ -19,6 +19,7 @@ from lowvar.errors import UserError
 from lowvar.process.discrete import DiscreteVP, schedule_from_diffusers
 from lowvar.process.head import MAX_RANK, Head
 from lowvar.process.schedule import Schedule
+from lowvar.train.clusters import cluster_labels
 from lowvar.train.draws import DrawPlan, ImageSource
 from lowvar.train.edm import EDM, LognormalTimes
 from lowvar.train.entropy_rate import EntropyRateTimes
@@ -59,6 +60,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 _REFERENCES = 1024
+_NO_SETTINGS = ("TrainConfig", "NetworkConfig", "constrained-int", "literal['all']")  # in the place of an error
 WEIGHTINGS: dict[str, Weighting] = {
     "simple": Simple(),
     "min-snr": MinSNR(),
@@ -102,11 +104,14 @@ class TrainConfig:
             groups of 4 orthogonal noises; `sobol`, times and noises from one net a batch. All are unbiased.
         coupling: what chooses the noises by the images: `none`, `optimal-transport` within the batch, or `immiscible`,
             the nearest of 8 noises. Both change the objective.
-        strata: whether every batch holds the data's classes in proportion (`class`), or not (`none`).
+        strata: whether every batch holds the data's classes in proportion (`class`), 16 clusters of the images where
+            there are no classes (`cluster`), or neither (`none`).
         target: from which clean image the thing to predict is made: `plain`, the one that was drawn, or `stable`, the
             mean over a reference set with the drawn one in it (the same expected gradient; the training loss reads
-            lower).
-        references: images of target `stable`'s reference set; as many as there are or more: all; None: 1024.
+            lower). With `conditional`, over those of its class.
+        references: images of target `stable`'s reference set; `all`, or as many as there are or more: all; None: 1024.
+        neighbours: how many of the references count for target `stable`, the nearest ones; None: all. For sets that are
+            too large for a weight of each.
         beta_schedule: table of the noise schedule, by diffusers' name.
         train_timesteps: length T of that table.
         network: size of the network.
@@ -153,9 +158,10 @@ class TrainConfig:
     stratified: bool = False
     pairing: Literal["independent", "same", "cross", "orthogonal", "sobol"] = "independent"
     coupling: Literal["none", "optimal-transport", "immiscible"] = "none"
-    strata: Literal["none", "class"] = "none"
+    strata: Literal["none", "class", "cluster"] = "none"
     target: Literal["plain", "stable"] = "plain"
-    references: Annotated[int, Field(ge=1)] | None = None
+    references: Annotated[int, Field(ge=1)] | Literal["all"] | None = None
+    neighbours: Annotated[int, Field(ge=1)] | None = None
     beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear", "sigmoid"] = "squaredcos_cap_v2"
     train_timesteps: Annotated[int, Field(ge=2)] = 1000
     network: NetworkConfig = NetworkConfig()
@@ -170,16 +176,12 @@ class TrainConfig:
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         """Refuses settings of a head or target that is not asked for."""
-        if self.references is not None and self.target != "stable":
-            raise ValueError(
-                f"references is {self.references} and target {self.target}; references belong to target stable: leave "
-                "them out"
-            )
-        if self.target == "stable" and self.conditional:
-            raise ValueError(
-                "target stable averages over all classes, and conditional trains a network that knows the class; give "
-                "target plain or leave conditional out"
-            )
+        for name in ("references", "neighbours"):
+            if getattr(self, name) is not None and self.target != "stable":
+                raise ValueError(
+                    f"{name} is {getattr(self, name)} and target {self.target}; {name} belong to target stable: leave "
+                    "them out"
+                )
         if self.target == "stable" and self.coupling != "none":
             raise ValueError(
                 f"coupling is {self.coupling} and target stable, whose weights are those of noise that knows nothing "
@@ -278,7 +280,7 @@ def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     if first["type"] == "value_error":  # settings that do not fit together
         return first["msg"].removeprefix("Value error, ")
-    where = [str(piece) for piece in first["loc"] if str(piece) not in ("TrainConfig", "NetworkConfig")]
+    where = [str(piece) for piece in first["loc"] if str(piece) not in _NO_SETTINGS]
     path = ".".join(where)
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         allowed = [
@@ -288,7 +290,9 @@ def _sentence(error: ValidationError) -> str:
         near = difflib.get_close_matches(where[-1], allowed, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         return f"there is no setting {path!r}{hint}; allowed: {', '.join(allowed)}"
-    message = first["msg"][:1].lower() + first["msg"][1:]
+    said = [e["msg"] for e in error.errors() if e["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]]
+    said = said[: 2 if first["loc"][-1] in _NO_SETTINGS else 1]  # of both alternatives
+    message = " or ".join(text[:1].lower() + text[1:] for text in said)
     return f"the setting {path} is {first['input']!r}: {message}"
 
 
@@ -357,7 +361,11 @@ def make_plan(config: TrainConfig, images: ImageSource, schedule: Schedule) -> D
     if config.strata == "class":
         labels = getattr(images, "labels", None)
         if labels is None:
-            raise UserError("strata is class, but the data have no classes; leave strata out or give labelled data")
+            raise UserError(
+                "strata is class, but the data have no classes; give strata cluster or labelled data, or leave it out"
+            )
+    elif config.strata == "cluster":
+        labels = cluster_labels(images, seed=config.seed)
     return DrawPlan(
         images,
         schedule,
@@ -374,5 +382,7 @@ def make_references(config: TrainConfig, images: ImageSource) -> ReferencePlan |
     """The reference sets of target `stable` from the training split, or None for target `plain`."""
     if config.target == "plain":
         return None
-    count = _REFERENCES if config.references is None else config.references
-    return ReferencePlan(images, count, reference_noise(config.seed))
+    count = len(images) if config.references == "all" else config.references or _REFERENCES
+    labels = getattr(images, "labels", None) if config.conditional else None
+    noise = reference_noise(config.seed)
+    return ReferencePlan(images, count, noise, labels=labels, neighbours=config.neighbours)

@@ -58,6 +58,7 @@ def fit(
     trainer = Trainer(data, config, folder, network=network, resume=resume, device=device)
     quiet = not (progress and trainer.accelerator.is_main_process)
     last: Validation | None = None
+    warned = quiet
     with tqdm(
         total=config.updates, initial=trainer.update, unit="update", desc="train", file=sys.stderr, disable=quiet
     ) as bar:
@@ -66,6 +67,9 @@ def fit(
                 bar.update()
             elif isinstance(record, Validation):
                 last = record
+                if not warned and record.target is not None and record.target.warning is not None:
+                    bar.write(f"warning: {record.target.warning}", file=sys.stderr)
+                    warned = True
                 bar.set_postfix(validation=f"{record.validation.loss:.4f}")
     last = trainer.validate() if last is None else last
     return Fitted(trainer.ema_network(), trainer.schedule, config, last)

@@ -34,10 +34,11 @@ from lowvar.train.config import TrainConfig, make_objective, make_plan, make_ref
 from lowvar.train.draws import Draws, ImageSource
 from lowvar.train.networks import build_network
 from lowvar.train.objectives import Losses, Objective
-from lowvar.train.records import Record, Saved, Update, Validation
+from lowvar.train.records import Record, Saved, TargetRecord, Update, Validation
 from lowvar.train.snapshot import Parts, capture, restore
 from lowvar.train.spectrum import make_spectrum, restored, stored
-from lowvar.train.targets import PlainTarget
+from lowvar.train.stable_target import StableTarget, memorisation
+from lowvar.train.targets import GivenTarget, PlainTarget, Target
 from lowvar.train.timesteps import UniformTimes
 from lowvar.train.validation import BINS, ValidationSet, logsnr_edges
 
@@ -72,6 +73,12 @@ class _Since:
     loss: float = 0.0
     updates: int = 0
     seconds: float = 0.0
+    ess: float = 0.0
+    alone: float = 0.0
+
+    def counted(self, loss: float, seconds: float, ess: float, alone: float) -> _Since:
+        """With one more update; `ess` and `alone` are sums, as the loss is."""
+        return _Since(self.loss + loss, self.updates + 1, self.seconds + seconds, self.ess + ess, self.alone + alone)
 
 
 class Trainer:
@@ -126,6 +133,9 @@ class Trainer:
         self.objective: Objective = make_objective(config, data.levels)
         self.times = make_times(config, self.schedule)
         self.plan = make_plan(config, data.train, self.schedule)
+        if config.strata == "cluster" and self.plan.labels is not None and parts > 1:  # rounding may differ
+            shared = _of_the_main_process(self.accelerator, {"labels": self.plan.labels})
+            self.plan.labels = shared["labels"]
         self.references = make_references(config, data.train)
         size = 1 if self.plan.pairing.splits else self.plan.pairing.size
         if config.batch_size % (parts * size):
@@ -163,6 +173,7 @@ class Trainer:
         self.update = 0
         self.seconds = 0.0
         self._since = _Since()
+        self._seen = (0.0, 0.0)  # effective sample size of the last update's targets, share of those of one image
         if resume:
             self._resume()
         elif self.folder is not None and checkpoints.latest(self.folder / "checkpoints") is not None:
@@ -178,13 +189,17 @@ class Trainer:
         a = self.accelerator
         self._network.train()
         draws = self.plan.draws(self.update, self.times, a.process_index, a.num_processes, a.device)
-        target = PlainTarget() if self.references is None else self.references.target(self.update, a.device)
+        target, seen = self._target(self.update, draws), torch.zeros(2, dtype=torch.float64)
+        if isinstance(target, StableTarget):
+            clean, info = target.weighted(draws.x0, draws.eps, draws.level)
+            target, seen = GivenTarget(clean, target), torch.stack([info.ess.mean(), info.alone.double().mean()])
         denoiser = self._of_classes(self._denoiser, draws)
         with self._seeded(a.process_index):
             losses = self.objective.losses(denoiser, draws.x0, draws.eps, draws.level, target)
         probe = self._probe(draws) if self.times.learns_from == "squared gradient norms" else None
         loss = (draws.weight.to(losses.loss) * losses.loss).mean()
-        mean = float(_summed(a, loss.detach().double())) / a.num_processes
+        sums = _summed(a, torch.cat([loss.detach().double()[None], seen.to(loss.device)]))
+        mean, ess, alone = (v / a.num_processes for v in sums.tolist())
         if not math.isfinite(mean):
             raise NonFiniteError(self._diagnosis(draws, losses))
         a.backward(loss)
@@ -199,7 +214,15 @@ class Trainer:
         elif self.times.state():
             self.times = self.times.updated(*_gathered(a, draws.bin, losses.loss))
         self.update += 1
+        self._seen = (ess, alone)
         return Update(self.update, mean, norm, lr)
+
+    def _target(self, update: int, draws: Draws) -> Target:
+        """The target of an update's draws."""
+        if self.references is None:
+            return PlainTarget()
+        labels = None if self.classes is None else self.classes.known(draws.number, draws.image)
+        return self.references.target(update, self.accelerator.device, labels)
 
     @contextmanager
     def _seeded(self, number: int) -> Iterator[None]:
@@ -279,7 +302,7 @@ class Trainer:
             record = self._step()
             elapsed = time.perf_counter() - start
             self.seconds += elapsed
-            self._since = _Since(self._since.loss + record.loss, self._since.updates + 1, self._since.seconds + elapsed)
+            self._since = self._since.counted(record.loss, elapsed, *self._seen)
             yield record
             last = self.update == config.updates
             if last or self.update % config.validate_every == 0:
@@ -309,6 +332,7 @@ class Trainer:
             self.validation.summary(values, self.objective.variance is not None),
             self.seconds,
             rate,
+            target=self._about_targets(),
         )
         self._since = _Since()
         if self.folder is not None and a.is_main_process:
@@ -316,6 +340,13 @@ class Trainer:
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(record.record()) + "\n")
         return record
+
+    def _about_targets(self) -> TargetRecord | None:
+        since = self._since
+        if self.references is None or not since.updates:
+            return None
+        alone = since.alone / since.updates
+        return TargetRecord(since.ess / since.updates, alone, memorisation(alone, self.references.source))
 
     def ema_network(self) -> nn.Module:
         """A copy of the network with the averaged weights, in evaluation mode, on the CPU: what a run gives."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from lowvar.train.validation import ValidationLoss
 
-__all__ = ["Record", "Saved", "Update", "Validation"]
+__all__ = ["Record", "Saved", "TargetRecord", "Update", "Validation"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,21 @@ class Update:
 
 
 @dataclass(frozen=True)
+class TargetRecord:
+    """What the weights of target `stable` were like since the last validation.
+
+    Attributes:
+        ess: mean effective sample size of the references.
+        alone: share of the targets that were one image (see `StableInfo`).
+        warning: a sentence where the targets memorise.
+    """
+
+    ess: float
+    alone: float
+    warning: str | None = None
+
+
+@dataclass(frozen=True)
 class Validation:
     """The averaged weights were validated.
 
@@ -39,6 +54,7 @@ class Validation:
         validation: validation loss with interval and bins.
         seconds: training time so far, over all resumed parts.
         images_per_second: training throughput since the last validation.
+        target: about the targets of the updates since then, where there were any and the target is `stable`.
     """
 
     update: int
@@ -46,11 +62,12 @@ class Validation:
     validation: ValidationLoss
     seconds: float
     images_per_second: float
+    target: TargetRecord | None = None
 
     def record(self) -> dict[str, Any]:
         """The line of metrics.jsonl."""
         v = self.validation
-        return {
+        found = {
             "update": self.update,
             "loss": self.loss,
             "validation_loss": v.loss,
@@ -64,6 +81,7 @@ class Validation:
             "seconds": round(self.seconds, 3),
             "images_per_second": round(self.images_per_second, 1),
         }
+        return found if self.target is None else found | {"target": dataclasses.asdict(self.target)}
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,16 @@ mean of the plain target given more than x_t, so E[T | x_t] = D*(x_t) exactly an
     left out   n independent draws without it                                    biased, by O(1 / n)
 
 `added` wants references drawn *with* replacement, independently of the source: of a random subset that holds the source
-by chance and gets it once more the source would weigh double. With labels the network is asked for E[x_0 | x_t,
-label], so only references of the source's class count.
+by chance and gets it once more the source would weigh double.
+
+With labels the network is asked for E[x_0 | x_t, label], so only references of the source's class count; a source whose
+class was dropped (a negative label) is one of E[x_0 | x_t], and all references count. Which class it is and whether it
+was dropped is known to the network, so all stays unbiased.
 
 With k neighbours only A counts, the members that are likelier than the (k + 1)-th (k of them where there are no ties),
 and where the source is not in A the target is x_0: T = E[x_0 | x_t, set, whether the source is in A, and it if not],
-still a conditional mean and unbiased. (Left out, the k likeliest are taken as they are.)
+still a conditional mean and unbiased. (Left out, the k likeliest are taken as they are.) All distances are needed all
+the same; saved are the mean over many references and the memory for B n weights: pages of references leave k + 1 each.
 
 Effective sample size 1 / sum w_j^2: near 1 at little noise, where T = x_0, near n + 1 at much. With *all* data as
 references T is the optimal denoiser of the training set, without noise: the network is shown nothing but the minimiser
@@ -27,6 +31,10 @@ that memorises. It is the plain target's minimiser too, but less noise hides it:
 The weights are those of noise that is independent of x_0. Pairs +-eps and any plan of times keep that for every sample
 alone; couplings that choose the noise by the datum (minibatch transport, immiscible noise) do not, and have no stable
 target of this form.
+
+Distances and weights are float64 throughout, because the snr multiplies the rounding of a distance. What costs is not
+that arithmetic but fresh float64 copies of the references, so they pass in blocks, twice; the second pass, the mean, is
+of the draws with more than one likely reference only.
 
 Which references an update has is a function of its number, the same on all processes.
 
@@ -37,6 +45,7 @@ the same rule is StableVM (2026).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -55,7 +64,10 @@ __all__ = ["ReferencePlan", "Source", "StableInfo", "StableTarget", "memorisatio
 
 Source = Literal["added", "among", "left out"]
 _STREAM = 0x53544142 << 32  # the references' random numbers are no other ones of the same seed
-_BLOCK = 2**23  # numbers in a block of distances or references
+_BLOCK = 2**18  # numbers of references that are float64 at a time: what a core's cache holds
+_PAGE = 2**23  # numbers of references on a GPU, or of distances, at a time
+_ROUNDING = 1e-12  # a weight this near to 1 is 1
+_ONE = 1.5  # an effective sample size below this is that of one datum
 
 
 @dataclass(frozen=True)
@@ -72,21 +84,28 @@ class StableInfo:
     references: Tensor
     fallback: Tensor
 
+    @property
+    def alone(self) -> Tensor:
+        """Whether a target is one datum, or next to it (ess < 1.5), (B,) bool."""
+        return self.ess < _ONE
 
-def memorisation(info: StableInfo, source: Source, near: float = 1.5) -> str | None:
-    """A sentence where the references are all data and most targets are one datum (ess < `near`); None elsewhere.
+
+def memorisation(alone: float, source: Source) -> str | None:
+    """A sentence where the references are all data and most targets are one datum; None elsewhere.
+
+    Args:
+        alone: share of such targets, in [0, 1].
+        source: how the source stands to the references.
 
     Example:
-        >>> one = torch.ones(4)
-        >>> print(memorisation(StableInfo(one, 100 * one.long(), one.bool()), "among"))
-        100% of the targets are one training image: with all data as references the network is shown the denoiser that \
+        >>> print(memorisation(0.71, "among"))
+        71% of the targets are one training image: with all data as references the network is shown the denoiser that \
 memorises them; watch the validation loss, and give fewer references if it rises
     """
-    share = float((info.ess < near).double().mean()) if len(info.ess) else 0.0
-    if source != "among" or share <= 0.5:
+    if source != "among" or alone <= 0.5:
         return None
     return (
-        f"{share:.0%} of the targets are one training image: with all data as references the network is shown the "
+        f"{alone:.0%} of the targets are one training image: with all data as references the network is shown the "
         "denoiser that memorises them; watch the validation loss, and give fewer references if it rises"
     )
 
@@ -99,7 +118,7 @@ class StableTarget(Target):
         references: x^j, (n, *event_shape).
         source: how the source stands to them (see the module).
         labels: classes of the references, (n,) int64; then `source_labels` are needed.
-        source_labels: classes of the draws, (B,) int64.
+        source_labels: classes of the draws, (B,) int64; a negative one: no class, so all references count.
         neighbours: k, or None for all.
 
     Raises:
@@ -169,7 +188,7 @@ class StableTarget(Target):
                     bound = log_p[:, k:].clamp_min(-1e300)
                     bound = bound + 1e-9 * (1 + bound.abs())  # rounding does not break a tie
                     log_p = torch.where((log_p > bound) & (own > bound), log_p, -torch.inf)
-            fallback = torch.isneginf(log_p).all(1)  # the source is not near, or no reference of its class
+            fallback = torch.isneginf(log_p.amax(1))  # the source is not near, or no reference of its class
             w = torch.softmax(torch.where(fallback[:, None], 0.0, log_p), 1)
             mean = torch.where(fallback[:, None], y, self._mean(w, rows, y))
             ess = torch.where(fallback, 1.0, 1 / (w**2).sum(1))
@@ -186,29 +205,61 @@ class StableTarget(Target):
         r = torch.exp(0.5 * level.logsnr.to(y)).expand(len(y))[:, None]
         centre = y.mean(0)
         s = e + r * (y - centre)
-        block = max(1, _BLOCK // max(len(y), y.shape[1]))
+        rs, r2 = r * s, r[:, 0] ** 2
+        constant = 0.5 * (s**2).sum(1, keepdim=True)
+        page = max(1, _PAGE // len(y))
         parts: list[tuple[Tensor, Tensor]] = []
         counted = torch.zeros(len(y), dtype=torch.int64, device=y.device)
-        for first in range(0, len(self.references), block):
-            z = self.references[first : first + block].to(y.device).flatten(1).double() - centre
-            log_p = r * (s @ z.mT) - 0.5 * (r**2 * (z**2).sum(1) + (s**2).sum(1, keepdim=True))
+        for first in range(0, len(self.references), page):
+            rows = torch.arange(first, min(first + page, len(self.references)), device=y.device)
+            log_p = torch.empty(len(y), len(rows), dtype=y.dtype, device=y.device)
+            for at, x in self._blocks(first, len(rows), y):
+                z = x.sub_(centre)
+                square = 0.5 * torch.linalg.vector_norm(z, dim=1) ** 2
+                log_p[:, at : at + len(z)] = (rs @ z.mT).addr_(r2, square, alpha=-1).sub_(constant)
             if self.labels is not None and self.source_labels is not None:
-                same = self.source_labels[:, None].to(y.device) == self.labels[first : first + block].to(y.device)
-                log_p = torch.where(same, log_p, -torch.inf)
+                wanted = self.source_labels[:, None].to(y.device)
+                counts = (wanted < 0) | (wanted == self.labels[rows.to(self.labels.device)].to(y.device))
+                log_p = torch.where(counts, log_p, -torch.inf)
             counted += (~torch.isneginf(log_p)).sum(1)
-            rows = (first + torch.arange(len(z), device=y.device)).expand(len(y), -1)
-            parts.append(_top(log_p, rows, self.neighbours))
+            parts.append(_top(log_p, rows.expand(len(y), -1), self.neighbours))
         log_p, rows = (torch.cat(columns, 1) for columns in zip(*parts, strict=True))
         return *_top(log_p, rows, self.neighbours), counted
 
+    def _blocks(self, first: int, count: int, y: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Float64 (m, d) blocks of `count` references from `first` on, each with its place among these.
+
+        They share one memory: on a processor it fits the cache, and fresh copies of all references would cost several
+        times the arithmetic.
+        """
+        z = self.references.flatten(1)
+        step = min(count, max(1, (_BLOCK if y.device.type == "cpu" else _PAGE) // y.shape[1]))
+        memory = torch.empty(step, y.shape[1], dtype=y.dtype, device=y.device)
+        for at in range(0, count, step):
+            part = z[first + at : first + min(at + step, count)]
+            yield at, memory[: len(part)].copy_(part)
+
     def _mean(self, w: Tensor, rows: Tensor, y: Tensor) -> Tensor:
         """Sum of weights times data, (B, d) float64; row -1 is the source."""
+        most, best = w.max(1)
+        picked = rows.gather(1, best[:, None])[:, 0]
         z = self.references.flatten(1)
-        own = torch.where(rows == -1, w, 0.0).sum(1, keepdim=True) * y
+        mean = torch.where((picked == -1)[:, None], y, z[picked.clamp_min(0).to(z.device)].to(y.device).to(y.dtype))
+        several = (most < 1 - _ROUNDING).nonzero()[:, 0]  # few at little noise, and the others have their mean
+        if not len(several):
+            return mean
+        w, rows = w[several], rows[several]
+        sums = torch.where(rows == -1, w, 0.0).sum(1, keepdim=True) * y[several]
         if self.neighbours is None:
-            return own + w[:, : len(z)] @ z.to(y)
-        picked = z[rows.clamp_min(0).to(z.device)].to(y)
-        return own + torch.einsum("bk,bkd->bd", torch.where(rows == -1, 0.0, w), picked)
+            for at, x in self._blocks(0, len(z), y):
+                sums.addmm_(w[:, at : at + len(x)], x)
+        else:
+            w = torch.where(rows == -1, 0.0, w)
+            step = max(1, _PAGE // (rows.shape[1] * y.shape[1]))
+            for part in torch.arange(len(several), device=y.device).split(step):
+                near = z[rows[part].clamp_min(0).to(z.device)].to(y.device).to(y.dtype)
+                sums[part] += torch.einsum("bk,bkd->bd", w[part], near)
+        return mean.index_copy(0, several, sums)
 
 
 def _top(log_p: Tensor, rows: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
@@ -270,7 +321,10 @@ class ReferencePlan:
     def target(
         self, update: int, device: torch.device | str = "cpu", source_labels: Tensor | None = None
     ) -> StableTarget:
-        """The target of an update; `source_labels` (B,) are the classes of its draws, where the plan has labels."""
+        """The target of an update; `source_labels` (B,) are the classes of its draws, where the plan has labels.
+
+        A negative one stands for a draw whose class was dropped.
+        """
         rows = self.rows(update)
         if self.source == "among":
             self._all = self.images.images(rows).to(device) if self._all is None else self._all.to(device)

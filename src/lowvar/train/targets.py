@@ -30,7 +30,7 @@ from lowvar.process.schedule import Level
 if TYPE_CHECKING:
     from lowvar.train.objectives import Label
 
-__all__ = ["PlainTarget", "Target", "implied_noise"]
+__all__ = ["GivenTarget", "PlainTarget", "Target", "implied_noise"]
 
 
 def implied_noise(clean: Tensor, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
@@ -72,3 +72,38 @@ class PlainTarget(Target):
     def clean(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
         """See the base class."""
         return x0
+
+
+@dataclass(frozen=True, eq=False)
+class GivenTarget(Target):
+    """A T that is known already, for these draws alone.
+
+    Args:
+        value: T, the shape of the draws.
+        of: the target it is of, which has the label.
+
+    Example:
+        >>> import torch
+        >>> from lowvar.process import CosineVP
+        >>> target = GivenTarget(torch.zeros(2, 3), PlainTarget())
+        >>> target.clean(torch.ones(2, 3), torch.zeros(2, 3), CosineVP().at([0.2, 0.7])).sum().item(), target.label
+        (0.0, 'unbiased')
+    """
+
+    value: Tensor
+    of: Target
+
+    @property
+    def label(self) -> Label:
+        """See the base class."""
+        return self.of.label
+
+    def clean(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
+        """See the base class.
+
+        Raises:
+            ValueError: if the draws have another shape.
+        """
+        if x0.shape != self.value.shape:
+            raise ValueError(f"draws are {tuple(x0.shape)}, the target that was given {tuple(self.value.shape)}")
+        return self.value
