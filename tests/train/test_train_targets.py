@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lowvar.cli.console import Console
+from lowvar.cli.train import run_training
 from lowvar.data import Data, TensorImages, load
 from lowvar.errors import UserError
 from lowvar.train import PlainTarget, StableTarget, Trainer, Update, config_from, fit
@@ -156,6 +158,14 @@ def test_memorisation_is_said_once(data: Data, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err.count("with all data as references the network is shown the denoiser") == 1
     fit(data, dataclasses.replace(config, references=5), network=Small(), device="cpu")
     assert "the denoiser that memorises" not in capsys.readouterr().err
+
+
+def test_the_command_line_says_it_once_too(data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"target": "stable", "references": "all", "validate_every": 1, "updates": 4, "seed": 3, "batch_size": 1}
+    trainer = make(data, values | {"beta_schedule": "linear"}, tmp_path)
+    last = run_training(trainer, tmp_path, Console())
+    assert last["target"]["alone"] in (0.0, 1.0)
+    assert capsys.readouterr().err.count("warning: 100% of the targets are one training image") == 1
 
 
 class Classy(Small):
