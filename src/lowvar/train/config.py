@@ -117,6 +117,9 @@ class TrainConfig:
         validate_every: updates between validations.
         checkpoint_every: updates between checkpoints.
         keep_checkpoints: how many of the newest stay.
+        noise_scale_every: updates between measurements of the gradient noise scale (`noise_scale`), which say whether a
+            larger batch would pay; 0: none. A measurement costs one evaluation and gradient of the batch more, two
+            where the whole batch is one group of dependent draws (stratified, sobol, stable, strata).
 
     Example:
         >>> TrainConfig(updates=100).batch_size
@@ -166,6 +169,7 @@ class TrainConfig:
     validate_every: Annotated[int, Field(ge=1)] = 500
     checkpoint_every: Annotated[int, Field(ge=1)] = 500
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    noise_scale_every: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -33,11 +33,13 @@ from lowvar.train.conditional import classes_of, of_classes
 from lowvar.train.config import TrainConfig, make_objective, make_plan, make_references, make_schedule, make_times
 from lowvar.train.draws import Draws, ImageSource
 from lowvar.train.networks import build_network
+from lowvar.train.noise_probe import Blocks, flat_gradient, moments, rows_of
+from lowvar.train.noise_scale import NoiseScale
 from lowvar.train.objectives import Losses, Objective
 from lowvar.train.records import Record, Saved, Update, Validation
 from lowvar.train.snapshot import Parts, capture, restore
 from lowvar.train.spectrum import make_spectrum, restored, stored
-from lowvar.train.targets import PlainTarget
+from lowvar.train.targets import PlainTarget, Target
 from lowvar.train.timesteps import UniformTimes
 from lowvar.train.validation import BINS, ValidationSet, logsnr_edges
 
@@ -133,6 +135,10 @@ class Trainer:
                 f"batch_size {config.batch_size} among {parts} processes would split the groups of {size} samples of "
                 f"pairing {config.pairing}; give a multiple of {parts * size}"
             )
+        one_set = self.references is not None and self.references.source == "added"  # all draws share its chances
+        group = config.batch_size if one_set else self.plan.group_size
+        self._blocks = Blocks.of(config.batch_size, group, parts)
+        self.noise_scale = NoiseScale(max(config.batch_size, 2)) if config.noise_scale_every else None
         self.validation = ValidationSet(
             data.calibration,
             self.schedule,
@@ -178,7 +184,9 @@ class Trainer:
         a = self.accelerator
         self._network.train()
         draws = self.plan.draws(self.update, self.times, a.process_index, a.num_processes, a.device)
-        target = PlainTarget() if self.references is None else self.references.target(self.update, a.device)
+        target = self._target(self.update)
+        if self.noise_scale is not None and (self.update + 1) % self.config.noise_scale_every == 0:
+            self.noise_scale = self._measured(self.noise_scale, draws)
         denoiser = self._of_classes(self._denoiser, draws)
         with self._seeded(a.process_index):
             losses = self.objective.losses(denoiser, draws.x0, draws.eps, draws.level, target)
@@ -200,6 +208,32 @@ class Trainer:
             self.times = self.times.updated(*_gathered(a, draws.bin, losses.loss))
         self.update += 1
         return Update(self.update, mean, norm, lr)
+
+    def _target(self, update: int) -> Target:
+        return PlainTarget() if self.references is None else self.references.target(update, self.accelerator.device)
+
+    def _measured(self, scale: NoiseScale, draws: Draws) -> NoiseScale:
+        """The noise scale with one more measurement, at the weights as they are (see `noise_probe`)."""
+        a, blocks = self.accelerator, self._blocks
+        if blocks.whole:
+            after = self.plan.draws(self.update + 1, self.times, a.process_index, a.num_processes, a.device)
+            pieces = [(draws, self._target(self.update)), (after, self._target(self.update + 1))]
+        else:
+            target = self._target(self.update)
+            pieces = [(rows_of(draws, rows), target) for rows in blocks.rows(len(draws.number))]
+        network = a.unwrap_model(self._network)  # without the hooks that would average gradients
+        weights = [p for p in network.parameters() if p.requires_grad]
+        scaled = 1.0 if a.scaler is None else float(a.scaler.get_scale())  # fp16: small gradients would vanish
+
+        def gradients() -> Iterator[Tensor]:
+            for i, (own, target) in enumerate(pieces):
+                denoiser = self._of_classes(self._as_denoiser(network), own)
+                with self._seeded(-2 - a.process_index * len(pieces) - i), a.autocast():
+                    losses = self.objective.losses(denoiser, own.x0, own.eps, own.level, target)
+                loss = (own.weight.to(losses.loss) * losses.loss).mean()
+                yield flat_gradient(scaled * loss, weights) / scaled
+
+        return scale.counted(*moments(gradients(), blocks, lambda x: _summed(a, x), a.num_processes))
 
     @contextmanager
     def _seeded(self, number: int) -> Iterator[None]:
@@ -309,6 +343,7 @@ class Trainer:
             self.validation.summary(values, self.objective.variance is not None),
             self.seconds,
             rate,
+            self.noise_scale.estimate() if self.noise_scale is not None and self.noise_scale.ready else None,
         )
         self._since = _Since()
         if self.folder is not None and a.is_main_process:
@@ -327,7 +362,7 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """What must agree between a checkpoint and the run that goes on from it."""
         config = dataclasses.asdict(self.config)
-        for free in ("validate_every", "checkpoint_every", "keep_checkpoints"):
+        for free in ("validate_every", "checkpoint_every", "keep_checkpoints", "noise_scale_every"):
             del config[free]
         return {"data": self.data.fingerprint, "schedule": self.schedule.fingerprint, **config}
 
@@ -348,6 +383,7 @@ class Trainer:
                 "since": dataclasses.astuple(self._since),
             }
             own = {"times": self.times.state(), "spectrum": {} if self.spectrum is None else stored(self.spectrum)}
+            own |= {"noise_scale": {} if self.noise_scale is None else self.noise_scale.state()}
             try:
                 path = checkpoints.save(folder, state, tensors | own)
                 checkpoints.prune(folder, self.config.keep_checkpoints)
@@ -379,6 +415,8 @@ class Trainer:
             )
         restore(self._parts(), kept.state, kept.tensors, self.accelerator.device)
         self.times = self.times.restored(kept.tensors.get("times", {})) if self.times.state() else self.times
+        if self.noise_scale is not None and "noise_scale" in kept.tensors:
+            self.noise_scale = self.noise_scale.restored(kept.tensors["noise_scale"])
         if self.spectrum is not None:  # as it was: eigenvectors may differ between machines
             self.spectrum = restored(kept.tensors["spectrum"], self.spectrum)
             self._denoiser = self._as_denoiser(self._network)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowvar.train.noise_scale import NoiseScaleEstimate
 from lowvar.train.validation import ValidationLoss
 
 __all__ = ["Record", "Saved", "Update", "Validation"]
@@ -39,6 +41,7 @@ class Validation:
         validation: validation loss with interval and bins.
         seconds: training time so far, over all resumed parts.
         images_per_second: training throughput since the last validation.
+        noise_scale: of the gradient, where it is measured and there are measurements enough.
     """
 
     update: int
@@ -46,11 +49,12 @@ class Validation:
     validation: ValidationLoss
     seconds: float
     images_per_second: float
+    noise_scale: NoiseScaleEstimate | None = None
 
     def record(self) -> dict[str, Any]:
         """The line of metrics.jsonl."""
         v = self.validation
-        return {
+        found = {
             "update": self.update,
             "loss": self.loss,
             "validation_loss": v.loss,
@@ -64,6 +68,15 @@ class Validation:
             "seconds": round(self.seconds, 3),
             "images_per_second": round(self.images_per_second, 1),
         }
+        if self.noise_scale is not None:
+            scale = {k: _finite(x) for k, x in dataclasses.asdict(self.noise_scale).items()}
+            found["noise_scale"] = scale | {"advice": self.noise_scale.advice}
+        return found
+
+
+def _finite(x: float) -> float | None:
+    """JSON has no infinity: null there."""
+    return x if math.isfinite(x) else None
 
 
 @dataclass(frozen=True)
