@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -36,7 +37,8 @@ from lowvar.train.networks import build_network
 from lowvar.train.noise_probe import Blocks, flat_gradient, moments, rows_of
 from lowvar.train.noise_scale import NoiseScale
 from lowvar.train.objectives import Losses, Objective
-from lowvar.train.records import Record, Saved, Update, Validation
+from lowvar.train.optimum import OptimumBounds, optimum_bounds
+from lowvar.train.records import Change, Record, Saved, Update, Validation
 from lowvar.train.snapshot import Parts, capture, restore
 from lowvar.train.spectrum import make_spectrum, restored, stored
 from lowvar.train.targets import PlainTarget, Target
@@ -169,6 +171,7 @@ class Trainer:
         self.update = 0
         self.seconds = 0.0
         self._since = _Since()
+        self._before: tuple[int, Tensor] | None = None  # update and values of the last validation
         if resume:
             self._resume()
         elif self.folder is not None and checkpoints.latest(self.folder / "checkpoints") is not None:
@@ -321,6 +324,27 @@ class Trainer:
             if self.folder is not None and (last or self.update % config.checkpoint_every == 0):
                 yield Saved(self.update, self._save(self.folder / "checkpoints"))
 
+    @functools.cached_property
+    def optimum(self) -> OptimumBounds:
+        """Bounds of the least error of any network on these data; they depend on the data alone."""
+        return optimum_bounds(
+            self.data.train,
+            self.validation.batches(),
+            self.schedule,
+            self.validation.times,
+            self._denoiser.prediction,
+            sigma_data=self._denoiser.sigma_data,
+            labels=None if self.classes is None else self.classes.train,
+            bins=BINS,
+        )
+
+    def _change(self, values: Tensor) -> Change | None:
+        """The change of the loss since the last validation, which these values replace."""
+        before, self._before = self._before, (self.update, values[:, :1].clone())
+        if before is None or before[0] == self.update:
+            return None
+        return Change(before[0], *self.validation.change(before[1], values))
+
     def validate(self) -> Validation:
         """Validates the averaged weights and, with a folder, adds a line to `metrics.jsonl`."""
         a, since = self.accelerator, self._since
@@ -344,6 +368,8 @@ class Trainer:
             self.seconds,
             rate,
             self.noise_scale.estimate() if self.noise_scale is not None and self.noise_scale.ready else None,
+            self.optimum,
+            self._change(values),
         )
         self._since = _Since()
         if self.folder is not None and a.is_main_process:
@@ -383,6 +409,7 @@ class Trainer:
                 "since": dataclasses.astuple(self._since),
             }
             own = {"times": self.times.state(), "spectrum": {} if self.spectrum is None else stored(self.spectrum)}
+            own |= {"validation": {} if self._before is None else _kept_values(*self._before)}
             own |= {"noise_scale": {} if self.noise_scale is None else self.noise_scale.state()}
             try:
                 path = checkpoints.save(folder, state, tensors | own)
@@ -415,6 +442,9 @@ class Trainer:
             )
         restore(self._parts(), kept.state, kept.tensors, self.accelerator.device)
         self.times = self.times.restored(kept.tensors.get("times", {})) if self.times.state() else self.times
+        if "validation" in kept.tensors:
+            values = kept.tensors["validation"]
+            self._before = int(values["update"]), values["values"]
         if self.noise_scale is not None and "noise_scale" in kept.tensors:
             self.noise_scale = self.noise_scale.restored(kept.tensors["noise_scale"])
         if self.spectrum is not None:  # as it was: eigenvectors may differ between machines
@@ -434,6 +464,10 @@ class Trainer:
         partial = file.with_suffix(".tmp")
         partial.write_text("".join(kept))
         partial.replace(file)
+
+
+def _kept_values(update: int, values: Tensor) -> dict[str, Tensor]:
+    return {"update": torch.tensor(update), "values": values}
 
 
 def _copy(network: nn.Module) -> nn.Module:
