@@ -64,6 +64,7 @@ WEIGHTINGS: dict[str, Weighting] = {
     "min-snr": MinSNR(),
     "p2": P2(),
     "edm": EDM(),
+    "uncertainty": Simple(),  # the weighting that the learned one begins with
     "none": LikelihoodOnly(),
 }
 
@@ -89,8 +90,9 @@ class TrainConfig:
             of the data given the state (not for `range`); None: `vlb` for `range`, `nll` for the others.
         head_weight: factor of the head's term; None: 0.001 (lambda of the hybrid loss) for `vlb`, 0.01 for `nll`.
         detach_mean: whether the head's term leaves the mean's gradient alone; if not, it trains the mean too.
-        weighting: of the squared error by noise level; `none` leaves it out, so that the head's term is the loss (with
-            `detach_mean` false).
+        weighting: of the squared error by noise level; `uncertainty` learns it (the plain error over what is expected
+            at the level; validation stays with the plain one); `none` leaves it out, so that the head's term is the loss
+            (with `detach_mean` false).
         times: density of training times: `uniform`; learned, with weights that leave the objective as it is:
             `loss-second-moment`, `gradient-norm` (one gradient of one sample more an update), `entropy-rate`,
             `learned-schedule`; or of a given form: `lognormal`, `logit-normal`, `mode`, which change the objective
@@ -141,7 +143,7 @@ class TrainConfig:
     head_loss: Literal["vlb", "nll"] | None = None
     head_weight: Annotated[float, Field(gt=0)] | None = None
     detach_mean: bool = True
-    weighting: Literal["simple", "min-snr", "p2", "edm", "none"] = "simple"
+    weighting: Literal["simple", "min-snr", "p2", "edm", "uncertainty", "none"] = "simple"
     times: Literal[
         "uniform",
         "loss-second-moment",
@@ -218,10 +220,11 @@ class TrainConfig:
                 f"times_weighted is a setting of times lognormal, logit-normal and mode, and times is {self.times}, "
                 "which is unbiased already; leave it out"
             )
-        if self.times == "entropy-rate" and self.weighting == "none":
+        if self.times == "entropy-rate" and self.weighting in ("none", "uncertainty"):
+            does = "leaves it out" if self.weighting == "none" else "changes what they are in training"
             raise ValueError(
-                "times entropy-rate reads the squared error off the losses, and weighting none leaves it out; give "
-                "another weighting or other times"
+                f"times entropy-rate reads the squared error off the losses, and weighting {self.weighting} {does}; "
+                "give another weighting or other times"
             )
         if self.stratified and self.pairing == "sobol":
             raise ValueError("pairing sobol stratifies the times already; leave stratified out")

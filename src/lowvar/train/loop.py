@@ -43,6 +43,7 @@ from lowvar.train.snapshot import Parts, capture, restore
 from lowvar.train.spectrum import make_spectrum, restored, stored
 from lowvar.train.targets import PlainTarget, Target
 from lowvar.train.timesteps import UniformTimes
+from lowvar.train.uncertainty import Uncertainty
 from lowvar.train.validation import BINS, ValidationSet, logsnr_edges
 
 __all__ = ["NonFiniteError", "Trainer", "TrainingData"]
@@ -128,6 +129,7 @@ class Trainer:
             )
         self.schedule = make_schedule(config)
         self.objective: Objective = make_objective(config, data.levels)
+        self.uncertainty = Uncertainty(seed=config.seed) if config.weighting == "uncertainty" else None
         self.times = make_times(config, self.schedule)
         self.plan = make_plan(config, data.train, self.schedule)
         self.references = make_references(config, data.train)
@@ -158,7 +160,13 @@ class Trainer:
                 data.shape, config.network, config.network_head, config.seed, config.head_rank, classes
             )
         self._average = _copy(network)
-        optimizer = torch.optim.AdamW(network.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
+        self._minimised = self.objective
+        groups: list[dict[str, Any]] = [{"params": list(network.parameters())}]
+        if self.uncertainty is not None:
+            self.uncertainty.to(self.accelerator.device)
+            self._minimised = dataclasses.replace(self.objective, uncertainty=self.uncertainty)
+            groups.append({"params": list(self.uncertainty.parameters()), "weight_decay": 0.0})
+        optimizer = torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay, fused=True)
         self._scheduler = get_scheduler(
             config.lr_schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.updates
         )
@@ -192,13 +200,16 @@ class Trainer:
             self.noise_scale = self._measured(self.noise_scale, draws)
         denoiser = self._of_classes(self._denoiser, draws)
         with self._seeded(a.process_index):
-            losses = self.objective.losses(denoiser, draws.x0, draws.eps, draws.level, target)
+            losses = self._minimised.losses(denoiser, draws.x0, draws.eps, draws.level, target)
         probe = self._probe(draws) if self.times.learns_from == "squared gradient norms" else None
         loss = (draws.weight.to(losses.loss) * losses.loss).mean()
         mean = float(_summed(a, loss.detach().double())) / a.num_processes
         if not math.isfinite(mean):
             raise NonFiniteError(self._diagnosis(draws, losses))
         a.backward(loss)
+        if self.uncertainty is not None and a.num_processes > 1:  # a few numbers, outside what accelerate wraps
+            for p in self.uncertainty.parameters():
+                p.grad = None if p.grad is None else cast("Tensor", a.reduce(p.grad, "mean"))
         norm = self._clip()
         lr = float(self._scheduler.get_last_lr()[0])
         self._optimizer.step()
@@ -208,7 +219,10 @@ class Trainer:
         if probe is not None:
             self.times = self.times.updated(*probe) if bool(torch.isfinite(probe[1]).all()) else self.times
         elif self.times.state():
-            self.times = self.times.updated(*_gathered(a, draws.bin, losses.loss))
+            learnt = losses.loss.detach()
+            if self.uncertainty is not None:  # its price u is no error
+                learnt = learnt - self.uncertainty.log_uncertainty(draws.level.logsnr).detach()
+            self.times = self.times.updated(*_gathered(a, draws.bin, learnt))
         self.update += 1
         return Update(self.update, mean, norm, lr)
 
@@ -232,7 +246,7 @@ class Trainer:
             for i, (own, target) in enumerate(pieces):
                 denoiser = self._of_classes(self._as_denoiser(network), own)
                 with self._seeded(-2 - a.process_index * len(pieces) - i), a.autocast():
-                    losses = self.objective.losses(denoiser, own.x0, own.eps, own.level, target)
+                    losses = self._minimised.losses(denoiser, own.x0, own.eps, own.level, target)
                 loss = (own.weight.to(losses.loss) * losses.loss).mean()
                 yield flat_gradient(scaled * loss, weights) / scaled
 
@@ -266,7 +280,7 @@ class Trainer:
             network = a.unwrap_model(self._network)  # without the hooks that would average gradients
             denoiser = self._of_classes(self._as_denoiser(network), draws, one)
             with self._seeded(-1), a.autocast():
-                losses = self.objective.losses(denoiser, draws.x0[one], draws.eps[one], draws.level[one])
+                losses = self._minimised.losses(denoiser, draws.x0[one], draws.eps[one], draws.level[one])
             weights = [p for p in network.parameters() if p.requires_grad]
             gradient = torch.autograd.grad(losses.loss.sum(), weights, allow_unused=True)
             square = sum(float((g.double() ** 2).sum()) for g in gradient if g is not None)
@@ -409,6 +423,7 @@ class Trainer:
                 "since": dataclasses.astuple(self._since),
             }
             own = {"times": self.times.state(), "spectrum": {} if self.spectrum is None else stored(self.spectrum)}
+            own |= {"uncertainty": {} if self.uncertainty is None else dict(self.uncertainty.state_dict())}
             own |= {"validation": {} if self._before is None else _kept_values(*self._before)}
             own |= {"noise_scale": {} if self.noise_scale is None else self.noise_scale.state()}
             try:
@@ -442,6 +457,8 @@ class Trainer:
             )
         restore(self._parts(), kept.state, kept.tensors, self.accelerator.device)
         self.times = self.times.restored(kept.tensors.get("times", {})) if self.times.state() else self.times
+        if self.uncertainty is not None:
+            self.uncertainty.load_state_dict(kept.tensors["uncertainty"])
         if "validation" in kept.tensors:
             values = kept.tensors["validation"]
             self._before = int(values["update"]), values["values"]
