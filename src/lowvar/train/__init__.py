@@ -18,6 +18,7 @@ from lowvar.train.fitting import Fitted, fit
 from lowvar.train.gradient_norm import GradientNormTimes
 from lowvar.train.hybrid import HybridVLB
 from lowvar.train.immiscible import Immiscible, nearest_noise
+from lowvar.train.kept_averages import reconstruct_average
 from lowvar.train.known_posterior import KnownPosterior, ScoreMixture, clean_score_weight
 from lowvar.train.learned_schedule import LearnedScheduleTimes
 from lowvar.train.linear_control import LinearControl
@@ -121,6 +122,7 @@ __all__ = [
     "optimal_transport",
     "piecewise_times",
     "proportional_order",
+    "reconstruct_average",
     "reference_noise",
     "strata_order",
     "stratified_uniforms",

@@ -4,6 +4,7 @@
                              ema.safetensors       their moving average
                              optimizer.safetensors moments, one tensor a parameter and name
                              times.safetensors     state of learned times (absent where there is none)
+                             averages.safetensors  power averages (likewise)
                              uncertainty.safetensors  the learned weighting (likewise)
                              validation.safetensors   losses of the last validation, one an evaluation (likewise)
                              noise_scale.safetensors  sums of the noise scale's measurements (likewise)

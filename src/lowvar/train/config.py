@@ -91,8 +91,8 @@ class TrainConfig:
         head_weight: factor of the head's term; None: 0.001 (lambda of the hybrid loss) for `vlb`, 0.01 for `nll`.
         detach_mean: whether the head's term leaves the mean's gradient alone; if not, it trains the mean too.
         weighting: of the squared error by noise level; `uncertainty` learns it (the plain error over what is expected
-            at the level; validation stays with the plain one); `none` leaves it out, so that the head's term is the loss
-            (with `detach_mean` false).
+            at the level; validation stays with the plain one); `none` leaves it out, so that the head's term is the
+            loss (with `detach_mean` false).
         times: density of training times: `uniform`; learned, with weights that leave the objective as it is:
             `loss-second-moment`, `gradient-norm` (one gradient of one sample more an update), `entropy-rate`,
             `learned-schedule`; or of a given form: `lognormal`, `logit-normal`, `mode`, which change the objective
@@ -119,6 +119,9 @@ class TrainConfig:
         validate_every: updates between validations.
         checkpoint_every: updates between checkpoints.
         keep_checkpoints: how many of the newest stay.
+        posthoc_ema: whether two power averages of the weights are tracked and kept at about 32 moments, from which
+            `lowvar.train.reconstruct_average` makes an average of any length later; two more copies of the weights in
+            memory, about 66 on disk.
         noise_scale_every: updates between measurements of the gradient noise scale (`noise_scale`), which say whether a
             larger batch would pay; 0: none. A measurement costs one evaluation and gradient of the batch more, two
             where the whole batch is one group of dependent draws (stratified, sobol, stable, strata).
@@ -171,6 +174,7 @@ class TrainConfig:
     validate_every: Annotated[int, Field(ge=1)] = 500
     checkpoint_every: Annotated[int, Field(ge=1)] = 500
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    posthoc_ema: bool = False
     noise_scale_every: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")

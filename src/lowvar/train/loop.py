@@ -18,7 +18,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +30,11 @@ from torch import Tensor, nn
 from lowvar.errors import UserError
 from lowvar.process.denoiser import NetworkDenoiser
 from lowvar.train import checkpoints
+from lowvar.train.averaging import PowerAverages
 from lowvar.train.conditional import classes_of, of_classes
 from lowvar.train.config import TrainConfig, make_objective, make_plan, make_references, make_schedule, make_times
 from lowvar.train.draws import Draws, ImageSource
+from lowvar.train.kept_averages import AVERAGES, discard_after, is_moment, keep_averages
 from lowvar.train.networks import build_network
 from lowvar.train.noise_probe import Blocks, flat_gradient, moments, rows_of
 from lowvar.train.noise_scale import NoiseScale
@@ -174,6 +176,7 @@ class Trainer:
         self._network, self._optimizer = prepared
         self._average.to(self.accelerator.device)
         self._ema = EMAModel(self._network.parameters(), decay=config.ema, foreach=True)
+        self.averages = PowerAverages.of() if config.posthoc_ema else None
         self._denoiser = self._as_denoiser(self._network)
         self._drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in network.modules())
         self.update = 0
@@ -216,6 +219,9 @@ class Trainer:
         self._optimizer.zero_grad()
         self._scheduler.step()
         self._ema.step(self._network.parameters())
+        if self.averages is not None:
+            state = a.unwrap_model(self._network).state_dict()
+            self.averages = self.averages.updated({k: v for k, v in state.items() if v.is_floating_point()})
         if probe is not None:
             self.times = self.times.updated(*probe) if bool(torch.isfinite(probe[1]).all()) else self.times
         elif self.times.state():
@@ -331,6 +337,7 @@ class Trainer:
             elapsed = time.perf_counter() - start
             self.seconds += elapsed
             self._since = _Since(self._since.loss + record.loss, self._since.updates + 1, self._since.seconds + elapsed)
+            self._keep_averages()
             yield record
             last = self.update == config.updates
             if last or self.update % config.validate_every == 0:
@@ -413,7 +420,6 @@ class Trainer:
     def _save(self, folder: Path) -> Path:
         a = self.accelerator
         path = folder / f"update-{self.update:07d}"
-        failure: UserError | None = None
         if a.is_main_process:
             state, tensors = capture(self._parts())
             state |= {
@@ -424,26 +430,47 @@ class Trainer:
             }
             own = {"times": self.times.state(), "spectrum": {} if self.spectrum is None else stored(self.spectrum)}
             own |= {"uncertainty": {} if self.uncertainty is None else dict(self.uncertainty.state_dict())}
+            own |= {"averages": {} if self.averages is None else self.averages.state()}
             own |= {"validation": {} if self._before is None else _kept_values(*self._before)}
             own |= {"noise_scale": {} if self.noise_scale is None else self.noise_scale.state()}
+            contents = tensors | own
+        else:
+            state, contents = {}, {}
+
+        def write() -> None:
+            checkpoints.save(folder, state, contents)
+            checkpoints.prune(folder, self.config.keep_checkpoints)
+
+        self._write(write, path)
+        return path
+
+    def _keep_averages(self) -> None:
+        if self.averages is None or self.folder is None or not is_moment(self.update, self.config.updates):
+            return
+        folder, averages = self.folder / AVERAGES, self.averages
+        self._write(lambda: keep_averages(folder, averages), folder)
+
+    def _write(self, action: Callable[[], object], path: Path) -> None:
+        """Lets the main process write; the others wait, and stop where it failed."""
+        a = self.accelerator
+        failure: UserError | None = None
+        if a.is_main_process:
             try:
-                path = checkpoints.save(folder, state, tensors | own)
-                checkpoints.prune(folder, self.config.keep_checkpoints)
+                action()
             except UserError as error:
                 failure = error
-        if a.num_processes > 1:  # the others wait, and stop where it failed
+        if a.num_processes > 1:
             failed = bool(_summed(a, torch.tensor(float(failure is not None))))
             failure = failure or (UserError(f"the main process could not write {path}") if failed else None)
         if failure is not None:
             raise failure
-        return path
 
     def _resume(self) -> None:
         if self.folder is None:
             raise UserError("there is nothing to resume: no folder was given")
         kept = checkpoints.latest(self.folder / "checkpoints")
         if kept is None:
-            self._truncate_metrics()
+            self._truncate_records()
             return
         own = json.loads(json.dumps(self._identity()))
         defaults = json.loads(json.dumps(dataclasses.asdict(TrainConfig())))  # of settings later than the checkpoint
@@ -459,6 +486,9 @@ class Trainer:
         self.times = self.times.restored(kept.tensors.get("times", {})) if self.times.state() else self.times
         if self.uncertainty is not None:
             self.uncertainty.load_state_dict(kept.tensors["uncertainty"])
+        if self.averages is not None:
+            on_device = {k: v.to(self.accelerator.device) for k, v in kept.tensors["averages"].items()}
+            self.averages = self.averages.restored(on_device)
         if "validation" in kept.tensors:
             values = kept.tensors["validation"]
             self._before = int(values["update"]), values["values"]
@@ -469,12 +499,15 @@ class Trainer:
             self._denoiser = self._as_denoiser(self._network)
         self.update, self.seconds = int(kept.state["update"]), float(kept.state["seconds"])
         self._since = _Since(*kept.state["since"])
-        self._truncate_metrics()
+        self._truncate_records()
 
-    def _truncate_metrics(self) -> None:
-        """Drops the records of updates that will be made again."""
+    def _truncate_records(self) -> None:
+        """Drops the records and averages of updates that will be made again."""
         file = None if self.folder is None else self.folder / "metrics.jsonl"
-        if file is None or not file.exists() or not self.accelerator.is_main_process:
+        if file is None or not self.accelerator.is_main_process:
+            return
+        discard_after(file.with_name(AVERAGES), self.update)
+        if not file.exists():
             return
         lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
         kept = [line for line in lines if json.loads(line)["update"] <= self.update]
