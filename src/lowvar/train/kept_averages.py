@@ -134,8 +134,8 @@ def reconstruct_average(run: Path | str, sigma_rel: float, updates: int | None =
         raise UserError(str(problem)) from None
     if error > _ROUGH:
         warnings.warn(
-            f"the average of length {sigma_rel:g} is met to {error:.0%} only by the {len(kept)} averages kept in {run}; "
-            "lengths between 0.03 and 0.2 are met better",
+            f"the average of length {sigma_rel:g} is met to {error:.0%} only by the {len(kept)} averages kept in "
+            f"{run}; lengths between 0.03 and 0.2 are met better",
             stacklevel=2,
         )
     used = [(x, path, i, s) for x, (path, i, s) in zip(coefficients.tolist(), kept, strict=True) if x]
