@@ -190,7 +190,8 @@ def run_training(trainer: Trainer, folder: Path, console: Console) -> dict[str, 
             if isinstance(record, Update):
                 bar.update()
             elif isinstance(record, Validation):
-                bar.set_postfix_str(f" validation loss {record.validation.loss:.4f}", refresh=False)
+                speed = f"{record.images_per_second:,.0f} images/s"
+                bar.set_postfix_str(f" validation loss {record.validation.loss:.4f}, {speed}", refresh=False)
     file = folder / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     last = json.loads(lines[-1]) if lines else {}

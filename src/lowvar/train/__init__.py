@@ -35,7 +35,7 @@ from lowvar.train.optimal_transport import OptimalTransport, optimal_transport
 from lowvar.train.p2 import P2
 from lowvar.train.pairs import CrossPairs, IndependentSamples, OrthogonalNoise, Pairing, SameImagePairs
 from lowvar.train.piecewise import GivenTimes, LearnedBins, RunningMeans, continuous, piecewise_times
-from lowvar.train.records import Record, Saved, Update, Validation
+from lowvar.train.records import Change, Record, Sampled, Saved, Update, Validation
 from lowvar.train.sobol import SobolPoints
 from lowvar.train.stable_target import ReferencePlan, StableInfo, StableTarget, memorisation, reference_noise
 from lowvar.train.strata import proportional_order, strata_order
@@ -50,6 +50,7 @@ __all__ = [
     "EDM",
     "P2",
     "PRESETS",
+    "Change",
     "CrossPairs",
     "DrawPlan",
     "Draws",
@@ -87,6 +88,7 @@ __all__ = [
     "ReferencePlan",
     "RunningMeans",
     "SameImagePairs",
+    "Sampled",
     "Saved",
     "ScoreMixture",
     "Simple",

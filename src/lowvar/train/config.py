@@ -119,6 +119,8 @@ class TrainConfig:
         validate_every: updates between validations.
         checkpoint_every: updates between checkpoints.
         keep_checkpoints: how many of the newest stay.
+        trackers: programs that log the run, so far `tensorboard` (extra `track`), in the run's folder.
+        sample_every: updates between pictures of samples; 0: none.
         posthoc_ema: whether two power averages of the weights are tracked and kept at about 32 moments, from which
             `lowvar.train.reconstruct_average` makes an average of any length later; two more copies of the weights in
             memory, about 66 on disk.
@@ -174,6 +176,8 @@ class TrainConfig:
     validate_every: Annotated[int, Field(ge=1)] = 500
     checkpoint_every: Annotated[int, Field(ge=1)] = 500
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    trackers: tuple[Literal["tensorboard"], ...] = ()
+    sample_every: Annotated[int, Field(ge=0)] = 0
     posthoc_ema: bool = False
     noise_scale_every: Annotated[int, Field(ge=0)] = 0
 

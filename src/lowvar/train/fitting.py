@@ -66,6 +66,6 @@ def fit(
                 bar.update()
             elif isinstance(record, Validation):
                 last = record
-                bar.set_postfix(validation=f"{record.validation.loss:.4f}")
+                bar.set_postfix(validation=f"{record.validation.loss:.4f}", speed=f"{record.images_per_second:,.0f}/s")
     last = trainer.validate() if last is None else last
     return Fitted(trainer.ema_network(), trainer.schedule, config, last)

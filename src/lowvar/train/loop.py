@@ -40,17 +40,35 @@ from lowvar.train.noise_probe import Blocks, flat_gradient, moments, rows_of
 from lowvar.train.noise_scale import NoiseScale
 from lowvar.train.objectives import Losses, Objective
 from lowvar.train.optimum import OptimumBounds, optimum_bounds
-from lowvar.train.records import Change, Record, Saved, Update, Validation
+from lowvar.train.records import Change, Record, Sampled, Saved, Update, Validation
 from lowvar.train.snapshot import Parts, capture, restore
 from lowvar.train.spectrum import make_spectrum, restored, stored
 from lowvar.train.targets import PlainTarget, Target
 from lowvar.train.timesteps import UniformTimes
+from lowvar.train.tracking import (
+    check_pictures,
+    check_trackers,
+    contact_sheet,
+    draw_samples,
+    save_picture,
+    scalars,
+    start_trackers,
+    stop_trackers,
+)
 from lowvar.train.uncertainty import Uncertainty
 from lowvar.train.validation import BINS, ValidationSet, logsnr_edges
 
 __all__ = ["NonFiniteError", "Trainer", "TrainingData"]
 
 _ALL = slice(None)
+_FREE = (  # settings that change no update: a run may go on with others
+    "validate_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "noise_scale_every",
+    "sample_every",
+    "trackers",
+)
 
 
 class TrainingData(Protocol):
@@ -122,8 +140,12 @@ class Trainer:
             raise UserError("device is cuda, but no CUDA device is there; give auto or cpu")
         self.data, self.config = data, config
         self.folder = None if folder is None else Path(folder)
+        check_trackers(config.trackers, self.folder)
+        if config.sample_every:
+            check_pictures(data.shape, self.folder)
+        log: dict[str, Any] = {"log_with": [*config.trackers], "project_dir": self.folder} if config.trackers else {}
         cpu = device == "cpu" or not torch.cuda.is_available()  # said outright: else processes on CPUs do not meet
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu)
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu, **log)
         parts = self.accelerator.num_processes
         if config.batch_size % parts:
             raise UserError(
@@ -330,6 +352,16 @@ class Trainer:
             NonFiniteError: if the loss or the gradient is not finite; nothing of that update is kept.
             UserError: if a checkpoint cannot be written.
         """
+        start_trackers(self.accelerator, self.update)
+        try:
+            for record in self._records():
+                if isinstance(record, Update | Validation):
+                    self.accelerator.log(scalars(record), step=record.update)
+                yield record
+        finally:
+            stop_trackers(self.accelerator)
+
+    def _records(self) -> Iterator[Record]:
         config = self.config
         while self.update < config.updates:
             start = time.perf_counter()
@@ -342,6 +374,8 @@ class Trainer:
             last = self.update == config.updates
             if last or self.update % config.validate_every == 0:
                 yield self.validate()
+            if self.folder is not None and config.sample_every and (last or self.update % config.sample_every == 0):
+                yield Sampled(self.update, self._draw(self.folder / "samples"))
             if self.folder is not None and (last or self.update % config.checkpoint_every == 0):
                 yield Saved(self.update, self._save(self.folder / "checkpoints"))
 
@@ -399,6 +433,23 @@ class Trainer:
                 file.write(json.dumps(record.record()) + "\n")
         return record
 
+    def _draw(self, folder: Path) -> Path:
+        """Draws a grid of samples from the averaged weights; the main process does, the others wait."""
+        a, path = self.accelerator, folder / f"update-{self.update:07d}.png"
+
+        def draw() -> None:
+            self._ema.copy_to(self._average.parameters())
+            denoiser = self._as_denoiser(self._average.eval())
+            classes = None if self.classes is None else self.classes.count
+            with a.autocast():
+                picture = contact_sheet(draw_samples(denoiser, self.data.shape, self.config.seed, classes, a.device))
+            save_picture(path, picture)
+            for tracker in a.trackers:
+                tracker.log_images({"samples": picture[None]}, step=self.update, dataformats="NHWC")
+
+        self._write(draw, path)
+        return path
+
     def ema_network(self) -> nn.Module:
         """A copy of the network with the averaged weights, in evaluation mode, on the CPU: what a run gives."""
         self._ema.copy_to(self._average.parameters())
@@ -409,7 +460,7 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """What must agree between a checkpoint and the run that goes on from it."""
         config = dataclasses.asdict(self.config)
-        for free in ("validate_every", "checkpoint_every", "keep_checkpoints", "noise_scale_every"):
+        for free in _FREE:
             del config[free]
         return {"data": self.data.fingerprint, "schedule": self.schedule.fingerprint, **config}
 

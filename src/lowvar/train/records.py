@@ -12,7 +12,7 @@ from lowvar.train.noise_scale import NoiseScaleEstimate
 from lowvar.train.optimum import OptimumBounds
 from lowvar.train.validation import ValidationLoss
 
-__all__ = ["Change", "Record", "Saved", "Update", "Validation"]
+__all__ = ["Change", "Record", "Sampled", "Saved", "Update", "Validation"]
 
 
 @dataclass(frozen=True)
@@ -122,4 +122,17 @@ class Saved:
     path: Path
 
 
-Record = Update | Validation | Saved
+@dataclass(frozen=True)
+class Sampled:
+    """Samples of the averaged weights were drawn.
+
+    Attributes:
+        update: updates done.
+        path: their picture.
+    """
+
+    update: int
+    path: Path
+
+
+Record = Update | Validation | Saved | Sampled
