@@ -16,6 +16,7 @@ with nothing trained again. It is exact as far as the kept profiles span the wan
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -46,9 +47,9 @@ def is_moment(update: int, updates: int) -> bool:
 
     Example:
         >>> [u for u in range(1, 101) if is_moment(u, 100)][-4:]
-        [93, 96, 99, 100]
+        [88, 92, 96, 100]
     """
-    return update == updates or update % max(1, updates // _MOMENTS) == 0
+    return update == updates or update % math.ceil(updates / _MOMENTS) == 0
 
 
 def keep_averages(folder: Path, averages: PowerAverages) -> None:
