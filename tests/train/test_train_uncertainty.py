@@ -175,6 +175,19 @@ def test_gradient_in_a_run_is_that_of_the_weighted_error(data: Data) -> None:
     assert dataclasses.replace(whole, variance=None).label == "changes the objective"
 
 
+def test_times_learn_from_the_weighted_error_without_its_price(data: Data) -> None:
+    """u = 5 everywhere: the error e^-5 is below 0.02, the loss with its price above 5."""
+    trainer = make(data, {"times": "loss-second-moment"})
+    assert trainer.uncertainty is not None
+    with torch.no_grad():
+        trainer.uncertainty.offset.fill_(5.0)
+    record = next(trainer.run())
+    assert isinstance(record, Update)
+    assert record.loss > 5
+    learnt = torch.cat([v.flatten().double() for k, v in trainer.times.state().items() if k != "counts"])
+    assert 1e-4 < float(learnt.abs().max()) < 0.05
+
+
 def test_levels_come_to_contribute_alike(data: Data) -> None:
     """300 updates: the weighted error is nearer to 1 at every level than the error is."""
     trainer = make(data, {"updates": 300, "batch_size": 16, "validate_every": 300})

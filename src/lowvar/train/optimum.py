@@ -151,10 +151,9 @@ def optimum_bounds(
     references = train.images(rows)
     classes = None if labels is None else labels[rows]
     noise, index = Independent(_SEED), torch.arange(bins * draws)
-    key, jitter = (noise.uniform(index, (), draw=d, dtype=torch.float64) for d in (1, 2))
-    place = torch.argsort(torch.argsort(key.reshape(bins, draws), 1), 1).flatten()  # no image has a time of its own
-    u = (index // draws + (place + jitter) / draws) / bins
-    image = (noise.uniform(index, (), draw=3, dtype=torch.float64) * count).long()
+    jitter = noise.uniform(index, (), draw=1, dtype=torch.float64)
+    u = (index // draws + (index % draws + jitter) / draws) / bins
+    image = (noise.uniform(index, (), draw=2, dtype=torch.float64) * count).long()
     low = []
     for part in index.split(_CHUNK):
         level = schedule.at(times.at(u[part]).t)
