@@ -243,6 +243,30 @@ def test_train(lowvar: Lowvar, config: Path, tmp_path: Path) -> None:
     assert weights(tmp_path / "again") == weights(out)
 
 
+def test_train_with_all_that_a_run_can_say(lowvar: Lowvar, config: Path, tmp_path: Path) -> None:
+    from diffusers import UNet2DModel
+
+    from lowvar.train import reconstruct_average
+
+    out = tmp_path / "run"
+    more = "noise_scale_every: 1\nposthoc_ema: true\nweighting: uncertainty\ntrackers: [tensorboard]\nsample_every: 2\n"
+    config.write_text(TINY + more)
+    done = lowvar("train", "--data", "digits", "--config", config, "--updates", 4, "--out", out)
+    assert done.status == 0
+    assert [path.name for path in sorted((out / "samples").iterdir())] == ["update-0000002.png", "update-0000004.png"]
+    assert len(list((out / "averages").iterdir())) == 4
+    assert len(list((out / "tracking").iterdir())) == 1
+    assert yaml.safe_load((out / "config.yaml").read_text())["trackers"] == ["tensorboard"]
+    figure = json.loads((out / "figures.json").read_text())["weighting"]
+    assert figure["chosen"] == "uncertainty"
+    assert list(figure["relative"]) == ["simple", "min-snr", "p2", "edm", "uncertainty"]
+    page = (out / "report.html").read_text()
+    for words in ("What is left to learn", "What the objective weighs", "between updates 3 and 4", "Its squared error"):
+        assert words in page
+    unet = UNet2DModel.from_pretrained(out / "unet")
+    unet.load_state_dict(reconstruct_average(out, sigma_rel=0.15))
+
+
 def interrupting(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """Ctrl-C after so many updates."""
     from lowvar.train.loop import Trainer

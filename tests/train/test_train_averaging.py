@@ -111,3 +111,11 @@ def test_refusals() -> None:
         PowerAverages.of().updated({"w": torch.ones(1)}).updated({"v": torch.ones(1)})
     with pytest.raises(ValueError, match="1 <= updates"):
         profile(1.0, 3, 2)
+
+
+def test_coefficients_stay_small_where_averages_are_equal() -> None:
+    """After one update both averages are the first weights: neither gets a huge coefficient that the other undoes."""
+    kept = [Snapshot(gamma_of(s), t, {}) for t in range(1, 13) for s in (0.05, 0.10)]
+    x, error = reconstruct(kept, 0.15)
+    assert float(x.abs().sum()) < 10
+    assert error < 1e-8

@@ -14,7 +14,7 @@ from lowvar.cli.console import Console, score_table
 from lowvar.cli.folders import check_free, publish
 from lowvar.cli.options import MaybeInt, Sampling, at_least, choose_device
 from lowvar.cli.stops import stop_word
-from lowvar.cli.train import clear_partial, partial_of, run_training, save_trained
+from lowvar.cli.train import clear_partial, partial_of, run_training, save_trained, weighting_figure
 
 if TYPE_CHECKING:
     from lowvar.evaluation import Cell, Evaluation
@@ -182,6 +182,7 @@ class Demo(Sampling):
             "budget": bounds,
             "about": about,
             "paired": _paired(found, cells),
+            "weighting": weighting_figure(trainer),
         }
         with (partial / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in found.rows)

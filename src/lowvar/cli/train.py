@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lowvar.train.config import TrainConfig
     from lowvar.train.loop import Trainer
 
-__all__ = ["Train", "partial_of", "run_training", "save_trained"]
+__all__ = ["Train", "partial_of", "run_training", "save_trained", "weighting_figure"]
 
 _OF_DATA = ("data", "size", "channels")
 
@@ -128,7 +128,7 @@ class Train(DataFlags, Common):
 
         def finish() -> None:
             save_trained(trainer, partial)
-            write_run(partial, summary)
+            write_run(partial, summary, figures={"weighting": weighting_figure(trainer)})
             shutil.rmtree(partial / "checkpoints", ignore_errors=True)
             publish(partial, self.out)
 
@@ -194,7 +194,8 @@ def run_training(trainer: Trainer, folder: Path, console: Console) -> dict[str, 
                 if not warned and record.target is not None and record.target.warning is not None:
                     console.note(f"warning: {record.target.warning}")
                     warned = True
-                bar.set_postfix_str(f" validation loss {record.validation.loss:.4f}", refresh=False)
+                speed = f"{record.images_per_second:,.0f} images/s"
+                bar.set_postfix_str(f" validation loss {record.validation.loss:.4f}, {speed}", refresh=False)
     file = folder / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     last = json.loads(lines[-1]) if lines else {}
@@ -206,6 +207,25 @@ def about_network(trainer: Trainer) -> dict[str, Any]:
     network = trainer.ema_network()
     parameters = sum(p.numel() for p in network.parameters())
     return {"name": type(network).__name__, "parameters": parameters, "prediction": trainer.config.prediction}
+
+
+def weighting_figure(trainer: Trainer) -> dict[str, Any] | None:
+    """What the run's objective weighs noise levels with, and the other weightings, for the report."""
+    import torch
+
+    from lowvar.train.uncertainty import weighting_curves
+
+    config = trainer.config
+    if config.weighting == "none":
+        return None
+    logsnr = torch.linspace(-8, 8, 65, dtype=torch.float64)
+    curves = weighting_curves(config.prediction, logsnr, uncertainty=trainer.uncertainty)
+    return {
+        "chosen": config.weighting,
+        "logsnr": logsnr,
+        "relative": {curve.name: curve.relative for curve in curves},
+        "labels": {curve.name: curve.label for curve in curves},
+    }
 
 
 def save_trained(trainer: Trainer, folder: Path) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lowvar.report.calibration import mmse_curves
+from lowvar.report.learning import still_learning
 from lowvar.report.run import Run, number
 from lowvar.report.scores import Board, Comparison, board, steps_text
 from lowvar.report.section import Section
@@ -95,7 +96,7 @@ def _trained(run: Run) -> list[str]:
         before, after = (number(first.get(key)) for key in ("validation_loss", "update"))
         sentence += f"; it was {plain(before or math.nan)} after {count(after or math.nan)}"
     more = [f"Bits per dimension: {plain(_value(run, 'bits_per_dim'))}."] if "bits_per_dim" in run.summary else []
-    return [sentence + ".", *more]
+    return [sentence + ".", *still_learning(run), *more]
 
 
 def _calibrated(run: Run) -> list[str]:

@@ -4,6 +4,7 @@
     metrics.jsonl   one record a line, in the order of measurement
     figures.json    curves that only the report shows (optional):
                     mmse {logsnr, mmse, se, twin, analytic}, standardised {name: {logsnr, value, se}},
+                    weighting {chosen, logsnr, relative {name: weights over the plain loss's}},
                     budget {name: {logsnr, bits, se, total, total_se, prior, decoder}}, about {sampler: one line},
                     paired [{steps, metric, sampler, against, value, low, high}], value = sampler - against
     grids.npz       "data" and "<sampler>@<steps>[@<grid>]", float (n, C, H, W) in [-1, 1] (optional)

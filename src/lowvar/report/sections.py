@@ -16,6 +16,7 @@ from lowvar.report.calibration import budget, error_curve, residuals
 from lowvar.report.charts import Chart, curves, keys, quality, sampler_keys, updates
 from lowvar.report.figures import Style
 from lowvar.report.grids import sheets
+from lowvar.report.learning import learning, least_error, weighting
 from lowvar.report.run import Curve, Run, curve, mapping, number
 from lowvar.report.scores import Board, board, steps_text
 from lowvar.report.section import Section
@@ -121,12 +122,14 @@ def training(run: Run) -> Section | None:
         text = f"Validation loss by logsnr with 95% intervals, {', '.join(names)}."
         svg = curves("bins", text, lines, bin_keys, ylabel="loss")
         charts.append(Chart(svg, "Validation loss by noise level", tuple(bin_keys)))
+    charts += [chart for chart in (least_error(run, binned[-1]) if binned else None, weighting(run)) if chart]
     speed = [value for value in (number(record.get("images_per_second")) for record in records) if value and value > 0]
     facts = [("Speed", f"{count(float(np.median(speed)))} images a second (median)")] if speed else []
     content = {
         "intro": "One number says little about a diffusion loss, because it is dominated by noise levels at which "
         "nothing can be learnt. So the validation loss, on fixed images and fixed noise, is also shown by noise level. "
         "Bars are 95% intervals.",
+        "sentences": learning(run, records),
         "charts": charts,
         "facts": facts + _targets(records),
         "name": "training",

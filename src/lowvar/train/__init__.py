@@ -19,6 +19,7 @@ from lowvar.train.fitting import Fitted, fit
 from lowvar.train.gradient_norm import GradientNormTimes
 from lowvar.train.hybrid import HybridVLB
 from lowvar.train.immiscible import Immiscible, nearest_noise
+from lowvar.train.kept_averages import reconstruct_average
 from lowvar.train.known_posterior import KnownPosterior, ScoreMixture, clean_score_weight
 from lowvar.train.learned_schedule import LearnedScheduleTimes
 from lowvar.train.linear_control import LinearControl
@@ -35,7 +36,7 @@ from lowvar.train.optimal_transport import OptimalTransport, optimal_transport
 from lowvar.train.p2 import P2
 from lowvar.train.pairs import CrossPairs, IndependentSamples, OrthogonalNoise, Pairing, SameImagePairs
 from lowvar.train.piecewise import GivenTimes, LearnedBins, RunningMeans, continuous, piecewise_times
-from lowvar.train.records import Record, Saved, TargetRecord, Update, Validation
+from lowvar.train.records import Change, Record, Sampled, Saved, TargetRecord, Update, Validation
 from lowvar.train.sobol import SobolPoints
 from lowvar.train.stable_target import ReferencePlan, StableInfo, StableTarget, memorisation, reference_noise
 from lowvar.train.strata import proportional_order, strata_order
@@ -50,6 +51,7 @@ __all__ = [
     "EDM",
     "P2",
     "PRESETS",
+    "Change",
     "CrossPairs",
     "DrawPlan",
     "Draws",
@@ -88,6 +90,7 @@ __all__ = [
     "ReferencePlan",
     "RunningMeans",
     "SameImagePairs",
+    "Sampled",
     "Saved",
     "ScoreMixture",
     "Simple",
@@ -125,6 +128,7 @@ __all__ = [
     "optimal_transport",
     "piecewise_times",
     "proportional_order",
+    "reconstruct_average",
     "reference_noise",
     "strata_order",
     "stratified_uniforms",

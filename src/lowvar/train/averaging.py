@@ -194,7 +194,8 @@ def reconstruct(snapshots: Iterable[Snapshot], sigma_rel: float, updates: int | 
     wanted = profile(gamma_of(sigma_rel), t, t)
     P = torch.stack([profile(kept[i].gamma, kept[i].updates, t) for i in used], 1)
     basis = P[:, 1:] - P[:, :1]  # sum x = 1 is built in: x_0 = 1 - the others
-    scale = basis.norm(dim=0).clamp_min(1e-300)
+    norm = basis.norm(dim=0)
+    scale = torch.where(norm > 1e-12, norm, 1.0)  # after one update all averages are one: its column is 0
     solution = torch.linalg.lstsq(basis / scale, (wanted - P[:, 0])[:, None], rcond=1e-12, driver="gelsd").solution
     rest = solution[:, 0] / scale if len(used) > 1 else torch.zeros(0, dtype=torch.float64)
     own = torch.cat([1 - rest.sum()[None], rest])

@@ -4,6 +4,10 @@
                              ema.safetensors       their moving average
                              optimizer.safetensors moments, one tensor a parameter and name
                              times.safetensors     state of learned times (absent where there is none)
+                             averages.safetensors  power averages (likewise)
+                             uncertainty.safetensors  the learned weighting (likewise)
+                             validation.safetensors   losses of the last validation, one an evaluation (likewise)
+                             noise_scale.safetensors  sums of the noise scale's measurements (likewise)
                              state.json            update, settings, fingerprints, learning rate, random numbers' seed
 
 A checkpoint is written into `update-0000500.tmp`, flushed to disk and renamed, so a process killed at any moment leaves

@@ -66,6 +66,7 @@ WEIGHTINGS: dict[str, Weighting] = {
     "min-snr": MinSNR(),
     "p2": P2(),
     "edm": EDM(),
+    "uncertainty": Simple(),  # the weighting that the learned one begins with
     "none": LikelihoodOnly(),
 }
 
@@ -91,8 +92,9 @@ class TrainConfig:
             of the data given the state (not for `range`); None: `vlb` for `range`, `nll` for the others.
         head_weight: factor of the head's term; None: 0.001 (lambda of the hybrid loss) for `vlb`, 0.01 for `nll`.
         detach_mean: whether the head's term leaves the mean's gradient alone; if not, it trains the mean too.
-        weighting: of the squared error by noise level; `none` leaves it out, so that the head's term is the loss (with
-            `detach_mean` false).
+        weighting: of the squared error by noise level; `uncertainty` learns it (the plain error over what is expected
+            at the level; validation stays with the plain one); `none` leaves it out, so that the head's term is the
+            loss (with `detach_mean` false).
         times: density of training times: `uniform`; learned, with weights that leave the objective as it is:
             `loss-second-moment`, `gradient-norm` (one gradient of one sample more an update), `entropy-rate`,
             `learned-schedule`; or of a given form: `lognormal`, `logit-normal`, `mode`, which change the objective
@@ -122,6 +124,14 @@ class TrainConfig:
         validate_every: updates between validations.
         checkpoint_every: updates between checkpoints.
         keep_checkpoints: how many of the newest stay.
+        trackers: programs that log the run, so far `tensorboard` (extra `track`), in the run's folder.
+        sample_every: updates between pictures of samples; 0: none.
+        posthoc_ema: whether two power averages of the weights are tracked and kept at about 32 moments, from which
+            `lowvar.train.reconstruct_average` makes an average of any length later; two more copies of the weights in
+            memory, about 66 on disk.
+        noise_scale_every: updates between measurements of the gradient noise scale (`noise_scale`), which say whether a
+            larger batch would pay; 0: none. A measurement costs one evaluation and gradient of the batch more, two
+            where the whole batch is one group of dependent draws (stratified, sobol, stable, strata).
 
     Example:
         >>> TrainConfig(updates=100).batch_size
@@ -143,7 +153,7 @@ class TrainConfig:
     head_loss: Literal["vlb", "nll"] | None = None
     head_weight: Annotated[float, Field(gt=0)] | None = None
     detach_mean: bool = True
-    weighting: Literal["simple", "min-snr", "p2", "edm", "none"] = "simple"
+    weighting: Literal["simple", "min-snr", "p2", "edm", "uncertainty", "none"] = "simple"
     times: Literal[
         "uniform",
         "loss-second-moment",
@@ -172,6 +182,10 @@ class TrainConfig:
     validate_every: Annotated[int, Field(ge=1)] = 500
     checkpoint_every: Annotated[int, Field(ge=1)] = 500
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    trackers: tuple[Literal["tensorboard"], ...] = ()
+    sample_every: Annotated[int, Field(ge=0)] = 0
+    posthoc_ema: bool = False
+    noise_scale_every: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -216,10 +230,11 @@ class TrainConfig:
                 f"times_weighted is a setting of times lognormal, logit-normal and mode, and times is {self.times}, "
                 "which is unbiased already; leave it out"
             )
-        if self.times == "entropy-rate" and self.weighting == "none":
+        if self.times == "entropy-rate" and self.weighting in ("none", "uncertainty"):
+            does = "leaves it out" if self.weighting == "none" else "changes what they are in training"
             raise ValueError(
-                "times entropy-rate reads the squared error off the losses, and weighting none leaves it out; give "
-                "another weighting or other times"
+                f"times entropy-rate reads the squared error off the losses, and weighting {self.weighting} {does}; "
+                "give another weighting or other times"
             )
         if self.stratified and self.pairing == "sobol":
             raise ValueError("pairing sobol stratifies the times already; leave stratified out")

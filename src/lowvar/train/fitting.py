@@ -70,6 +70,6 @@ def fit(
                 if not warned and record.target is not None and record.target.warning is not None:
                     bar.write(f"warning: {record.target.warning}", file=sys.stderr)
                     warned = True
-                bar.set_postfix(validation=f"{record.validation.loss:.4f}")
+                bar.set_postfix(validation=f"{record.validation.loss:.4f}", speed=f"{record.images_per_second:,.0f}/s")
     last = trainer.validate() if last is None else last
     return Fitted(trainer.ema_network(), trainer.schedule, config, last)

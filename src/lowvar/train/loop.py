@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,22 +30,46 @@ from torch import Tensor, nn
 from lowvar.errors import UserError
 from lowvar.process.denoiser import NetworkDenoiser
 from lowvar.train import checkpoints
+from lowvar.train.averaging import PowerAverages
 from lowvar.train.conditional import classes_of, of_classes
 from lowvar.train.config import TrainConfig, make_objective, make_plan, make_references, make_schedule, make_times
 from lowvar.train.draws import Draws, ImageSource
+from lowvar.train.kept_averages import AVERAGES, discard_after, is_moment, keep_averages
 from lowvar.train.networks import build_network
+from lowvar.train.noise_probe import Blocks, flat_gradient, moments, rows_of
+from lowvar.train.noise_scale import NoiseScale
 from lowvar.train.objectives import Losses, Objective
-from lowvar.train.records import Record, Saved, TargetRecord, Update, Validation
+from lowvar.train.optimum import OptimumBounds, optimum_bounds
+from lowvar.train.records import Change, Record, Sampled, Saved, TargetRecord, Update, Validation
 from lowvar.train.snapshot import Parts, capture, restore
 from lowvar.train.spectrum import make_spectrum, restored, stored
 from lowvar.train.stable_target import StableTarget, memorisation
 from lowvar.train.targets import GivenTarget, PlainTarget, Target
 from lowvar.train.timesteps import UniformTimes
+from lowvar.train.tracking import (
+    check_pictures,
+    check_trackers,
+    contact_sheet,
+    draw_samples,
+    save_picture,
+    scalars,
+    start_trackers,
+    stop_trackers,
+)
+from lowvar.train.uncertainty import Uncertainty
 from lowvar.train.validation import BINS, ValidationSet, logsnr_edges
 
 __all__ = ["NonFiniteError", "Trainer", "TrainingData"]
 
 _ALL = slice(None)
+_FREE = (  # settings that change no update: a run may go on with others
+    "validate_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "noise_scale_every",
+    "sample_every",
+    "trackers",
+)
 
 
 class TrainingData(Protocol):
@@ -122,8 +147,12 @@ class Trainer:
             raise UserError("device is cuda, but no CUDA device is there; give auto or cpu")
         self.data, self.config = data, config
         self.folder = None if folder is None else Path(folder)
+        check_trackers(config.trackers, self.folder)
+        if config.sample_every:
+            check_pictures(data.shape, self.folder)
+        log: dict[str, Any] = {"log_with": [*config.trackers], "project_dir": self.folder} if config.trackers else {}
         cpu = device == "cpu" or not torch.cuda.is_available()  # said outright: else processes on CPUs do not meet
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu)
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu, **log)
         parts = self.accelerator.num_processes
         if config.batch_size % parts:
             raise UserError(
@@ -131,6 +160,7 @@ class Trainer:
             )
         self.schedule = make_schedule(config)
         self.objective: Objective = make_objective(config, data.levels)
+        self.uncertainty = Uncertainty(seed=config.seed) if config.weighting == "uncertainty" else None
         self.times = make_times(config, self.schedule)
         self.plan = make_plan(config, data.train, self.schedule)
         if config.strata == "cluster" and self.plan.labels is not None and parts > 1:  # rounding may differ
@@ -143,6 +173,10 @@ class Trainer:
                 f"batch_size {config.batch_size} among {parts} processes would split the groups of {size} samples of "
                 f"pairing {config.pairing}; give a multiple of {parts * size}"
             )
+        one_set = self.references is not None and self.references.source == "added"  # all draws share its chances
+        group = config.batch_size if one_set else self.plan.group_size
+        self._blocks = Blocks.of(config.batch_size, group, parts)
+        self.noise_scale = NoiseScale(max(config.batch_size, 2)) if config.noise_scale_every else None
         self.validation = ValidationSet(
             data.calibration,
             self.schedule,
@@ -160,7 +194,13 @@ class Trainer:
                 data.shape, config.network, config.network_head, config.seed, config.head_rank, classes
             )
         self._average = _copy(network)
-        optimizer = torch.optim.AdamW(network.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
+        self._minimised = self.objective
+        groups: list[dict[str, Any]] = [{"params": list(network.parameters())}]
+        if self.uncertainty is not None:
+            self.uncertainty.to(self.accelerator.device)
+            self._minimised = dataclasses.replace(self.objective, uncertainty=self.uncertainty)
+            groups.append({"params": list(self.uncertainty.parameters()), "weight_decay": 0.0})
+        optimizer = torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay, fused=True)
         self._scheduler = get_scheduler(
             config.lr_schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.updates
         )
@@ -168,12 +208,14 @@ class Trainer:
         self._network, self._optimizer = prepared
         self._average.to(self.accelerator.device)
         self._ema = EMAModel(self._network.parameters(), decay=config.ema, foreach=True)
+        self.averages = PowerAverages.of() if config.posthoc_ema else None
         self._denoiser = self._as_denoiser(self._network)
         self._drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in network.modules())
         self.update = 0
         self.seconds = 0.0
         self._since = _Since()
         self._seen = (0.0, 0.0)  # effective sample size of the last update's targets, share of those of one image
+        self._before: tuple[int, Tensor] | None = None  # update and values of the last validation
         if resume:
             self._resume()
         elif self.folder is not None and checkpoints.latest(self.folder / "checkpoints") is not None:
@@ -193,9 +235,11 @@ class Trainer:
         if isinstance(target, StableTarget):
             clean, info = target.weighted(draws.x0, draws.eps, draws.level)
             target, seen = GivenTarget(clean, target), torch.stack([info.ess.mean(), info.alone.double().mean()])
+        if self.noise_scale is not None and (self.update + 1) % self.config.noise_scale_every == 0:
+            self.noise_scale = self._measured(self.noise_scale, draws)
         denoiser = self._of_classes(self._denoiser, draws)
         with self._seeded(a.process_index):
-            losses = self.objective.losses(denoiser, draws.x0, draws.eps, draws.level, target)
+            losses = self._minimised.losses(denoiser, draws.x0, draws.eps, draws.level, target)
         probe = self._probe(draws) if self.times.learns_from == "squared gradient norms" else None
         loss = (draws.weight.to(losses.loss) * losses.loss).mean()
         sums = _summed(a, torch.cat([loss.detach().double()[None], seen.to(loss.device)]))
@@ -203,16 +247,25 @@ class Trainer:
         if not math.isfinite(mean):
             raise NonFiniteError(self._diagnosis(draws, losses))
         a.backward(loss)
+        if self.uncertainty is not None and a.num_processes > 1:  # a few numbers, outside what accelerate wraps
+            for p in self.uncertainty.parameters():
+                p.grad = None if p.grad is None else cast("Tensor", a.reduce(p.grad, "mean"))
         norm = self._clip()
         lr = float(self._scheduler.get_last_lr()[0])
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._scheduler.step()
         self._ema.step(self._network.parameters())
+        if self.averages is not None:
+            state = a.unwrap_model(self._network).state_dict()
+            self.averages = self.averages.updated({k: v for k, v in state.items() if v.is_floating_point()})
         if probe is not None:
             self.times = self.times.updated(*probe) if bool(torch.isfinite(probe[1]).all()) else self.times
         elif self.times.state():
-            self.times = self.times.updated(*_gathered(a, draws.bin, losses.loss))
+            learnt = losses.loss.detach()
+            if self.uncertainty is not None:  # its price u is no error
+                learnt = learnt - self.uncertainty.log_uncertainty(draws.level.logsnr).detach()
+            self.times = self.times.updated(*_gathered(a, draws.bin, learnt))
         self.update += 1
         self._seen = (ess, alone)
         return Update(self.update, mean, norm, lr)
@@ -223,6 +276,29 @@ class Trainer:
             return PlainTarget()
         labels = None if self.classes is None else self.classes.known(draws.number, draws.image)
         return self.references.target(update, self.accelerator.device, labels)
+
+    def _measured(self, scale: NoiseScale, draws: Draws) -> NoiseScale:
+        """The noise scale with one more measurement, at the weights as they are (see `noise_probe`)."""
+        a, blocks = self.accelerator, self._blocks
+        if blocks.whole:
+            after = self.plan.draws(self.update + 1, self.times, a.process_index, a.num_processes, a.device)
+            pieces = [(draws, self._target(self.update, draws)), (after, self._target(self.update + 1, after))]
+        else:
+            parts = [rows_of(draws, rows) for rows in blocks.rows(len(draws.number))]
+            pieces = [(part, self._target(self.update, part)) for part in parts]
+        network = a.unwrap_model(self._network)  # without the hooks that would average gradients
+        weights = [p for p in network.parameters() if p.requires_grad]
+        scaled = 1.0 if a.scaler is None else float(a.scaler.get_scale())  # fp16: small gradients would vanish
+
+        def gradients() -> Iterator[Tensor]:
+            for i, (own, target) in enumerate(pieces):
+                denoiser = self._of_classes(self._as_denoiser(network), own)
+                with self._seeded(-2 - a.process_index * len(pieces) - i), a.autocast():
+                    losses = self._minimised.losses(denoiser, own.x0, own.eps, own.level, target)
+                loss = (own.weight.to(losses.loss) * losses.loss).mean()
+                yield flat_gradient(scaled * loss, weights) / scaled
+
+        return scale.counted(*moments(gradients(), blocks, lambda x: _summed(a, x), a.num_processes))
 
     @contextmanager
     def _seeded(self, number: int) -> Iterator[None]:
@@ -252,7 +328,7 @@ class Trainer:
             network = a.unwrap_model(self._network)  # without the hooks that would average gradients
             denoiser = self._of_classes(self._as_denoiser(network), draws, one)
             with self._seeded(-1), a.autocast():
-                losses = self.objective.losses(denoiser, draws.x0[one], draws.eps[one], draws.level[one])
+                losses = self._minimised.losses(denoiser, draws.x0[one], draws.eps[one], draws.level[one])
             weights = [p for p in network.parameters() if p.requires_grad]
             gradient = torch.autograd.grad(losses.loss.sum(), weights, allow_unused=True)
             square = sum(float((g.double() ** 2).sum()) for g in gradient if g is not None)
@@ -296,6 +372,16 @@ class Trainer:
             NonFiniteError: if the loss or the gradient is not finite; nothing of that update is kept.
             UserError: if a checkpoint cannot be written.
         """
+        start_trackers(self.accelerator, self.update)
+        try:
+            for record in self._records():
+                if isinstance(record, Update | Validation):
+                    self.accelerator.log(scalars(record), step=record.update)
+                yield record
+        finally:
+            stop_trackers(self.accelerator)
+
+    def _records(self) -> Iterator[Record]:
         config = self.config
         while self.update < config.updates:
             start = time.perf_counter()
@@ -303,12 +389,36 @@ class Trainer:
             elapsed = time.perf_counter() - start
             self.seconds += elapsed
             self._since = self._since.counted(record.loss, elapsed, *self._seen)
+            self._keep_averages()
             yield record
             last = self.update == config.updates
             if last or self.update % config.validate_every == 0:
                 yield self.validate()
+            if self.folder is not None and config.sample_every and (last or self.update % config.sample_every == 0):
+                yield Sampled(self.update, self._draw(self.folder / "samples"))
             if self.folder is not None and (last or self.update % config.checkpoint_every == 0):
                 yield Saved(self.update, self._save(self.folder / "checkpoints"))
+
+    @functools.cached_property
+    def optimum(self) -> OptimumBounds:
+        """Bounds of the least error of any network on these data; they depend on the data alone."""
+        return optimum_bounds(
+            self.data.train,
+            self.validation.batches(),
+            self.schedule,
+            self.validation.times,
+            self._denoiser.prediction,
+            sigma_data=self._denoiser.sigma_data,
+            labels=None if self.classes is None else self.classes.train,
+            bins=BINS,
+        )
+
+    def _change(self, values: Tensor) -> Change | None:
+        """The change of the loss since the last validation, which these values replace."""
+        before, self._before = self._before, (self.update, values[:, :1].clone())
+        if before is None or before[0] == self.update:
+            return None
+        return Change(before[0], *self.validation.change(before[1], values))
 
     def validate(self) -> Validation:
         """Validates the averaged weights and, with a folder, adds a line to `metrics.jsonl`."""
@@ -332,6 +442,9 @@ class Trainer:
             self.validation.summary(values, self.objective.variance is not None),
             self.seconds,
             rate,
+            self.noise_scale.estimate() if self.noise_scale is not None and self.noise_scale.ready else None,
+            self.optimum,
+            self._change(values),
             target=self._about_targets(),
         )
         self._since = _Since()
@@ -348,6 +461,23 @@ class Trainer:
         alone = since.alone / since.updates
         return TargetRecord(since.ess / since.updates, alone, memorisation(alone, self.references.source))
 
+    def _draw(self, folder: Path) -> Path:
+        """Draws a grid of samples from the averaged weights; the main process does, the others wait."""
+        a, path = self.accelerator, folder / f"update-{self.update:07d}.png"
+
+        def draw() -> None:
+            self._ema.copy_to(self._average.parameters())
+            denoiser = self._as_denoiser(self._average.eval())
+            classes = None if self.classes is None else self.classes.count
+            with a.autocast():
+                picture = contact_sheet(draw_samples(denoiser, self.data.shape, self.config.seed, classes, a.device))
+            save_picture(path, picture)
+            for tracker in a.trackers:
+                tracker.log_images({"samples": picture[None]}, step=self.update, dataformats="NHWC")
+
+        self._write(draw, path)
+        return path
+
     def ema_network(self) -> nn.Module:
         """A copy of the network with the averaged weights, in evaluation mode, on the CPU: what a run gives."""
         self._ema.copy_to(self._average.parameters())
@@ -358,7 +488,7 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """What must agree between a checkpoint and the run that goes on from it."""
         config = dataclasses.asdict(self.config)
-        for free in ("validate_every", "checkpoint_every", "keep_checkpoints"):
+        for free in _FREE:
             del config[free]
         return {"data": self.data.fingerprint, "schedule": self.schedule.fingerprint, **config}
 
@@ -369,7 +499,6 @@ class Trainer:
     def _save(self, folder: Path) -> Path:
         a = self.accelerator
         path = folder / f"update-{self.update:07d}"
-        failure: UserError | None = None
         if a.is_main_process:
             state, tensors = capture(self._parts())
             state |= {
@@ -379,24 +508,48 @@ class Trainer:
                 "since": dataclasses.astuple(self._since),
             }
             own = {"times": self.times.state(), "spectrum": {} if self.spectrum is None else stored(self.spectrum)}
+            own |= {"uncertainty": {} if self.uncertainty is None else dict(self.uncertainty.state_dict())}
+            own |= {"averages": {} if self.averages is None else self.averages.state()}
+            own |= {"validation": {} if self._before is None else _kept_values(*self._before)}
+            own |= {"noise_scale": {} if self.noise_scale is None else self.noise_scale.state()}
+            contents = tensors | own
+        else:
+            state, contents = {}, {}
+
+        def write() -> None:
+            checkpoints.save(folder, state, contents)
+            checkpoints.prune(folder, self.config.keep_checkpoints)
+
+        self._write(write, path)
+        return path
+
+    def _keep_averages(self) -> None:
+        if self.averages is None or self.folder is None or not is_moment(self.update, self.config.updates):
+            return
+        folder, averages = self.folder / AVERAGES, self.averages
+        self._write(lambda: keep_averages(folder, averages), folder)
+
+    def _write(self, action: Callable[[], object], path: Path) -> None:
+        """Lets the main process write; the others wait, and stop where it failed."""
+        a = self.accelerator
+        failure: UserError | None = None
+        if a.is_main_process:
             try:
-                path = checkpoints.save(folder, state, tensors | own)
-                checkpoints.prune(folder, self.config.keep_checkpoints)
+                action()
             except UserError as error:
                 failure = error
-        if a.num_processes > 1:  # the others wait, and stop where it failed
+        if a.num_processes > 1:
             failed = bool(_summed(a, torch.tensor(float(failure is not None))))
             failure = failure or (UserError(f"the main process could not write {path}") if failed else None)
         if failure is not None:
             raise failure
-        return path
 
     def _resume(self) -> None:
         if self.folder is None:
             raise UserError("there is nothing to resume: no folder was given")
         kept = checkpoints.latest(self.folder / "checkpoints")
         if kept is None:
-            self._truncate_metrics()
+            self._truncate_records()
             return
         own = json.loads(json.dumps(self._identity()))
         defaults = json.loads(json.dumps(dataclasses.asdict(TrainConfig())))  # of settings later than the checkpoint
@@ -410,23 +563,40 @@ class Trainer:
             )
         restore(self._parts(), kept.state, kept.tensors, self.accelerator.device)
         self.times = self.times.restored(kept.tensors.get("times", {})) if self.times.state() else self.times
+        if self.uncertainty is not None:
+            self.uncertainty.load_state_dict(kept.tensors["uncertainty"])
+        if self.averages is not None:
+            on_device = {k: v.to(self.accelerator.device) for k, v in kept.tensors["averages"].items()}
+            self.averages = self.averages.restored(on_device)
+        if "validation" in kept.tensors:
+            values = kept.tensors["validation"]
+            self._before = int(values["update"]), values["values"]
+        if self.noise_scale is not None and "noise_scale" in kept.tensors:
+            self.noise_scale = self.noise_scale.restored(kept.tensors["noise_scale"])
         if self.spectrum is not None:  # as it was: eigenvectors may differ between machines
             self.spectrum = restored(kept.tensors["spectrum"], self.spectrum)
             self._denoiser = self._as_denoiser(self._network)
         self.update, self.seconds = int(kept.state["update"]), float(kept.state["seconds"])
         self._since = _Since(*kept.state["since"])
-        self._truncate_metrics()
+        self._truncate_records()
 
-    def _truncate_metrics(self) -> None:
-        """Drops the records of updates that will be made again."""
+    def _truncate_records(self) -> None:
+        """Drops the records and averages of updates that will be made again."""
         file = None if self.folder is None else self.folder / "metrics.jsonl"
-        if file is None or not file.exists() or not self.accelerator.is_main_process:
+        if file is None or not self.accelerator.is_main_process:
+            return
+        discard_after(file.with_name(AVERAGES), self.update)
+        if not file.exists():
             return
         lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
         kept = [line for line in lines if json.loads(line)["update"] <= self.update]
         partial = file.with_suffix(".tmp")
         partial.write_text("".join(kept))
         partial.replace(file)
+
+
+def _kept_values(update: int, values: Tensor) -> dict[str, Tensor]:
+    return {"update": torch.tensor(update), "values": values}
 
 
 def _copy(network: nn.Module) -> nn.Module:

@@ -33,7 +33,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-__all__ = ["NoiseScale", "NoiseScaleEstimate", "block_moments"]
+__all__ = ["NoiseScale", "NoiseScaleEstimate", "block_moments", "moments_of_sums"]
 
 
 def block_moments(blocks: Sequence[Tensor] | Tensor, samples: int) -> tuple[float, float]:
@@ -61,8 +61,22 @@ def block_moments(blocks: Sequence[Tensor] | Tensor, samples: int) -> tuple[floa
             "two steps, or take the gradients of two halves"
         )
     g = g.flatten(1).double()
-    each = float((g**2).sum())
-    whole = float((g.sum(0) ** 2).sum())
+    return moments_of_sums(float((g**2).sum()), float((g.sum(0) ** 2).sum()), k, samples)
+
+
+def moments_of_sums(each: float, whole: float, k: int, samples: int) -> tuple[float, float]:
+    """Unbiased (||mu||^2, V) from what several processes can add up, each with blocks of its own.
+
+    Args:
+        each: sum ||g_a||^2 over the k blocks.
+        whole: ||sum g_a||^2.
+        k: number of blocks, at least 2.
+        samples: n, samples in each.
+
+    Example:
+        >>> moments_of_sums(each=5.0 + 9.0, whole=16.0 + 4.0, k=2, samples=4)
+        (3.0, 16.0)
+    """
     return (whole - each) / (k * (k - 1)), samples * (each - whole / k) / (k - 1)
 
 
@@ -158,12 +172,20 @@ class NoiseScale:
         k = len(blocks)
         if k < 1 or self.batch_size % k:
             raise ValueError(f"a batch of {self.batch_size} in {k} blocks; the blocks must be of one size")
-        square, variance = block_moments(blocks, self.batch_size // k)
+        return self.counted(*block_moments(blocks, self.batch_size // k))
+
+    def counted(self, square: float, variance: float) -> NoiseScale:
+        """With another update's (||mu||^2, V), see `block_moments`; left out where one of them is not finite."""
         if not (math.isfinite(square) and math.isfinite(variance)):
             return self
         sums = self.sums * self.decay
         sums[(self.updates // self.run) % self.groups] += torch.tensor([square, variance, 1.0], dtype=torch.float64)
         return replace(self, sums=sums, updates=self.updates + 1)
+
+    @property
+    def ready(self) -> bool:
+        """Whether every group has an update, so that there is an estimate."""
+        return bool((self.sums[:, 2] > 0).all())
 
     def estimate(self) -> NoiseScaleEstimate:
         """The noise scale now.
@@ -171,7 +193,7 @@ class NoiseScale:
         Raises:
             ValueError: before every group has an update.
         """
-        if bool((self.sums[:, 2] <= 0).any()):
+        if not self.ready:
             raise ValueError(
                 f"{self.updates} updates are too few for {self.groups} groups in runs of {self.run}; "
                 f"train for {self.groups * self.run} updates first"

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -154,6 +155,8 @@ class Objective:
         weighting: of the squared error.
         variance: for the head, or None.
         detach_mean: whether the variance term sees the mean without its gradient.
+        uncertainty: what the weighted squared error (B,) at logsnr (B,) is replaced with, a learned weight and its
+            price (`uncertainty`); None: nothing.
 
     Raises:
         ValueError: if nothing trains the mean.
@@ -170,6 +173,7 @@ class Objective:
     weighting: Weighting
     variance: VarianceTerm | None = None
     detach_mean: bool = True
+    uncertainty: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         """Checks that something trains the mean."""
@@ -186,7 +190,8 @@ class Objective:
         A variance term, even where it leaves the mean's gradient alone, reaches what mean and head share, so it counts
         as a change.
         """
-        return self.weighting.label if self.variance is None else "changes the objective"
+        plain = self.variance is None and self.uncertainty is None
+        return self.weighting.label if plain else "changes the objective"
 
     def losses(
         self, denoiser: NetworkDenoiser, x0: Tensor, eps: Tensor, level: Level, target: Target = _PLAIN
@@ -230,6 +235,8 @@ class Objective:
         if not isinstance(self.weighting, Simple):
             weight = self.weighting.target_weight(level.logsnr, denoiser.prediction, denoiser.sigma_data)
             loss = weight.to(error) * error
+        if self.uncertainty is not None:
+            loss = self.uncertainty(loss, level.logsnr)
         if (self.variance is None) != (head is None):
             raise ValueError(
                 "the network has a variance head that no term of the objective trains"

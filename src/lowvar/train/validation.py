@@ -50,6 +50,7 @@ class Bin:
         logsnr_low, logsnr_high: the range.
         n: evaluations.
         loss, se: mean, and standard error given the images.
+        error, error_se: likewise, of the unweighted squared error of the prediction target.
         variance, variance_se: of the head's term in bits a dimension; None without head.
     """
 
@@ -58,6 +59,8 @@ class Bin:
     n: int
     loss: float
     se: float
+    error: float
+    error_se: float
     variance: float | None = None
     variance_se: float | None = None
 
@@ -76,6 +79,7 @@ class ValidationLoss:
         low, high: 95% interval for the loss on these images, over times and noise.
         population_low, population_high: 95% interval for all such images.
         error: mean squared error of the prediction target, unweighted.
+        error_low, error_high: 95% interval for it on these images.
         variance: the head's term in bits a dimension; None without head.
         bins: by noise level, from little noise to much.
     """
@@ -86,6 +90,8 @@ class ValidationLoss:
     population_low: float
     population_high: float
     error: float
+    error_low: float
+    error_high: float
     variance: float | None
     bins: tuple[Bin, ...]
 
@@ -138,16 +144,17 @@ class ValidationSet:
         if self.n < 2:
             raise ValueError(f"there are {self.n} validation images; a validation needs at least 2")
         self._noise = Independent(seed)
-        self.linear = LinearLoss.of(self._batches(), prediction, weighting, sigma_data)
+        self.linear = LinearLoss.of(self.batches(), prediction, weighting, sigma_data)
         spread = torch.zeros(BINS, dtype=torch.float64)
         expected = []
-        for x0 in self._batches():
+        for x0 in self.batches():
             expected.append(self.linear.given_image(x0, schedule, times, BINS))
             spread += self.linear.spread(x0, schedule, times, BINS) ** 2 * (len(x0) / self.n)
         self._expected = torch.cat(expected)
         self.design = make_design(self.n, allocation(spread.sqrt()) if density is None else density, self._noise)
 
-    def _batches(self) -> Iterator[Tensor]:
+    def batches(self) -> Iterator[Tensor]:
+        """The images."""
         for rows in torch.arange(self.n).split(_CHUNK):
             yield self.images.images(rows)
 
@@ -186,6 +193,14 @@ class ValidationSet:
         """What the meter says of a column of a table of values."""
         return measure(self.design, values[:, column], values[:, 3:], self._expected)
 
+    def change(self, before: Tensor, after: Tensor) -> tuple[float, float, float]:
+        """By how much the loss changed between two tables of values, with a 95% interval: on common noise.
+
+        The noise, times and images are the same, so the interval is that of the differences, evaluation by evaluation.
+        """
+        total = measure(self.design, (after - before)[:, 0], after[:, 3:], self._expected).total
+        return total.value, *total.interval
+
     def summary(self, values: Tensor, has_variance: bool) -> ValidationLoss:
         """Means, intervals and bins of a table of values."""
         loss, error = self.measured(values), self.measured(values, 1)
@@ -195,12 +210,13 @@ class ValidationSet:
         for k in range(BINS):
             value, se, count = loss.bins[k].tolist()
             head = (None, None) if variance is None else variance.bins[k, :2].tolist()
-            bins.append(Bin(edges[k + 1], edges[k], int(count), value, se, *head))
+            bins.append(Bin(edges[k + 1], edges[k], int(count), value, se, *error.bins[k, :2].tolist(), *head))
         return ValidationLoss(
             loss.total.value,
             *loss.total.interval,
             *loss.total.population,
             error.total.value,
+            *error.total.interval,
             None if variance is None else variance.total.value,
             tuple(bins),
         )
