@@ -16,13 +16,15 @@ from lowvar.cli.train import save_trained
 from lowvar.data import Data, TensorImages, load
 from lowvar.errors import UserError
 from lowvar.pipelines import ImagePipeline, denoiser_of, open_pipeline
-from lowvar.process import VE, CosineVP, Flow, NetworkDenoiser
+from lowvar.process import VE, CosineVP, Flow, NetworkDenoiser, ReverseKernel
 from lowvar.process.discrete import DiscreteVP
 from lowvar.process.grid import uniform
 from lowvar.process.multistep import MultistepSolver
 from lowvar.process.noise import Independent, TorchGenerators
 from lowvar.sample import generate
+from lowvar.sample.likelihood import step_bits
 from lowvar.train import (
+    HybridVLB,
     LossSecondMomentTimes,
     Objective,
     Simple,
@@ -414,6 +416,29 @@ def test_steps_of_the_bound_are_a_shifted_grid(schedule: Any) -> None:
     assert np.allclose(np.diff(seen[:-1]), -(1 - low) / steps)
     assert low <= seen[-2] <= low + (1 - low) / steps
     assert seen[-1] == 0.0
+
+
+@pytest.mark.parametrize(("schedule", "prediction"), [(VE(), "edm"), (Flow(2.0), "flow")], ids=["edm", "flow"])
+def test_bound_of_a_continuous_step(schedule: Any, prediction: Any) -> None:
+    """Terms at three times = the library's for steps of (1 - t_min) / T, the decoder's within the first of them."""
+    low, steps, kernel = schedule.t_min, 8, ReverseKernel(variance="posterior", last="decoder")
+    t = low + (1 - low) * torch.tensor([0.1, 0.4, 0.95], dtype=torch.float64)
+    level, noise = schedule.at(t), Independent(5)
+    x0, eps, raw = (noise.normal(range(3), (1, 2, 2), draw=k, dtype=torch.float64) for k in range(3))
+    x = level.alpha.reshape(3, 1, 1, 1) * x0 + level.sigma.reshape(3, 1, 1, 1) * eps
+    denoiser = NetworkDenoiser(
+        lambda x, _: torch.cat([0.3 * x, raw], 1), schedule, prediction, "logvar", sigma_data=0.8
+    )
+    out, head = denoiser.raw(x, level)
+    assert head is not None
+    found = HybridVLB(levels=17, steps=steps).bits(denoiser, x0, x, level, out, head)
+    down = torch.where(t - (1 - low) / steps > low, t - (1 - low) / steps, 0.0)
+    assert (down > 0).tolist() == [False, True, True]
+    for k in range(3):
+        one = schedule.at(t[k])
+        posterior = denoiser.interpret(x[k : k + 1], one, out[k : k + 1], head[k : k + 1])
+        exact = step_bits(x0[k : k + 1], x[k : k + 1], posterior, kernel, one, schedule.at(down[k]), levels=17)
+        torch.testing.assert_close(found[k : k + 1], exact, rtol=1e-9, atol=1e-10)
 
 
 # ----------------------------------------------------------------------------------------------------- the loop, resume
