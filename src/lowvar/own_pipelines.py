@@ -1,7 +1,7 @@
-r"""Pipelines that diffusers has no class for: rows of a table, and images of a class.
+r"""Pipelines that diffusers has no class for: rows of a table, images of a class, images of any noise schedule.
 
-Both are pipelines of diffusers: `save_pretrained` writes a folder with model_index.json and safetensors weights, and
-the class's `from_pretrained` (or `lowvar.pipelines.open_pipeline`, which knows both) reads it.
+They are pipelines of diffusers: `save_pretrained` writes a folder with model_index.json and safetensors weights, and
+the class's `from_pretrained` (or `lowvar.pipelines.open_pipeline`, which knows them) reads it.
 
 A network with classes 0 .. K - 1 was trained with its class now and then replaced by the null class K (Ho & Salimans
 2022), so it also knows the mixture of all classes, and guidance of scale w asks it twice:
@@ -28,7 +28,15 @@ from lowvar.data.columns import Columns
 from lowvar.errors import UserError
 from lowvar.process.noise import TorchGenerators
 
-__all__ = ["ClassConditionalPipeline", "ClassGuided", "TableOutput", "TablePipeline", "class_number", "null_class"]
+__all__ = [
+    "ClassConditionalPipeline",
+    "ClassGuided",
+    "ImagePipeline",
+    "TableOutput",
+    "TablePipeline",
+    "class_number",
+    "null_class",
+]
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -252,12 +260,69 @@ class ClassConditionalPipeline(DiffusionPipeline):
             batch_size, generator, num_inference_steps, class_labels, guidance_scale: as of `TablePipeline`.
             output_type: `pil`, `np` (n, H, W, C) or `pt` (n, C, H, W), the arrays in [0, 1].
         """
-        config = cast("Any", self).unet.config
-        size = config.sample_size
-        shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))
-        x = _sampled(self, shape, batch_size, num_inference_steps, class_labels, guidance_scale, generator)
-        images: Any = (x / 2 + 0.5).clamp(0, 1).cpu()
-        if output_type != "pt":
-            images = images.permute(0, 2, 3, 1).numpy()
-            images = self.numpy_to_pil(images) if output_type == "pil" else images
-        return ImagePipelineOutput(images=images)
+        return _images(self, batch_size, num_inference_steps, class_labels, guidance_scale, generator, output_type)
+
+
+class ImagePipeline(DiffusionPipeline):
+    """Images, by the whole of the scheduler's protocol.
+
+    diffusers' DDPMPipeline starts from noise of variance 1 and gives the network the state as it is, which is right for
+    variance-preserving and flow schedules. EDM's scheduler has a start of another size (`init_noise_sigma`) and scales
+    what the network is given (`scale_model_input`).
+
+    Args:
+        unet: a UNet2DModel.
+        scheduler: a scheduler of diffusers or ours.
+
+    Example:
+        >>> from diffusers import EDMEulerScheduler, UNet2DModel
+        >>> shape = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8,)}
+        >>> blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "norm_num_groups": 4}
+        >>> pipeline = ImagePipeline(UNet2DModel(**shape, **blocks), EDMEulerScheduler())
+        >>> pipeline.set_progress_bar_config(disable=True)
+        >>> tuple(pipeline(2, num_inference_steps=2, output_type="pt").images.shape)
+        (2, 1, 8, 8)
+    """
+
+    model_cpu_offload_seq = "unet"
+
+    def __init__(self, unet: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: Generators = None,
+        num_inference_steps: int = 20,
+        output_type: str = "pil",
+    ) -> ImagePipelineOutput:
+        """Samples images.
+
+        Args:
+            batch_size, generator, num_inference_steps: as of `TablePipeline`.
+            output_type: as of `ClassConditionalPipeline`.
+        """
+        return _images(self, batch_size, num_inference_steps, None, 1.0, generator, output_type)
+
+
+def _images(
+    pipeline: Any,
+    n: int,
+    steps: int,
+    labels: int | Sequence[int] | Tensor | None,
+    scale: float,
+    generator: Generators,
+    output_type: str,
+) -> ImagePipelineOutput:
+    """Samples of a pipeline with a `unet` as images."""
+    config = pipeline.unet.config
+    size = config.sample_size
+    shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))
+    x = _sampled(pipeline, shape, n, steps, labels, scale, generator)
+    images: Any = (x / 2 + 0.5).clamp(0, 1).cpu()
+    if output_type != "pt":
+        images = images.permute(0, 2, 3, 1).numpy()
+        images = pipeline.numpy_to_pil(images) if output_type == "pil" else images
+    return ImagePipelineOutput(images=images)

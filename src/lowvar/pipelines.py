@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lowvar.errors import UserError
 from lowvar.models import ResidualMLP
-from lowvar.own_pipelines import ClassConditionalPipeline, ClassGuided, TablePipeline, null_class
+from lowvar.own_pipelines import ClassConditionalPipeline, ClassGuided, ImagePipeline, TablePipeline, null_class
 from lowvar.process.denoiser import Head, NetworkDenoiser, Prediction
 from lowvar.process.discrete import schedule_from_diffusers
 from lowvar.process.head import rank_of
@@ -36,6 +36,7 @@ from lowvar.schedulers._fields import require_edm
 
 __all__ = [
     "ClassConditionalPipeline",
+    "ImagePipeline",
     "TablePipeline",
     "denoiser_of",
     "keep_head",
@@ -46,7 +47,7 @@ __all__ = [
 
 INDEX = "model_index.json"
 _OWN = {ReverseVarianceScheduler.__module__: ReverseVarianceScheduler, ResidualMLP.__module__: ResidualMLP}
-_OWN_PIPELINES = {kind.__name__: kind for kind in (ClassConditionalPipeline, TablePipeline)}
+_OWN_PIPELINES = {kind.__name__: kind for kind in (ClassConditionalPipeline, ImagePipeline, TablePipeline)}
 _LIBRARIES = ("diffusers", "transformers", *_OWN)
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".msgpack")
 _PREDICTIONS: dict[str, Prediction] = {

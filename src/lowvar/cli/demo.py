@@ -14,7 +14,14 @@ from lowvar.cli.console import Console, score_table
 from lowvar.cli.folders import check_free, publish
 from lowvar.cli.options import MaybeInt, Sampling, at_least, choose_device
 from lowvar.cli.stops import stop_word
-from lowvar.cli.train import clear_partial, partial_of, run_training, save_trained, weighting_figure
+from lowvar.cli.train import (
+    about_schedule,
+    clear_partial,
+    partial_of,
+    run_training,
+    save_trained,
+    weighting_figure,
+)
 
 if TYPE_CHECKING:
     from lowvar.evaluation import Cell, Evaluation
@@ -166,7 +173,7 @@ class Demo(Sampling):
             loss=last["loss"],
             validation_loss=last["validation_loss"],
             training_seconds=round(trainer.seconds, 3),
-            schedule=config.beta_schedule,
+            schedule=about_schedule(trainer),
             network=model.about,
             data=about_data(data),
             training=dataclasses.asdict(config),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lowvar.train.config import TrainConfig
     from lowvar.train.loop import Trainer
 
-__all__ = ["Train", "partial_of", "run_training", "save_trained", "weighting_figure"]
+__all__ = ["Train", "about_schedule", "partial_of", "run_training", "save_trained", "weighting_figure"]
 
 _OF_DATA = ("data", "size", "channels")
 
@@ -52,6 +52,9 @@ class Train(DataFlags, Common):
     """of weights, data order, times and noise; default: the config's"""
     checkpoint_every: MaybeInt = None
     """updates between checkpoints; default: the config's"""
+    process: MaybeText = None
+    """what is trained: vp (a table of betas), edm or flow, each with its own times and weighting; default: the
+    config's, or vp"""
     head: MaybeText = None
     """variance head: range, logvar, basis, lowrank or none; default: the config's"""
     rank: MaybeInt = None
@@ -72,7 +75,7 @@ class Train(DataFlags, Common):
         from lowvar.train.config import config_from
 
         values = {} if self.config is None else _read_yaml(self.config)
-        given = ("updates", "batch_size", "seed", "checkpoint_every", "head", "rank", "variance_reduction")
+        given = ("updates", "batch_size", "seed", "checkpoint_every", "process", "head", "rank", "variance_reduction")
         values |= {name: value for name in given if (value := getattr(self, name)) is not None}
         values |= {"conditional": True} if self.conditional else {}
         return config_from(values)
@@ -120,7 +123,7 @@ class Train(DataFlags, Common):
             low=last["low"],
             high=last["high"],
             training_seconds=round(trainer.seconds, 3),
-            schedule=config.beta_schedule,
+            schedule=about_schedule(trainer),
             network=about_network(trainer),
             data=about_data(data),
         )
@@ -202,6 +205,14 @@ def run_training(trainer: Trainer, folder: Path, console: Console) -> dict[str, 
     return last if last.get("update") == trainer.update else trainer.validate().record()
 
 
+def about_schedule(trainer: Trainer) -> str:
+    """The noise schedule in a few words, for a summary."""
+    config = trainer.config
+    if config.process == "vp":
+        return config.beta_schedule
+    return f"edm, sigma_data {trainer.sigma_data:g}" if config.process == "edm" else f"flow, shift {config.shift:g}"
+
+
 def about_network(trainer: Trainer) -> dict[str, Any]:
     """What stands in a summary about the trained network."""
     network = trainer.ema_network()
@@ -232,16 +243,13 @@ def save_trained(trainer: Trainer, folder: Path) -> Any:
     """Writes the averaged network as a pipeline with our scheduler; the pipeline."""
     from diffusers import DDPMPipeline
 
-    from lowvar.pipelines import ClassConditionalPipeline, TablePipeline
+    from lowvar.pipelines import ClassConditionalPipeline, ImagePipeline, TablePipeline
     from lowvar.schedulers import ReverseVarianceScheduler
+    from lowvar.train.processes import saved_fields
 
     config = trainer.config
     scheduler = ReverseVarianceScheduler(
-        num_train_timesteps=config.train_timesteps,
-        beta_schedule=config.beta_schedule,
-        prediction_type=config.prediction,
-        timestep_spacing="trailing",
-        variance="learned" if config.head != "none" else "small",
+        **saved_fields(config, trainer.schedule, trainer.sigma_data),
         head=config.network_head,
         spectrum=trainer.spectrum,
     )
@@ -252,6 +260,8 @@ def save_trained(trainer: Trainer, folder: Path) -> Any:
     elif trainer.classes is not None:
         names = getattr(trainer.data, "classes", ()) or map(str, range(trainer.classes.count))
         pipeline = ClassConditionalPipeline(network, scheduler, list(names))
+    elif config.process == "edm":  # diffusers' DDPMPipeline neither scales the start nor what the network is given
+        pipeline = ImagePipeline(network, scheduler)
     else:
         pipeline = DDPMPipeline(network, scheduler)  # type: ignore[arg-type]
     pipeline.save_pretrained(str(folder), safe_serialization=True)

@@ -36,6 +36,7 @@ from lowvar.train.optimal_transport import OptimalTransport, optimal_transport
 from lowvar.train.p2 import P2
 from lowvar.train.pairs import CrossPairs, IndependentSamples, OrthogonalNoise, Pairing, SameImagePairs
 from lowvar.train.piecewise import GivenTimes, LearnedBins, RunningMeans, continuous, piecewise_times
+from lowvar.train.processes import measured_sigma_data
 from lowvar.train.records import Change, Record, Sampled, Saved, TargetRecord, Update, Validation
 from lowvar.train.sobol import SobolPoints
 from lowvar.train.stable_target import ReferencePlan, StableInfo, StableTarget, memorisation, reference_noise
@@ -123,6 +124,7 @@ __all__ = [
     "make_references",
     "make_schedule",
     "make_times",
+    "measured_sigma_data",
     "memorisation",
     "nearest_noise",
     "optimal_transport",

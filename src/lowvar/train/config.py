@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 from torch import Tensor
 
 from lowvar.errors import UserError
-from lowvar.process.discrete import DiscreteVP, schedule_from_diffusers
 from lowvar.process.head import MAX_RANK, Head
 from lowvar.process.schedule import Schedule
 from lowvar.train.clusters import cluster_labels
@@ -36,9 +36,10 @@ from lowvar.train.objectives import LikelihoodOnly, Objective, Simple, VarianceT
 from lowvar.train.optimal_transport import OptimalTransport
 from lowvar.train.p2 import P2
 from lowvar.train.pairs import CrossPairs, IndependentSamples, OrthogonalNoise, Pairing, SameImagePairs
+from lowvar.train.processes import PROCESS_DEFAULTS, Process, plain_times, process_schedule, refusal
 from lowvar.train.sobol import SobolPoints
 from lowvar.train.stable_target import ReferencePlan, reference_noise
-from lowvar.train.timesteps import LossSecondMomentTimes, Times, UniformTimes
+from lowvar.train.timesteps import LossSecondMomentTimes, Times
 
 __all__ = [
     "PRESETS",
@@ -50,6 +51,7 @@ __all__ = [
     "make_references",
     "make_schedule",
     "make_times",
+    "make_weighting",
 ]
 
 # What the word `variance_reduction` of a config stands for: settings, which those given beside it replace. `auto` is
@@ -61,6 +63,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 _REFERENCES = 1024
 _NO_SETTINGS = ("TrainConfig", "NetworkConfig", "constrained-int", "literal['all']")  # in the place of an error
+_BINS = 64  # of loss-second-moment times where there is no table
 WEIGHTINGS: dict[str, Weighting] = {
     "simple": Simple(),
     "min-snr": MinSNR(),
@@ -84,7 +87,12 @@ class TrainConfig:
         weight_decay: of AdamW.
         clip_grad: largest gradient norm; 0 does not clip.
         ema: decay of the moving average of the weights, which is what comes out.
-        prediction: what the network predicts.
+        process: `vp`, a table of betas; `edm` (Karras et al. 2022) or `flow` (flow matching), both with continuous
+            times. It chooses the schedule, and prediction, times, weighting and head where they are not given
+            (`lowvar.train.processes`).
+        sigma_data: of process edm: standard deviation of the data, or `data`: measured on the training split.
+        shift: of process flow: moves its times towards noise (Esser et al. 2024); 1 does not.
+        prediction: what the network predicts: epsilon, v_prediction or sample with process vp, else the process's own.
         head: variance head (`lowvar.process.head`): `range`, `logvar`, `basis`, `lowrank` or `none`.
         rank: directions of head `lowrank`; None: 4.
         basis: of head `basis`: `dct`, or `pca` of the training data; None: `dct`.
@@ -146,7 +154,10 @@ class TrainConfig:
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.995
-    prediction: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
+    process: Process = "vp"
+    sigma_data: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["data"] = 0.5
+    shift: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    prediction: Literal["epsilon", "v_prediction", "sample", "edm", "flow"] = "v_prediction"
     head: Literal["range", "logvar", "basis", "lowrank", "none"] = "range"
     rank: Annotated[int, Field(ge=0, le=MAX_RANK)] | None = None
     basis: Literal["dct", "pca"] | None = None
@@ -186,6 +197,27 @@ class TrainConfig:
     sample_every: Annotated[int, Field(ge=0)] = 0
     posthoc_ema: bool = False
     noise_scale_every: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_process(cls, values: Any) -> Any:
+        """Fills in the process's own defaults for what is not given."""
+        places, given = (values.args, values.kwargs or {}) if isinstance(values, ArgsKwargs) else ((), values)
+        if not isinstance(given, Mapping):
+            return values
+        process = given.get("process", "vp")
+        own = PROCESS_DEFAULTS.get(process, {}) if isinstance(process, str) else {}
+        by_place = [field.name for field in fields(cls)][: len(places)]
+        more = {name: value for name, value in own.items() if name not in by_place}
+        return ArgsKwargs(tuple(places), {**more, **given})
+
+    @model_validator(mode="after")
+    def _fits_the_process(self) -> Self:
+        """Refuses settings of another process."""
+        sentence = refusal(self, {field.name: field.default for field in fields(self)})
+        if sentence is not None:
+            raise ValueError(sentence)
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -284,7 +316,10 @@ def config_from(values: Mapping[str, Any]) -> TrainConfig:
     preset = "off" if preset is False else preset  # YAML reads a bare `off` as false
     if not isinstance(preset, str) or preset not in PRESETS:
         raise UserError(f"the setting variance_reduction is {preset!r}; allowed: {', '.join(PRESETS)}")
-    values = PRESETS[preset] | values
+    parts = dict(PRESETS[preset])
+    if values.get("process") == "edm":  # whose lognormal times are its objective; others would be of another
+        parts.pop("times", None)
+    values = parts | values
     try:
         return TypeAdapter(TrainConfig).validate_python(values)
     except ValidationError as error:
@@ -297,6 +332,8 @@ def _sentence(error: ValidationError) -> str:
         return first["msg"].removeprefix("Value error, ")
     where = [str(piece) for piece in first["loc"] if str(piece) not in _NO_SETTINGS]
     path = ".".join(where)
+    if where[0] == "sigma_data":
+        return f"the setting sigma_data is {first['input']!r}; give a number above 0, or data to measure it on the data"
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         allowed = [
             f.name for f in fields(NetworkConfig if where[:1] == ["network"] and len(where) > 1 else TrainConfig)
@@ -311,18 +348,24 @@ def _sentence(error: ValidationError) -> str:
     return f"the setting {path} is {first['input']!r}: {message}"
 
 
-def make_schedule(config: TrainConfig) -> DiscreteVP:
-    """The noise schedule: the table diffusers' schedulers have for these settings, in float64."""
-    schedule = schedule_from_diffusers(
-        {"beta_schedule": config.beta_schedule, "num_train_timesteps": config.train_timesteps}
-    )
-    if not isinstance(schedule, DiscreteVP):
-        raise TypeError(f"expected a table of betas, got {type(schedule).__name__}")
-    return schedule
+def make_schedule(config: TrainConfig) -> Schedule:
+    """The noise schedule of the process, in float64: for vp the table diffusers' schedulers have for these settings."""
+    return process_schedule(config)
 
 
-def make_objective(config: TrainConfig, levels: int | None = 256) -> Objective:
-    """The objective; `levels` are the data's grey levels, for the likelihood bins of the hybrid loss."""
+def make_weighting(config: TrainConfig, sigma_data: float = 0.5) -> Weighting:
+    """The weighting; `sigma_data` is process edm's, as a number."""
+    return EDM(sigma_data) if config.weighting == "edm" else WEIGHTINGS[config.weighting]
+
+
+def make_objective(config: TrainConfig, levels: int | None = 256, sigma_data: float = 0.5) -> Objective:
+    """The objective.
+
+    Args:
+        config: settings.
+        levels: grey levels of the data, for the likelihood bins of the hybrid loss.
+        sigma_data: of process edm, as a number.
+    """
     weight = config.head_weight
     term: VarianceTerm | None = None
     if config.head != "none":
@@ -331,20 +374,23 @@ def make_objective(config: TrainConfig, levels: int | None = 256) -> Objective:
             term = HybridVLB(0.001 if weight is None else weight, levels)
         else:
             term = PosteriorNLL(0.01 if weight is None else weight)
-    return Objective(WEIGHTINGS[config.weighting], term, config.detach_mean)
+    return Objective(make_weighting(config, sigma_data), term, config.detach_mean)
 
 
-def make_times(config: TrainConfig, schedule: Schedule) -> Times:
-    """The density of training times."""
-    plain, weighted = UniformTimes(config.train_timesteps), config.times_weighted
+def make_times(config: TrainConfig, schedule: Schedule, sigma_data: float = 0.5) -> Times:
+    """The density of training times; `sigma_data` is process edm's, as a number."""
+    plain, weighted = plain_times(config, schedule), config.times_weighted
     if config.times == "uniform":
         return plain
     if config.times == "loss-second-moment":
-        return LossSecondMomentTimes(config.train_timesteps)
+        if plain.steps is None:
+            return LossSecondMomentTimes(_BINS, plain=plain)
+        return LossSecondMomentTimes(plain.steps)
     if config.times == "gradient-norm":
         return GradientNormTimes(plain=plain)
     if config.times == "entropy-rate":
-        return EntropyRateTimes(schedule, config.prediction, WEIGHTINGS[config.weighting], plain=plain)
+        weighting = make_weighting(config, sigma_data)
+        return EntropyRateTimes(schedule, config.prediction, weighting, sigma_data, plain=plain)
     if config.times == "learned-schedule":
         return LearnedScheduleTimes(plain)
     if config.times == "logit-normal":

@@ -26,12 +26,14 @@ class Fitted:
         schedule: its noise schedule.
         config: its settings.
         last: the final validation.
+        sigma_data: of process edm: standard deviation of the data that the network was trained for.
     """
 
     network: nn.Module
     schedule: Schedule
     config: TrainConfig
     last: Validation
+    sigma_data: float = 0.5
 
 
 def fit(
@@ -72,4 +74,4 @@ def fit(
                     warned = True
                 bar.set_postfix(validation=f"{record.validation.loss:.4f}", speed=f"{record.images_per_second:,.0f}/s")
     last = trainer.validate() if last is None else last
-    return Fitted(trainer.ema_network(), trainer.schedule, config, last)
+    return Fitted(trainer.ema_network(), trainer.schedule, config, last, trainer.sigma_data)

@@ -12,6 +12,10 @@ the diagonal of C.
 A step of size snr_s - snr_t sees C through (snr_s - snr_t) C only, and squared: at T = 1000 the bound says little about
 C (the range head has the same trouble). `PosteriorNLL` asks about C itself.
 
+A continuous schedule has no table. Its T-step grids are t_min + (1 - t_min) (k + w) / T, k = 0 .. T - 1, and clean data
+below: a uniform time in [t_min, 1] is a uniform w and a uniform k, so that T times its term estimates the bound's sum
+averaged over the shifts w.
+
 Where the mean is not detached (`Objective.detach_mean`), the bound trains the mean as well.
 """
 
@@ -39,8 +43,10 @@ def training_steps(schedule: Schedule, default: int = 1000) -> int:
     return schedule.steps if isinstance(schedule, DiscreteVP) else default
 
 
-def neighbours(schedule: Schedule, t: Tensor, steps: int) -> tuple[Level, Level]:
+def neighbours(schedule: Schedule, t: Tensor, steps: int, t_min: float = 0.0) -> tuple[Level, Level]:
     """The levels at t - 1/T (clean data for t <= 1/T) and at t + 1/T (at most 1), (B,) each.
+
+    With `t_min` the step is (1 - t_min) / T, and clean data follow on times up to t_min plus a step.
 
     Example:
         >>> from lowvar.process import CosineVP
@@ -48,11 +54,12 @@ def neighbours(schedule: Schedule, t: Tensor, steps: int) -> tuple[Level, Level]
         >>> [round(v, 6) for v in s.t.tolist()], [round(v, 6) for v in before.t.tolist()]
         ([0.0, 0.499, 0.999], [0.002, 0.501, 1.0])
     """
-    position = t.double() * steps
+    position = (t.double() - t_min) / (1 - t_min) * steps
     whole = position.round()
     position = torch.where((position - whole).abs() < 1e-6, whole, position)  # a knot of the table stays one
     down, up = (position - 1).clamp_min(0) / steps, (position + 1).clamp_max(steps) / steps
-    return schedule.at(down), schedule.at(up)
+    down = torch.where(down > 0, t_min + (1 - t_min) * down, 0.0)
+    return schedule.at(down), schedule.at((t_min + (1 - t_min) * up).clamp_max(1.0))
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,9 @@ class HybridVLB(VarianceTerm):
     def bits(self, denoiser: NetworkDenoiser, x0: Tensor, x: Tensor, level: Level, out: Tensor, head: Tensor) -> Tensor:
         """See the base class."""
         posterior, data = self._posterior(denoiser, x0, x, level, out, head)
-        s, before = neighbours(denoiser.schedule, level.t.cpu(), training_steps(denoiser.schedule, self.steps))
+        schedule = denoiser.schedule
+        t_min = 0.0 if isinstance(schedule, DiscreteVP) else schedule.t_min
+        s, before = neighbours(schedule, level.t.cpu(), training_steps(schedule, self.steps), t_min)
         kernel = ReverseKernel(variance="learned" if denoiser.head == "range" else "posterior", last="decoder")
         where = level.t.device
         return step_bits(data, x, posterior, kernel, level, s.to(where), before.to(where), self.levels)

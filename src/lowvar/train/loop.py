@@ -40,12 +40,12 @@ from lowvar.train.noise_probe import Blocks, flat_gradient, moments, rows_of
 from lowvar.train.noise_scale import NoiseScale
 from lowvar.train.objectives import Losses, Objective
 from lowvar.train.optimum import OptimumBounds, optimum_bounds
+from lowvar.train.processes import plain_times, resolved_sigma_data
 from lowvar.train.records import Change, Record, Sampled, Saved, TargetRecord, Update, Validation
 from lowvar.train.snapshot import Parts, capture, restore
 from lowvar.train.spectrum import make_spectrum, restored, stored
 from lowvar.train.stable_target import StableTarget, memorisation
 from lowvar.train.targets import GivenTarget, PlainTarget, Target
-from lowvar.train.timesteps import UniformTimes
 from lowvar.train.tracking import (
     check_pictures,
     check_trackers,
@@ -159,9 +159,10 @@ class Trainer:
                 f"batch_size {config.batch_size} does not divide among {parts} processes; give a multiple of {parts}"
             )
         self.schedule = make_schedule(config)
-        self.objective: Objective = make_objective(config, data.levels)
+        self.sigma_data = resolved_sigma_data(config, data.train)
+        self.objective: Objective = make_objective(config, data.levels, self.sigma_data)
         self.uncertainty = Uncertainty(seed=config.seed) if config.weighting == "uncertainty" else None
-        self.times = make_times(config, self.schedule)
+        self.times = make_times(config, self.schedule, self.sigma_data)
         self.plan = make_plan(config, data.train, self.schedule)
         if config.strata == "cluster" and self.plan.labels is not None and parts > 1:  # rounding may differ
             shared = _of_the_main_process(self.accelerator, {"labels": self.plan.labels})
@@ -180,9 +181,10 @@ class Trainer:
         self.validation = ValidationSet(
             data.calibration,
             self.schedule,
-            UniformTimes(config.train_timesteps),
+            plain_times(config, self.schedule),
             prediction=config.prediction,
             weighting=self.objective.weighting,
+            sigma_data=self.sigma_data,
         )
         self.spectrum = None if config.head_basis is None else make_spectrum(data, config.head_basis)
         if self.spectrum is not None and parts > 1:  # eigenvectors may differ between machines
@@ -224,8 +226,10 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------- one update
 
     def _as_denoiser(self, network: nn.Module) -> NetworkDenoiser:
-        head = self.config.network_head
-        return NetworkDenoiser(network, self.schedule, self.config.prediction, head, spectrum=self.spectrum)
+        c = self.config
+        return NetworkDenoiser(
+            network, self.schedule, c.prediction, c.network_head, sigma_data=self.sigma_data, spectrum=self.spectrum
+        )
 
     def _step(self) -> Update:
         a = self.accelerator
@@ -355,8 +359,10 @@ class Trainer:
 
     def _diagnosis(self, draws: Draws, losses: Losses) -> str:
         bad = ~torch.isfinite(losses.loss.detach()).cpu()
-        edges = logsnr_edges(self.schedule)
-        numbers = sorted({min(int(t * BINS), BINS - 1) for t in (draws.level.t.cpu()[bad] - 1e-9).tolist()})
+        least = self.validation.times.t_min
+        edges = logsnr_edges(self.schedule, least)
+        place = (draws.level.t.cpu()[bad] - 1e-9 - least) / (1 - least)
+        numbers = sorted({min(max(int(v * BINS), 0), BINS - 1) for v in place.tolist()})
         where = ", ".join(f"{edges[k + 1]:.2g} to {edges[k]:.2g}" for k in numbers) or "of another process"
         return (
             f"the loss is not finite at update {self.update + 1} in the logsnr bin {where} ({int(bad.sum())} of "

@@ -8,6 +8,9 @@ expectation.
     loss second moment   q_n = (1 - m) r_n / sum r + m / T,  r_n = sqrt(mean of the last 10 losses^2 at n),  m = 0.001;
                          uniform until every n has 10 losses (Nichol & Dhariwal 2021, Sec. 3.3)
 
+Continuous times have no table; there n is a bin of the uniform number behind the time, within which q is constant (see
+`piecewise`).
+
 The variance of a weighted loss is E_q[(l / (T q))^2] - L^2, least for q_n proportional to sqrt(E l_n^2). Noise is an
 argument: the time of sample i is the inverse cdf of q at the uniform number of sample i (`at`), so that numbers that
 are stratified or shared between samples serve every density. What a density has learned
@@ -162,6 +165,7 @@ class LossSecondMomentTimes(Times):
         uniform: m, the share of the uniform density.
         losses: (T, history) float64, a ring a row; entry `counts % history` is overwritten next. Default: zeros.
         counts: losses seen a timestep, (T,) int64. Default: zeros.
+        plain: the continuous times that are weighted for; `steps` is then a number of bins. None: a table.
 
     Example:
         >>> times = LossSecondMomentTimes(steps=2, history=1, uniform=0.5)
@@ -174,6 +178,7 @@ class LossSecondMomentTimes(Times):
     uniform: float = 0.001
     losses: Tensor = field(default=None)  # type: ignore[assignment]
     counts: Tensor = field(default=None)  # type: ignore[assignment]
+    plain: UniformTimes | None = None
     label: ClassVar[Label] = "unbiased"
 
     def __post_init__(self) -> None:
@@ -206,6 +211,10 @@ class LossSecondMomentTimes(Times):
     def at(self, u: Tensor) -> TimeDraw:
         """See the base class."""
         q = self.probabilities()
+        if self.plain is not None:
+            from lowvar.train.piecewise import piecewise_times
+
+            return piecewise_times(q, self.plain, u)
         n = torch.searchsorted(q.cumsum(0), u.double().cpu(), right=True).clamp_max(self.steps - 1)
         return TimeDraw((n + 1).double() / self.steps, 1 / (self.steps * q[n]), n)
 

@@ -36,9 +36,9 @@ _EDGE = 30.0
 _CHUNK = 256  # of the passes over the images alone: the design does not depend on the batch size
 
 
-def logsnr_edges(schedule: Schedule) -> list[float]:
-    """Edges of the 8 bins in logsnr, decreasing, 9 numbers within +-30: the logsnr at times 0, 1/8, .., 1."""
-    logsnr = schedule.logsnr(torch.linspace(0, 1, BINS + 1, dtype=torch.float64))
+def logsnr_edges(schedule: Schedule, t_min: float = 0.0) -> list[float]:
+    """Edges of the 8 bins in logsnr, decreasing, 9 numbers within +-30: the logsnr at the eighths of [t_min, 1]."""
+    logsnr = schedule.logsnr(t_min + (1 - t_min) * torch.linspace(0, 1, BINS + 1, dtype=torch.float64))
     return logsnr.clamp(-_EDGE, _EDGE).tolist()
 
 
@@ -205,7 +205,7 @@ class ValidationSet:
         """Means, intervals and bins of a table of values."""
         loss, error = self.measured(values), self.measured(values, 1)
         variance = self.measured(values, 2) if has_variance else None
-        edges = logsnr_edges(self.schedule)
+        edges = logsnr_edges(self.schedule, self.times.t_min)
         bins = []
         for k in range(BINS):
             value, se, count = loss.bins[k].tolist()
