@@ -13,6 +13,7 @@ from lowvar.calibrate.grids import calibrated_grid, cost_curve, fewest_steps_for
 from lowvar.calibrate.heads import HEADS, add_head, make_head
 from lowvar.calibrate.jacobian import JacobianTrace
 from lowvar.calibrate.lowrank import LowRank
+from lowvar.calibrate.mean import MeanFit, fit_mean
 from lowvar.calibrate.mixture import fit_mixture
 from lowvar.calibrate.npr import NPR
 from lowvar.calibrate.ocm import OCM
@@ -41,6 +42,7 @@ __all__ = [
     "JacobianTrace",
     "LowRank",
     "MarginalDeficit",
+    "MeanFit",
     "add_head",
     "analytic_variance",
     "calibrate",
@@ -52,6 +54,7 @@ __all__ = [
     "estimator_table",
     "fewest_steps_for",
     "fit_head",
+    "fit_mean",
     "fit_mixture",
     "fit_twin",
     "make_head",

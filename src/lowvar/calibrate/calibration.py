@@ -23,6 +23,7 @@ from lowvar.calibrate.conditional import ConditionalTable
 from lowvar.calibrate.convert import Converted
 from lowvar.calibrate.estimator import HeadEstimator
 from lowvar.calibrate.heads import HEADS, read_head, write_head
+from lowvar.calibrate.mean import fit_mean
 from lowvar.calibrate.mixture import COMPONENTS, fit_mixture
 from lowvar.calibrate.path import LEVELS, PATHS, path_moments
 from lowvar.calibrate.residual import ResidualMoments, residual_moments
@@ -31,6 +32,7 @@ from lowvar.calibrate.table import CovarianceTable, Structure
 from lowvar.calibrate.twin import fit_twin
 from lowvar.errors import UserError
 from lowvar.process.basis import Basis, DCTBasis, MatrixBasis, PixelBasis
+from lowvar.process.corrected import CorrectedDenoiser, MeanCorrection
 from lowvar.process.covariance import BasisDiagonal
 from lowvar.process.denoiser import CovarianceModel, Denoiser, WithCovariance
 from lowvar.process.mixture import MixtureTwin
@@ -87,6 +89,7 @@ class Calibration:
         converted: C from a learned-range head, or None.
         conditional: tables by class, by structure.
         levels: grey levels of the data, where they have any.
+        mean: correction of the denoiser's mean that everything else was measured with, or None (see `corrected`).
     """
 
     fingerprint: str
@@ -103,6 +106,7 @@ class Calibration:
     converted: Converted | None = None
     conditional: Mapping[Structure, ConditionalTable] = field(default_factory=dict)
     levels: int | None = None
+    mean: MeanCorrection | None = None
 
     @property
     def event_shape(self) -> torch.Size:
@@ -173,7 +177,7 @@ class Calibration:
         clip: float | None = None,
         labels: Tensor | None = None,
     ) -> WithCovariance:
-        """The denoiser with the calibrated covariance of a structure.
+        """The denoiser with its mean corrected, where a correction was fitted, and the covariance of a structure.
 
         Args:
             denoiser: the denoiser that was calibrated, with the same clipping.
@@ -186,8 +190,20 @@ class Calibration:
         Raises:
             UserError: if the schedule is another one or there is no such table.
         """
+        return WithCovariance(self.corrected(denoiser), self.model(structure, labels), clip)
+
+    def corrected(self, denoiser: Denoiser) -> Denoiser:
+        """The denoiser that was measured: with its mean corrected, or as it is where it is so or nothing was fitted.
+
+        Args:
+            denoiser: the denoiser that was calibrated, with the same clipping.
+
+        Raises:
+            UserError: if the schedule is another one.
+        """
         self.require(denoiser.schedule)
-        return WithCovariance(denoiser, self.model(structure, labels), clip)
+        done = self.mean is None or isinstance(denoiser, CorrectedDenoiser)
+        return denoiser if done or self.mean is None else CorrectedDenoiser(denoiser, self.mean)
 
     def path_grid(self, schedule: Schedule, steps: int) -> Tensor:
         """The grid of the twin's flow: the best `steps` evaluations by the statistics of its remainder.
@@ -244,6 +260,12 @@ class Calibration:
             fields["mixture"] = {"weight": self.mixture.weight.tolist(), **parts}
         if self.paths is not None:
             fields["paths"] = {k: put(f"paths.{k}", getattr(self.paths, k)) for k in _PATHS}
+        if self.mean is not None:
+            fields["mean"] = {
+                "logsnr": self.mean.logsnr.tolist(),
+                "clip": self.mean.clip,
+                "coefficient": put("mean.coefficient", self.mean.coefficient),
+            }
         if self.heads:
             fields["heads"] = {name: write_head(head, keep) for name, head in self.heads.items()}
         if self.conditional:
@@ -297,6 +319,10 @@ class Calibration:
             mixture = MixtureTwin(parts[0], parts[1], parts[2], basis)
         if "paths" in fields:
             paths = PathMoments(*(get(fields["paths"][k]) for k in _PATHS))
+        mean = None
+        if "mean" in fields and mixture is not None:
+            part = fields["mean"]
+            mean = MeanCorrection(mixture, get(part["logsnr"]), get(part["coefficient"]), part["clip"])
         mmse, mmse_se, analytic = (get(fields[k]) for k in ("mmse", "mmse_se", "analytic"))
         heads = {name: read_head(name, head, get, twin) for name, head in fields.get("heads", {}).items()}
         converted = Converted.from_json(fields["converted"], tables["pixel"]) if "converted" in fields else None
@@ -306,7 +332,7 @@ class Calibration:
         }
         n = int(fields["n"])
         measured = (logsnr, mmse, mmse_se, analytic, tables, twin, n)
-        more = (mixture, paths, heads, converted, conditional, fields.get("levels"))
+        more = (mixture, paths, heads, converted, conditional, fields.get("levels"), mean)
         return cls(fields["fingerprint"], *measured, *more)
 
 
@@ -350,6 +376,7 @@ def calibrate(
     components: Sequence[int] = COMPONENTS,
     paths: int = PATHS,
     levels: int | None = None,
+    correct: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> Calibration:
     """Calibrates a denoiser on data it was not trained on.
@@ -363,12 +390,15 @@ def calibrate(
         logsnr: knots (default `default_logsnr`).
         replicates: noises an image and knot.
         noise: source of the noise.
-        bound: b of data in [-b, b], for the analytic estimate.
+        bound: b of data in [-b, b], for the analytic estimate and a corrected mean.
         components: numbers of components the mixture twin may have; none: the Gaussian twin is the mixture. They are
             fitted to `twin_batches` and compared on `batches` (where both are
             the same: three quarters and the rest).
         paths: reverse paths for the statistics of the remainder, `LEVELS` evaluations each; 0: none.
         levels: grey levels of the data, on which it depends where likelihood grids end.
+        correct: fit a correction of the mean first (`lowvar.calibrate.fit_mean`; as many evaluations as the tables) and
+            measure everything else on the corrected denoiser. Off by default: it lowers the denoising error and never
+            moves an exact denoiser, but few-step samples do not gain on every score (docs, "Solvers").
         progress: called with the number of evaluations of paths made; the passes over `batches` tell their own.
 
     Returns:
@@ -390,8 +420,13 @@ def calibrate(
     twin = fit_twin((batches if twin_batches is None else twin_batches)(), basis)
     level = schedule.level(default_logsnr(schedule) if logsnr is None else logsnr)
     source = Independent(0) if noise is None else noise
+    mixture = mean = None
+    if correct:
+        mixture = _mixture(batches, twin_batches, twin, components)
+        mean = fit_mean(denoiser, mixture, batches(), level, source, replicates, bound).correction
+        denoiser = CorrectedDenoiser(denoiser, mean)
     moments = residual_moments(denoiser, batches(), level, source, twin.basis, replicates)
-    mixture = _mixture(batches, twin_batches, twin, components)
+    mixture = _mixture(batches, twin_batches, twin, components) if mixture is None else mixture
     like = next(iter(batches()))
     place = {"dtype": like.dtype, "device": like.device}
     table = path_moments(denoiser, mixture, paths, LEVELS, noise, progress=progress, **place) if paths else None
@@ -407,6 +442,7 @@ def calibrate(
         mixture,
         table,
         levels=levels,
+        mean=mean,
     )
 
 

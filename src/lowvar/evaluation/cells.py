@@ -183,7 +183,7 @@ def resolve(
             sampler = replace(sampler, solver=replace(sampler.solver, variance="posterior"))
         return sampler, denoiser
     if sampler.covariance is None:
-        return sampler, denoiser
+        return sampler, denoiser if calibration is None else calibration.corrected(denoiser)
     if calibration is None:
         raise UserError(
             f"sampler {name} needs a calibrated model: run `lowvar calibrate --model MODEL --data DATA` first"

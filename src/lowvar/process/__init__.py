@@ -1,6 +1,7 @@
 """What a reverse process is: schedules, posteriors, covariances, kernels, solvers, grids, noise. Torch only, no I/O."""
 
 from lowvar.process.basis import Basis, DCTBasis, MatrixBasis, PixelBasis
+from lowvar.process.corrected import CorrectedDenoiser, MeanCorrection
 from lowvar.process.covariance import BasisDiagonal, Covariance, Diagonal, Isotropic, LowRankPlusDiagonal
 from lowvar.process.denoiser import Denoiser, Guided, NetworkDenoiser, WithCovariance
 from lowvar.process.discrete import DiscreteVP, schedule_from_config, schedule_from_diffusers
@@ -28,6 +29,7 @@ __all__ = [
     "Basis",
     "BasisDiagonal",
     "Common",
+    "CorrectedDenoiser",
     "CosineVP",
     "Covariance",
     "DCTBasis",
@@ -50,6 +52,7 @@ __all__ = [
     "LinearVP",
     "LowRankPlusDiagonal",
     "MatrixBasis",
+    "MeanCorrection",
     "MixtureTwin",
     "MultistepSolver",
     "NetworkDenoiser",

@@ -50,6 +50,7 @@ from torch import Tensor
 
 from lowvar.calibrate.calibration import Calibration
 from lowvar.errors import UserError
+from lowvar.process.corrected import MeanCorrection
 from lowvar.process.denoiser import expand
 from lowvar.process.discrete import DiscreteVP
 from lowvar.process.flow import TwinFlow
@@ -289,10 +290,15 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         """Whether variance `learned` is a covariance of x_0 that the network says, not Nichol & Dhariwal's range."""
         return self.config["variance"] == "learned" and self.config["head"] in COVARIANCE_HEADS
 
+    def _correction(self) -> MeanCorrection | None:
+        """The calibrated correction of the mean, unless the network says the covariance, which is that of its own."""
+        held = self._calibration is not None or "mean" in (self._fields or {})
+        return self.calibration.mean if held and self.calibration is not None and not self._covariance_head else None
+
     def _make_reader(self) -> Reader:
         c = self.config
         kind = PREDICTIONS[c["prediction_type"]]
-        rest = (c["sigma_data"], reads_head(c), self._evaluations, self.spectrum)
+        rest = (c["sigma_data"], reads_head(c), self._evaluations, self.spectrum, self._correction)
         try:
             return Reader(self.schedule, kind, c["head"], self._bound, *rest)
         except ValueError as error:
