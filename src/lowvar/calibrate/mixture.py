@@ -1,22 +1,13 @@
 r"""Fitting the mixture twin: EM in the Gaussian twin's basis, and the number of components by held-out denoising error.
 
 Coordinates are whitened, w = (B^T x - mean) / sqrt(c), so that a diagonal mixture is fitted to directions of one size
-and its variances are relative to the data's own; scikit-learn's `GaussianMixture` does the EM. The variances v_k of a
-component of n_k images are then shrunk, as if `SHRINK` further observations said what they are,
+and its variances are relative to the data's own; scikit-learn's `GaussianMixture` does the EM. Each component's
+variances are then shrunk towards their mean over components, as if `SHRINK` observations said the mean (a component of
+30 images knows 30 squares a direction), which also keeps any component from collapsing on single images.
 
-    v_k  <-  (n_k v_k + SHRINK q_k) / (n_k + SHRINK),      (a component of 30 images knows 30 squares a direction)
-
-which also keeps any component from collapsing on single images. Two q_k are tried: their mean over components,
-q = sum_k w_k v_k, and that mean's shape at the component's own scale,
-
-    q_k = s_k q,     q = sum_k w_k v_k / s_k,     s_k = mean over directions of v_k / q       (by fixed point).
-
-Photographs need the second: half of their patches are smooth, with a hundredth of the mean variance, and ten
-observations of that mean would drown it. (Natural images are Gaussian scale mixtures: Wainwright & Simoncelli 2000.)
-
-K and q are chosen by what the mixture is for: the smallest error E ||x_0 - D_mix(x_t)||^2 on images it was not fitted
-to, each level relative to the Gaussian twin's, averaged over levels. For a network with the exact posterior mean that
-error is its mmse plus E ||r||^2, so the best choice leaves the smallest remainder. No network is asked.
+K is chosen by what the mixture is for: the smallest error E ||x_0 - D_mix(x_t)||^2 on images it was not fitted to,
+each level relative to the Gaussian twin's, averaged over levels. For a network with the exact posterior mean that
+error is its mmse plus E ||r||^2, so the best K leaves the smallest remainder. No network is asked.
 """
 
 from __future__ import annotations
@@ -36,8 +27,7 @@ __all__ = ["COMPONENTS", "denoising_ratio", "fit_mixture"]
 
 COMPONENTS = (4, 10, 30, 60)
 SHRINK = 10.0
-FLOOR, SCALED_FLOOR = 1e-2, 1e-4  # of a direction's own variance, for the two kinds of shrinkage
-_ROUNDS = 20
+FLOOR = 1e-2  # of a direction's own variance
 LIMIT = 8192  # images EM looks at
 _LEVELS = torch.linspace(-6.0, 6.0, 9, dtype=torch.float64)
 
@@ -45,17 +35,6 @@ _LEVELS = torch.linspace(-6.0, 6.0, 9, dtype=torch.float64)
 def _levels() -> Level:
     alpha, sigma = torch.sigmoid(_LEVELS).sqrt(), torch.sigmoid(-_LEVELS).sqrt()
     return Level(torch.full_like(_LEVELS, torch.nan), _LEVELS, alpha, sigma)
-
-
-def _pooled(weight: Tensor, variance: Tensor, scaled: bool) -> Tensor:
-    """q_k of the module, (K, d) or (d,), for weights (K,) and variances (K, d)."""
-    if not scaled:
-        return torch.tensordot(weight, variance, dims=1)
-    scale, shape = torch.ones_like(variance[:, :1]), variance[0]
-    for _ in range(_ROUNDS):
-        shape = torch.tensordot(weight, variance / scale, dims=1).clamp_min(1e-300)
-        scale = (variance / shape).mean(1, keepdim=True).clamp_min(1e-12)
-    return scale * shape
 
 
 @torch.no_grad()
@@ -129,18 +108,17 @@ def fit_mixture(
     for K in components:
         if len(x0) // 20 < K:
             continue
-        for scaled in (False, True):
-            floor = SCALED_FLOOR if scaled else FLOOR
-            model = GaussianMixture(K, covariance_type="diag", reg_covar=floor, random_state=seed, max_iter=200)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)
-                model.fit(rows)
-            weight = torch.from_numpy(model.weights_)
-            variance, count = torch.from_numpy(model.covariances_), (weight * len(x0))[:, None]
-            variance = (count * variance + SHRINK * _pooled(weight, variance, scaled)) / (count + SHRINK)
-            mean = torch.from_numpy(model.means_).reshape(K, *c.shape) * safe + centre
-            found = MixtureTwin(weight, mean, variance.reshape(K, *c.shape) * c, twin.basis)
-            ratio = denoising_ratio(found, test, twin)
-            if ratio < least:
-                best, least = found, ratio
+        model = GaussianMixture(K, covariance_type="diag", reg_covar=FLOOR, random_state=seed, max_iter=200)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(rows)
+        weight = torch.from_numpy(model.weights_)
+        variance, count = torch.from_numpy(model.covariances_), (weight * len(x0))[:, None]
+        pooled = torch.tensordot(weight, variance, dims=1)
+        variance = (count * variance + SHRINK * pooled) / (count + SHRINK)
+        mean = torch.from_numpy(model.means_).reshape(K, *c.shape) * safe + centre
+        found = MixtureTwin(weight, mean, variance.reshape(K, *c.shape) * c, twin.basis)
+        ratio = denoising_ratio(found, test, twin)
+        if ratio < least:
+            best, least = found, ratio
     return best
