@@ -227,7 +227,7 @@ def test_it_learns(data: Data) -> None:
 def test_processes_make_the_gradient_of_one(data: Data) -> None:
     """Mean of the parts' gradients = the whole batch's gradient (what DDP averages), 1e-6."""
     trainer = Trainer(data, config_from(BASE), device="cpu")
-    denoiser, objective = trainer._denoiser, trainer.objective  # pyright: ignore[reportPrivateUsage]
+    denoiser, objective = trainer.denoiser, trainer.objective
 
     def gradient(parts: int) -> Tensor:
         network = trainer.accelerator.unwrap_model(trainer._network)  # pyright: ignore[reportPrivateUsage]
@@ -323,13 +323,13 @@ def test_others_stop_where_the_main_process_cannot_write(
     """A process that is not the main one hears of a failed checkpoint, and does not wait for ever."""
     from accelerate import Accelerator
 
-    from lowvar.train import loop
+    from lowvar.train import together
 
     trainer = make(data, config_from(BASE), tmp_path)
     failed = [0.0]
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
     monkeypatch.setattr(Accelerator, "is_main_process", property(lambda self: False))
-    monkeypatch.setattr(loop, "_summed", lambda accelerator, value: value + failed[0])
+    monkeypatch.setattr(together, "summed", lambda accelerator, value: value + failed[0])
     trainer._save(tmp_path)  # pyright: ignore[reportPrivateUsage]
     assert list(tmp_path.iterdir()) == []
     failed[0] = 1.0

@@ -22,6 +22,7 @@ from lowvar.train import (
     make_schedule,
     make_times,
 )
+from lowvar.train.norm_probe import squared_norm
 
 BASE: dict[str, Any] = {
     "updates": 6,
@@ -107,7 +108,7 @@ def test_parts_make_the_gradient_of_the_whole(kind: dict[str, Any], data: Data) 
         network.zero_grad()
         for k in range(parts):
             d = trainer.plan.draws(5, trainer.times, k, parts)
-            losses = trainer.objective.losses(trainer._denoiser, d.x0, d.eps, d.level)  # pyright: ignore[reportPrivateUsage]
+            losses = trainer.objective.losses(trainer.denoiser, d.x0, d.eps, d.level)
             ((d.weight.float() * losses.loss).mean() / parts).backward()
         return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
@@ -118,10 +119,10 @@ def test_gradient_norms_are_those_of_one_unweighted_sample(data: Data) -> None:
     trainer = make(data, {"times": "gradient-norm", "pairing": "cross"})
     network = trainer.accelerator.unwrap_model(trainer._network)  # pyright: ignore[reportPrivateUsage]
     network.drop.p = 0.0
-    trainer.update = 11  # sample 3 of the batch
-    draws = trainer.plan.draws(11, trainer.times)
-    bins, squares = trainer._probe(draws)  # pyright: ignore[reportPrivateUsage]
-    losses = trainer.objective.losses(trainer._denoiser, draws.x0, draws.eps, draws.level)  # pyright: ignore[reportPrivateUsage]
+    draws = trainer.plan.draws(11, trainer.times)  # at update 11: sample 3 of the batch
+    size = trainer.config.batch_size
+    bins, squares = squared_norm(trainer.batch, trainer.accelerator, network, 11, draws, size)
+    losses = trainer.objective.losses(trainer.denoiser, draws.x0, draws.eps, draws.level)
     gradient = torch.autograd.grad(losses.loss[3], list(network.parameters()))
     assert int(bins) == int(draws.bin[3])
     assert float(squares) == pytest.approx(sum(float((g**2).sum()) for g in gradient), rel=1e-5)

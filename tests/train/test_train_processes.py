@@ -101,7 +101,7 @@ def expected(trainer: Trainer, times: Times, u: Tensor, weight: Tensor) -> tuple
     j, i, k = (
         g.flatten() for g in torch.meshgrid(torch.arange(len(u)), torch.arange(3), torch.arange(4), indexing="ij")
     )
-    denoiser = trainer._denoiser  # pyright: ignore[reportPrivateUsage]
+    denoiser = trainer.denoiser
     level = trainer.schedule.at(drawn.t[j])
     losses = trainer.objective.losses(denoiser, ROWS.double()[i], nodes[k], level)
     mean = (weight[j] * drawn.weight[j] * losses.loss).sum() / (3 * 4)
@@ -212,7 +212,7 @@ def test_the_draws_have_that_expectation(settings: dict[str, Any]) -> None:
     with torch.no_grad():
         for update in range(150):
             d = trainer.plan.draws(update, trainer.times)
-            losses = trainer.objective.losses(trainer._denoiser, d.x0, d.eps, d.level)  # pyright: ignore[reportPrivateUsage]
+            losses = trainer.objective.losses(trainer.denoiser, d.x0, d.eps, d.level)
             means.append(float((d.weight * losses.loss).mean()))
     found = torch.tensor(means, dtype=torch.float64)
     assert abs(float(found.mean()) - exact) < 3 * float(found.std()) / math.sqrt(150)

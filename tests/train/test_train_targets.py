@@ -93,7 +93,7 @@ def test_the_loop_uses_the_updates_references(data: Data) -> None:
     draws = trainer.plan.draws(0, trainer.times)
     target = trainer.references.target(0)
     assert isinstance(target, StableTarget)
-    denoiser = trainer._denoiser  # pyright: ignore[reportPrivateUsage]
+    denoiser = trainer.denoiser
     with torch.no_grad():
         expected = trainer.objective.losses(denoiser, draws.x0, draws.eps, draws.level, target).loss.mean()
         plain = trainer.objective.losses(denoiser, draws.x0, draws.eps, draws.level, PlainTarget()).loss.mean()
@@ -105,7 +105,7 @@ def test_the_loop_keeps_to_the_neighbours(data: Data) -> None:
     trainer = make(data, {"target": "stable", "references": "all", "neighbours": 4, "seed": 3})
     draws = trainer.plan.draws(0, trainer.times)
     target = StableTarget(data.train.images(range(20)), "among", neighbours=4)
-    denoiser = trainer._denoiser  # pyright: ignore[reportPrivateUsage]
+    denoiser = trainer.denoiser
     with torch.no_grad():
         expected = trainer.objective.losses(denoiser, draws.x0, draws.eps, draws.level, target).loss.mean()
     assert losses(trainer, 1)[0] == pytest.approx(float(expected), abs=1e-7)
@@ -116,7 +116,7 @@ def test_processes_refer_to_the_same_images(data: Data) -> None:
     trainer = make(data, {"target": "stable", "references": 5})
     assert trainer.references is not None
     target = trainer.references.target(4)
-    denoiser = trainer._denoiser  # pyright: ignore[reportPrivateUsage]
+    denoiser = trainer.denoiser
 
     def mean(parts: int) -> float:
         total = 0.0
@@ -189,7 +189,7 @@ def test_the_loop_refers_to_the_class_that_the_network_is_told() -> None:
     draws = trainer.plan.draws(0, trainer.times)
     told = trainer.classes.labels(draws.number, draws.image)
     assert 0 < int((told == 3).sum()) < len(told)
-    denoiser = trainer._denoiser  # pyright: ignore[reportPrivateUsage]
+    denoiser = trainer.denoiser
     total = 0.0
     for i, label in enumerate(told.tolist()):
         near = train if label == 3 else train[labels[:60] % 3 == label]

@@ -162,7 +162,7 @@ def test_gradient_in_a_run_is_that_of_the_weighted_error(data: Data) -> None:
         weigh.amplitude.copy_(torch.linspace(-1, 2, 64))
         weigh.offset.fill_(0.4)
     draws = trainer.plan.draws(0, trainer.times)
-    denoiser, whole = trainer._denoiser, trainer._minimised  # pyright: ignore[reportPrivateUsage]
+    denoiser, whole = trainer.denoiser, trainer.batch.objective
     found = whole.losses(denoiser, draws.x0, draws.eps, draws.level)
     plain = trainer.objective.losses(denoiser, draws.x0, draws.eps, draws.level)
     assert plain.variance is not None

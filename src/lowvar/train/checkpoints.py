@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lowvar.errors import UserError
 
-__all__ = ["Checkpoint", "latest", "prune", "save"]
+__all__ = ["Checkpoint", "check_same", "latest", "prune", "save", "truncate"]
 
 _NAME = re.compile(r"update-(\d{7,})$")
 
@@ -133,3 +133,37 @@ def latest(folder: Path) -> Checkpoint | None:
             f"the checkpoint {path} is damaged ({reason}); remove that folder to resume from the one before"
         ) from None
     return Checkpoint(state, tensors)
+
+
+def check_same(kept: Checkpoint, identity: Mapping[str, Any], defaults: Mapping[str, Any], folder: Path) -> None:
+    """Refuses to go on from a checkpoint of other settings or data.
+
+    Args:
+        kept: the checkpoint, with what it was made with under `identity`.
+        identity: the same of the run that would go on.
+        defaults: of settings, for those that are younger than the checkpoint.
+        folder: of the run.
+
+    Raises:
+        UserError: that names the first difference.
+    """
+    own, default = json.loads(json.dumps([identity, defaults]))
+    saved = {k: v for k, v in default.items() if k in own} | kept.state["identity"]
+    other = sorted(k for k in own.keys() | saved.keys() if own.get(k) != saved.get(k))
+    if other:
+        key = other[0]
+        raise UserError(
+            f"the checkpoint in {folder} was made with {key} {saved.get(key)!r}, now it is {own.get(key)!r}; "
+            "resume with the same settings and data, or train into another folder"
+        )
+
+
+def truncate(file: Path, update: int) -> None:
+    """Drops the lines of a `metrics.jsonl` that are of later updates, which will be made again."""
+    if not file.exists():
+        return
+    lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line in lines if json.loads(line)["update"] <= update]
+    partial = file.with_suffix(".tmp")
+    partial.write_text("".join(kept))
+    partial.replace(file)

@@ -18,8 +18,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -31,13 +30,15 @@ from lowvar.errors import UserError
 from lowvar.process.denoiser import NetworkDenoiser
 from lowvar.train import checkpoints
 from lowvar.train.averaging import PowerAverages
-from lowvar.train.conditional import classes_of, of_classes
+from lowvar.train.batch_loss import BatchLoss, weighted_mean
+from lowvar.train.conditional import classes_of
 from lowvar.train.config import TrainConfig, make_objective, make_plan, make_references, make_schedule, make_times
 from lowvar.train.draws import Draws, ImageSource
 from lowvar.train.kept_averages import AVERAGES, discard_after, is_moment, keep_averages
 from lowvar.train.networks import build_network
-from lowvar.train.noise_probe import Blocks, flat_gradient, moments, rows_of
+from lowvar.train.noise_probe import Blocks, measured
 from lowvar.train.noise_scale import NoiseScale
+from lowvar.train.norm_probe import squared_norm
 from lowvar.train.objectives import Losses, Objective
 from lowvar.train.optimum import OptimumBounds, optimum_bounds
 from lowvar.train.processes import plain_times, resolved_sigma_data
@@ -45,7 +46,8 @@ from lowvar.train.records import Change, Record, Sampled, Saved, TargetRecord, U
 from lowvar.train.snapshot import Parts, capture, restore
 from lowvar.train.spectrum import make_spectrum, restored, stored
 from lowvar.train.stable_target import StableTarget, memorisation
-from lowvar.train.targets import GivenTarget, PlainTarget, Target
+from lowvar.train.targets import GivenTarget
+from lowvar.train.together import gathered, of_the_main_process, summed, written
 from lowvar.train.tracking import (
     check_pictures,
     check_trackers,
@@ -61,7 +63,6 @@ from lowvar.train.validation import BINS, ValidationSet, logsnr_edges
 
 __all__ = ["NonFiniteError", "Trainer", "TrainingData"]
 
-_ALL = slice(None)
 _FREE = (  # settings that change no update: a run may go on with others
     "validate_every",
     "checkpoint_every",
@@ -165,7 +166,7 @@ class Trainer:
         self.times = make_times(config, self.schedule, self.sigma_data)
         self.plan = make_plan(config, data.train, self.schedule)
         if config.strata == "cluster" and self.plan.labels is not None and parts > 1:  # rounding may differ
-            shared = _of_the_main_process(self.accelerator, {"labels": self.plan.labels})
+            shared = of_the_main_process(self.accelerator, {"labels": self.plan.labels})
             self.plan.labels = shared["labels"]
         self.references = make_references(config, data.train)
         size = 1 if self.plan.pairing.splits else self.plan.pairing.size
@@ -188,7 +189,7 @@ class Trainer:
         )
         self.spectrum = None if config.head_basis is None else make_spectrum(data, config.head_basis)
         if self.spectrum is not None and parts > 1:  # eigenvectors may differ between machines
-            self.spectrum = restored(_of_the_main_process(self.accelerator, stored(self.spectrum)), self.spectrum)
+            self.spectrum = restored(of_the_main_process(self.accelerator, stored(self.spectrum)), self.spectrum)
         self.classes = classes_of(data, config.condition_dropout, config.seed) if config.conditional else None
         if network is None:
             classes = None if self.classes is None else self.classes.count
@@ -196,11 +197,11 @@ class Trainer:
                 data.shape, config.network, config.network_head, config.seed, config.head_rank, classes
             )
         self._average = _copy(network)
-        self._minimised = self.objective
+        minimised = self.objective
         groups: list[dict[str, Any]] = [{"params": list(network.parameters())}]
         if self.uncertainty is not None:
             self.uncertainty.to(self.accelerator.device)
-            self._minimised = dataclasses.replace(self.objective, uncertainty=self.uncertainty)
+            minimised = dataclasses.replace(self.objective, uncertainty=self.uncertainty)
             groups.append({"params": list(self.uncertainty.parameters()), "weight_decay": 0.0})
         optimizer = torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay, fused=True)
         self._scheduler = get_scheduler(
@@ -211,8 +212,10 @@ class Trainer:
         self._average.to(self.accelerator.device)
         self._ema = EMAModel(self._network.parameters(), decay=config.ema, foreach=True)
         self.averages = PowerAverages.of() if config.posthoc_ema else None
-        self._denoiser = self._as_denoiser(self._network)
-        self._drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in network.modules())
+        drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in network.modules())
+        self.batch = BatchLoss(
+            minimised, self._as_denoiser, self.classes, self.references, config.seed, drops, self.accelerator.device
+        )
         self.update = 0
         self.seconds = 0.0
         self._since = _Since()
@@ -222,6 +225,11 @@ class Trainer:
             self._resume()
         elif self.folder is not None and checkpoints.latest(self.folder / "checkpoints") is not None:
             raise UserError(f"{self.folder} holds checkpoints of a run; go on with --resume or choose another folder")
+
+    @property
+    def denoiser(self) -> NetworkDenoiser:
+        """The network that is being trained."""
+        return self._as_denoiser(self._network)
 
     # ------------------------------------------------------------------------------------------------------- one update
 
@@ -234,19 +242,29 @@ class Trainer:
     def _step(self) -> Update:
         a = self.accelerator
         self._network.train()
-        draws = self.plan.draws(self.update, self.times, a.process_index, a.num_processes, a.device)
-        target, seen = self._target(self.update, draws), torch.zeros(2, dtype=torch.float64)
+        draws = self._draws(self.update)
+        target, seen = self.batch.target(self.update, draws), torch.zeros(2, dtype=torch.float64)
         if isinstance(target, StableTarget):
             clean, info = target.weighted(draws.x0, draws.eps, draws.level)
             target, seen = GivenTarget(clean, target), torch.stack([info.ess.mean(), info.alone.double().mean()])
+        plain = a.unwrap_model(self._network)  # without the hooks that would average gradients
         if self.noise_scale is not None and (self.update + 1) % self.config.noise_scale_every == 0:
-            self.noise_scale = self._measured(self.noise_scale, draws)
-        denoiser = self._of_classes(self._denoiser, draws)
-        with self._seeded(a.process_index):
-            losses = self._minimised.losses(denoiser, draws.x0, draws.eps, draws.level, target)
-        probe = self._probe(draws) if self.times.learns_from == "squared gradient norms" else None
-        loss = (draws.weight.to(losses.loss) * losses.loss).mean()
-        sums = _summed(a, torch.cat([loss.detach().double()[None], seen.to(loss.device)]))
+            self.noise_scale = measured(
+                self.noise_scale,
+                self._blocks,
+                self.batch,
+                a,
+                plain,
+                self.update,
+                draws,
+                lambda: self._draws(self.update + 1),
+            )
+        losses = self.batch.losses(self._network, self.update, draws, target, a.process_index)
+        probe: tuple[Tensor, Tensor] | None = None
+        if self.times.learns_from == "squared gradient norms":
+            probe = squared_norm(self.batch, a, plain, self.update, draws, self.config.batch_size)
+        loss = weighted_mean(draws, losses)
+        sums = summed(a, torch.cat([loss.detach().double()[None], seen.to(loss.device)]))
         mean, ess, alone = (v / a.num_processes for v in sums.tolist())
         if not math.isfinite(mean):
             raise NonFiniteError(self._diagnosis(draws, losses))
@@ -269,76 +287,15 @@ class Trainer:
             learnt = losses.loss.detach()
             if self.uncertainty is not None:  # its price u is no error
                 learnt = learnt - self.uncertainty.log_uncertainty(draws.level.logsnr).detach()
-            self.times = self.times.updated(*_gathered(a, draws.bin, learnt))
+            self.times = self.times.updated(*gathered(a, draws.bin, learnt))
         self.update += 1
         self._seen = (ess, alone)
         return Update(self.update, mean, norm, lr)
 
-    def _target(self, update: int, draws: Draws) -> Target:
-        """The target of an update's draws."""
-        if self.references is None:
-            return PlainTarget()
-        labels = None if self.classes is None else self.classes.known(draws.number, draws.image)
-        return self.references.target(update, self.accelerator.device, labels)
-
-    def _measured(self, scale: NoiseScale, draws: Draws) -> NoiseScale:
-        """The noise scale with one more measurement, at the weights as they are (see `noise_probe`)."""
-        a, blocks = self.accelerator, self._blocks
-        if blocks.whole:
-            after = self.plan.draws(self.update + 1, self.times, a.process_index, a.num_processes, a.device)
-            pieces = [(draws, self._target(self.update, draws)), (after, self._target(self.update + 1, after))]
-        else:
-            parts = [rows_of(draws, rows) for rows in blocks.rows(len(draws.number))]
-            pieces = [(part, self._target(self.update, part)) for part in parts]
-        network = a.unwrap_model(self._network)  # without the hooks that would average gradients
-        weights = [p for p in network.parameters() if p.requires_grad]
-        scaled = 1.0 if a.scaler is None else float(a.scaler.get_scale())  # fp16: small gradients would vanish
-
-        def gradients() -> Iterator[Tensor]:
-            for i, (own, target) in enumerate(pieces):
-                denoiser = self._of_classes(self._as_denoiser(network), own)
-                with self._seeded(-2 - a.process_index * len(pieces) - i), a.autocast():
-                    losses = self._minimised.losses(denoiser, own.x0, own.eps, own.level, target)
-                loss = (own.weight.to(losses.loss) * losses.loss).mean()
-                yield flat_gradient(scaled * loss, weights) / scaled
-
-        return scale.counted(*moments(gradients(), blocks, lambda x: _summed(a, x), a.num_processes))
-
-    @contextmanager
-    def _seeded(self, number: int) -> Iterator[None]:
-        """Within: dropout, which draws from torch's generators, is a function of the update and of `number`."""
-        if not self._drops:
-            yield
-            return
-        device = self.accelerator.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(hash((self.config.seed, self.update, number)))
-            yield
-
-    def _of_classes(self, denoiser: NetworkDenoiser, draws: Draws, rows: slice = _ALL) -> NetworkDenoiser:
-        """The denoiser of the draws' classes, some of them dropped; as it is without classes."""
-        if self.classes is None:
-            return denoiser
-        labels = self.classes.labels(draws.number[rows], draws.image[rows])
-        return of_classes(denoiser, labels.to(self.accelerator.device))
-
-    def _probe(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Bin and squared gradient norm of one sample's unweighted loss, sample u mod B of the batch."""
-        a, count = self.accelerator, len(draws.number)
-        place = self.update % self.config.batch_size - a.process_index * count
-        found = torch.zeros(2, dtype=torch.float64)
-        if 0 <= place < count:
-            one = slice(place, place + 1)
-            network = a.unwrap_model(self._network)  # without the hooks that would average gradients
-            denoiser = self._of_classes(self._as_denoiser(network), draws, one)
-            with self._seeded(-1), a.autocast():
-                losses = self._minimised.losses(denoiser, draws.x0[one], draws.eps[one], draws.level[one])
-            weights = [p for p in network.parameters() if p.requires_grad]
-            gradient = torch.autograd.grad(losses.loss.sum(), weights, allow_unused=True)
-            square = sum(float((g.double() ** 2).sum()) for g in gradient if g is not None)
-            found = torch.tensor([float(draws.bin[place]), square], dtype=torch.float64)
-        found = _summed(a, found)
-        return found[:1].long(), found[1:]
+    def _draws(self, update: int) -> Draws:
+        """This process's share of an update's draws."""
+        a = self.accelerator
+        return self.plan.draws(update, self.times, a.process_index, a.num_processes, a.device)
 
     def _clip(self) -> float:
         a = self.accelerator
@@ -413,8 +370,8 @@ class Trainer:
             self.validation.batches(),
             self.schedule,
             self.validation.times,
-            self._denoiser.prediction,
-            sigma_data=self._denoiser.sigma_data,
+            self.config.prediction,
+            sigma_data=self.sigma_data,
             labels=None if self.classes is None else self.classes.train,
             bins=BINS,
         )
@@ -440,7 +397,7 @@ class Trainer:
                 a.device,
                 None if self.classes is None else self.classes.calibration,
             )
-        values = _summed(a, values)
+        values = summed(a, values)
         rate = since.updates * self.config.batch_size / since.seconds if since.seconds else math.nan
         record = Validation(
             self.update,
@@ -481,7 +438,7 @@ class Trainer:
             for tracker in a.trackers:
                 tracker.log_images({"samples": picture[None]}, step=self.update, dataformats="NHWC")
 
-        self._write(draw, path)
+        written(a, draw, path)
         return path
 
     def ema_network(self) -> nn.Module:
@@ -526,29 +483,14 @@ class Trainer:
             checkpoints.save(folder, state, contents)
             checkpoints.prune(folder, self.config.keep_checkpoints)
 
-        self._write(write, path)
+        written(a, write, path)
         return path
 
     def _keep_averages(self) -> None:
         if self.averages is None or self.folder is None or not is_moment(self.update, self.config.updates):
             return
         folder, averages = self.folder / AVERAGES, self.averages
-        self._write(lambda: keep_averages(folder, averages), folder)
-
-    def _write(self, action: Callable[[], object], path: Path) -> None:
-        """Lets the main process write; the others wait, and stop where it failed."""
-        a = self.accelerator
-        failure: UserError | None = None
-        if a.is_main_process:
-            try:
-                action()
-            except UserError as error:
-                failure = error
-        if a.num_processes > 1:
-            failed = bool(_summed(a, torch.tensor(float(failure is not None))))
-            failure = failure or (UserError(f"the main process could not write {path}") if failed else None)
-        if failure is not None:
-            raise failure
+        written(self.accelerator, lambda: keep_averages(folder, averages), folder)
 
     def _resume(self) -> None:
         if self.folder is None:
@@ -557,16 +499,7 @@ class Trainer:
         if kept is None:
             self._truncate_records()
             return
-        own = json.loads(json.dumps(self._identity()))
-        defaults = json.loads(json.dumps(dataclasses.asdict(TrainConfig())))  # of settings later than the checkpoint
-        saved = {k: v for k, v in defaults.items() if k in own} | kept.state["identity"]
-        other = sorted(k for k in own.keys() | saved.keys() if own.get(k) != saved.get(k))
-        if other:
-            key = other[0]
-            raise UserError(
-                f"the checkpoint in {self.folder} was made with {key} {saved.get(key)!r}, now it is {own.get(key)!r}; "
-                "resume with the same settings and data, or train into another folder"
-            )
+        checkpoints.check_same(kept, self._identity(), dataclasses.asdict(TrainConfig()), self.folder)
         restore(self._parts(), kept.state, kept.tensors, self.accelerator.device)
         self.times = self.times.restored(kept.tensors.get("times", {})) if self.times.state() else self.times
         if self.uncertainty is not None:
@@ -581,7 +514,6 @@ class Trainer:
             self.noise_scale = self.noise_scale.restored(kept.tensors["noise_scale"])
         if self.spectrum is not None:  # as it was: eigenvectors may differ between machines
             self.spectrum = restored(kept.tensors["spectrum"], self.spectrum)
-            self._denoiser = self._as_denoiser(self._network)
         self.update, self.seconds = int(kept.state["update"]), float(kept.state["seconds"])
         self._since = _Since(*kept.state["since"])
         self._truncate_records()
@@ -592,13 +524,7 @@ class Trainer:
         if file is None or not self.accelerator.is_main_process:
             return
         discard_after(file.with_name(AVERAGES), self.update)
-        if not file.exists():
-            return
-        lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        kept = [line for line in lines if json.loads(line)["update"] <= self.update]
-        partial = file.with_suffix(".tmp")
-        partial.write_text("".join(kept))
-        partial.replace(file)
+        checkpoints.truncate(file, self.update)
 
 
 def _kept_values(update: int, values: Tensor) -> dict[str, Tensor]:
@@ -607,24 +533,3 @@ def _kept_values(update: int, values: Tensor) -> dict[str, Tensor]:
 
 def _copy(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network).cpu().requires_grad_(False)
-
-
-def _summed(accelerator: Any, values: Tensor) -> Tensor:
-    """The sum over processes, on the CPU."""
-    if accelerator.num_processes == 1:
-        return values.cpu()
-    return accelerator.reduce(values.to(accelerator.device), "sum").cpu()
-
-
-def _of_the_main_process(accelerator: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The main process's values of tensors that all processes have, on the CPU."""
-    from accelerate.utils import broadcast
-
-    return {k: cast("Tensor", broadcast(v.to(accelerator.device))).cpu() for k, v in tensors.items()}
-
-
-def _gathered(accelerator: Any, bins: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
-    """Bins and losses of all processes, in the order of the sample numbers."""
-    if accelerator.num_processes == 1:
-        return bins, losses
-    return accelerator.gather(bins.to(accelerator.device)), accelerator.gather(losses.detach())

@@ -19,16 +19,19 @@ With no second group and one process alone (a batch of one sample) the batch of 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lowvar.train.batch_loss import BatchLoss, weighted_mean
 from lowvar.train.draws import Draws
-from lowvar.train.noise_scale import moments_of_sums
+from lowvar.train.noise_scale import NoiseScale, moments_of_sums
+from lowvar.train.together import summed
 
-__all__ = ["Blocks", "flat_gradient", "moments", "rows_of"]
+__all__ = ["Blocks", "flat_gradient", "measured", "moments", "rows_of"]
 
 
 @dataclass(frozen=True)
@@ -106,3 +109,44 @@ def moments(
     if not blocks.whole:
         each, total = float(summed(torch.tensor(each, dtype=torch.float64))), summed(total)
     return moments_of_sums(each, float((total**2).sum()), blocks.count, blocks.samples)
+
+
+def measured(
+    scale: NoiseScale,
+    blocks: Blocks,
+    batch: BatchLoss,
+    accelerator: Any,
+    network: nn.Module,
+    update: int,
+    draws: Draws,
+    after: Callable[[], Draws],
+) -> NoiseScale:
+    """The noise scale with one more measurement, at the weights as they are.
+
+    Args:
+        scale: so far.
+        blocks: the cut.
+        batch: the loss.
+        accelerator: of the run.
+        network: without the hooks that would average gradients.
+        update: its number.
+        draws: this process's share of it.
+        after: its share of the next update, asked for where a block is a batch.
+    """
+    if blocks.whole:
+        pieces = [(update, draws), (update + 1, after())]
+    else:
+        pieces = [(update, rows_of(draws, rows)) for rows in blocks.rows(len(draws.number))]
+    weights = [p for p in network.parameters() if p.requires_grad]
+    scaled = (
+        1.0 if accelerator.scaler is None else float(accelerator.scaler.get_scale())
+    )  # fp16: small ones would vanish
+
+    def gradients() -> Iterator[Tensor]:
+        for i, (number, own) in enumerate(pieces):
+            seed = -2 - accelerator.process_index * len(pieces) - i
+            with accelerator.autocast():
+                loss = weighted_mean(own, batch.losses(network, update, own, batch.target(number, own), seed))
+            yield flat_gradient(scaled * loss, weights) / scaled
+
+    return scale.counted(*moments(gradients(), blocks, lambda x: summed(accelerator, x), accelerator.num_processes))
