@@ -10,14 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowvar.process import CosineVP, schedule_from_diffusers
+from lowvar.process import VE, CosineVP, schedule_from_diffusers
 from lowvar.train import (
+    EDM,
     EntropyRateTimes,
+    FixedTimes,
     GradientNormTimes,
     LearnedBins,
     LearnedScheduleTimes,
     LogitNormalTimes,
     LognormalTimes,
+    LossSecondMomentTimes,
     MinSNR,
     ModeTimes,
     RunningMeans,
@@ -70,6 +73,38 @@ def exact(plain: UniformTimes, power: int) -> float:
     if plain.steps is not None:
         return sum(((n + 1) / plain.steps) ** power for n in range(plain.steps)) / plain.steps
     return (1 - plain.t_min ** (power + 1)) / (power + 1) / (1 - plain.t_min)
+
+
+OWN = [LognormalTimes(VE(), -0.7, 1.6), LogitNormalTimes(0.3, 1.4), LogitNormalTimes(-0.5, 0.9, weighted=True)]
+
+
+@pytest.mark.parametrize("own", OWN, ids=["lognormal", "logit-normal", "weighted"])
+def test_learned_times_keep_the_mean_over_the_objectives_own(own: FixedTimes) -> None:
+    """On 40 midpoints of each bin, the plain times' and the learned ones': the same terms, so the same sum exactly."""
+
+    def f(t: Tensor) -> Tensor:
+        return torch.exp(-3 * t) + torch.sin(20 * t)
+
+    node = (torch.arange(40).double() + 0.5) / 40
+    seen = torch.tensor([9.0, 0.1, 3.0, 0.0, 100.0, 2.0, 4.0])
+    bins = torch.arange(7)
+    learned: list[Any] = [
+        GradientNormTimes(plain=own, bins=7, uniform=0.2, least=1),
+        EntropyRateTimes(VE(), "edm", EDM(0.6), 0.6, plain=own, bins=7, uniform=0.3, least=1),
+        LearnedScheduleTimes(own, bins=7, uniform=0.2),
+        LossSecondMomentTimes(7, 1, 0.2, plain=own),
+    ]
+    v = ((bins[:, None] + node) / 7).flatten()
+    plain = own.at(v)
+    mean = float((plain.weight * f(plain.t)).mean())
+    for start in learned:
+        times = start.updated(bins, seen)
+        q = times.probabilities()
+        assert float(q.max()) > 1.5 / 7  # so there is something to weight
+        drawn = times.at((q.cumsum(0)[:, None] - q[:, None] * (1 - node)).flatten())
+        share = q.repeat_interleave(40) / 40
+        assert float((share * drawn.weight * f(drawn.t)).sum()) == pytest.approx(mean, abs=1e-9), type(times)
+        assert bool((drawn.bin == bins.repeat_interleave(40)).all())
 
 
 @pytest.mark.parametrize("plain", PLAIN, ids=["table", "continuous"])
@@ -178,7 +213,7 @@ def test_gradient_norm_times_have_the_best_variance() -> None:
 def gaussian_losses(times: EntropyRateTimes, s2: float) -> Tensor:
     """Losses of the best network for data N(0, s2), by bin: w mmse at the middle of the bin."""
     k = times.bins
-    t = times.plain.t_min + (1 - times.plain.t_min) * (torch.arange(k).double() + 0.5) / k
+    t = times.plain.at((torch.arange(k).double() + 0.5) / k).t
     logsnr = SCHEDULE.logsnr(t)
     mmse = 1 / (1 / s2 + logsnr.exp())
     return times.weighting.log_weight(logsnr, times.prediction).exp() * mmse

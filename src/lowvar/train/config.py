@@ -36,7 +36,7 @@ from lowvar.train.objectives import LikelihoodOnly, Objective, Simple, VarianceT
 from lowvar.train.optimal_transport import OptimalTransport
 from lowvar.train.p2 import P2
 from lowvar.train.pairs import CrossPairs, IndependentSamples, OrthogonalNoise, Pairing, SameImagePairs
-from lowvar.train.processes import PROCESS_DEFAULTS, Process, plain_times, process_schedule, refusal
+from lowvar.train.processes import PROCESS_DEFAULTS, Process, objective_times, plain_times, process_schedule, refusal
 from lowvar.train.sobol import SobolPoints
 from lowvar.train.stable_target import ReferencePlan, reference_noise
 from lowvar.train.timesteps import LossSecondMomentTimes, Times
@@ -103,10 +103,10 @@ class TrainConfig:
         weighting: of the squared error by noise level; `uncertainty` learns it (the plain error over what is expected
             at the level; validation stays with the plain one); `none` leaves it out, so that the head's term is the
             loss (with `detach_mean` false).
-        times: density of training times: `uniform`; learned, with weights that leave the objective as it is:
-            `loss-second-moment`, `gradient-norm` (one gradient of one sample more an update), `entropy-rate`,
-            `learned-schedule`; or of a given form: `lognormal`, `logit-normal`, `mode`, which change the objective
-            unless `times_weighted`.
+        times: density of training times: `uniform`; learned, with weights that leave the objective as it is (that of
+            the process's own times: uniform, or edm's lognormal ones): `loss-second-moment`, `gradient-norm` (one
+            gradient of one sample more an update), `entropy-rate`, `learned-schedule`; or of a given form:
+            `lognormal`, `logit-normal`, `mode`, which change the objective unless `times_weighted`.
         times_weighted: whether weights make times of a given form unbiased.
         stratified: whether the times of a batch are stratified.
         pairing: how the samples of a batch depend on each other (`lowvar.train.pairs`, `sobol`): `independent`; `same`,
@@ -316,10 +316,7 @@ def config_from(values: Mapping[str, Any]) -> TrainConfig:
     preset = "off" if preset is False else preset  # YAML reads a bare `off` as false
     if not isinstance(preset, str) or preset not in PRESETS:
         raise UserError(f"the setting variance_reduction is {preset!r}; allowed: {', '.join(PRESETS)}")
-    parts = dict(PRESETS[preset])
-    if values.get("process") == "edm":  # whose lognormal times are its objective; others would be of another
-        parts.pop("times", None)
-    values = parts | values
+    values = PRESETS[preset] | values
     try:
         return TypeAdapter(TrainConfig).validate_python(values)
     except ValidationError as error:
@@ -379,20 +376,20 @@ def make_objective(config: TrainConfig, levels: int | None = 256, sigma_data: fl
 
 def make_times(config: TrainConfig, schedule: Schedule, sigma_data: float = 0.5) -> Times:
     """The density of training times; `sigma_data` is process edm's, as a number."""
-    plain, weighted = plain_times(config, schedule), config.times_weighted
+    plain, own, weighted = plain_times(config, schedule), objective_times(config, schedule), config.times_weighted
     if config.times == "uniform":
         return plain
     if config.times == "loss-second-moment":
         if plain.steps is None:
-            return LossSecondMomentTimes(_BINS, plain=plain)
+            return LossSecondMomentTimes(_BINS, plain=own)
         return LossSecondMomentTimes(plain.steps)
     if config.times == "gradient-norm":
-        return GradientNormTimes(plain=plain)
+        return GradientNormTimes(plain=own)
     if config.times == "entropy-rate":
         weighting = make_weighting(config, sigma_data)
-        return EntropyRateTimes(schedule, config.prediction, weighting, sigma_data, plain=plain)
+        return EntropyRateTimes(schedule, config.prediction, weighting, sigma_data, plain=own)
     if config.times == "learned-schedule":
-        return LearnedScheduleTimes(plain)
+        return LearnedScheduleTimes(own)
     if config.times == "logit-normal":
         return LogitNormalTimes(weighted=weighted, plain=plain)
     if config.times == "mode":

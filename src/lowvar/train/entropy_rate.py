@@ -27,6 +27,7 @@ from lowvar.process.denoiser import Prediction
 from lowvar.process.schedule import Schedule
 from lowvar.train.objectives import LikelihoodOnly, Simple, Weighting
 from lowvar.train.piecewise import LearnedBins
+from lowvar.train.timesteps import UniformTimes
 
 __all__ = ["EntropyRateTimes"]
 
@@ -70,10 +71,10 @@ class EntropyRateTimes(LearnedBins):
 
     def values(self) -> Tensor:
         """See the base class: a bin's loss times snr / w and the logsnr that it spans."""
-        least = max(self.schedule.t_min, self.plain.t_min)
         v = torch.arange(2 * self.bins + 1, dtype=torch.float64) / (2 * self.bins)
-        t = self.plain.t_min + (1 - self.plain.t_min) * v if self.plain.steps is None else v
-        logsnr = self.schedule.logsnr(t.clamp_min(least)).clamp(-60, 60)
+        table = isinstance(self.plain, UniformTimes) and self.plain.steps is not None
+        t = v if table else self.plain.at(v).t
+        logsnr = self.schedule.logsnr(t.clamp_min(self.schedule.t_min)).clamp(-60, 60)
         ends, middle = logsnr[::2], logsnr[1::2]
         log_w = self.weighting.log_weight(middle, self.prediction, self.sigma_data)
         factor = torch.exp(middle - log_w) * (ends[:-1] - ends[1:]).clamp_min(0)

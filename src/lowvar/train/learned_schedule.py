@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lowvar.train.objectives import Label
 from lowvar.train.piecewise import continuous, piecewise_times
-from lowvar.train.timesteps import TimeDraw, Times, UniformTimes, floored
+from lowvar.train.timesteps import FixedTimes, TimeDraw, Times, floored
 
 __all__ = ["LearnedScheduleTimes"]
 
@@ -36,7 +36,7 @@ class LearnedScheduleTimes(Times):
     """Times of a learned monotone map, unbiased.
 
     Args:
-        plain: the times that are weighted for: a table's, or continuous ones.
+        plain: the objective's own times, which are weighted for.
         bins: K.
         uniform: m; weights are at most 1 / m.
         rate: of the gradient descent.
@@ -54,7 +54,7 @@ class LearnedScheduleTimes(Times):
         True
     """
 
-    plain: UniformTimes = field(default_factory=continuous)
+    plain: FixedTimes = field(default_factory=continuous)
     bins: int = 32
     uniform: float = 0.1
     rate: float = 1.0

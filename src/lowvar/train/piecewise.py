@@ -1,7 +1,8 @@
 r"""Importance sampling as a change of the uniform number: densities that are constant on K bins of [0, 1).
 
-The plain time is t = T(v) with v ~ U(0, 1) (`UniformTimes`, a table or continuous). Let v have the density K q_k on bin
-[k / K, (k + 1) / K) instead, and weight by the inverse:
+The plain time is t = T(v) with v ~ U(0, 1): T is the inverse cdf of the objective's own times, uniform ones (a table or
+continuous) or EDM's lognormal ones, say. Let v have the density K q_k on bin [k / K, (k + 1) / K) instead, and weight
+by the inverse (times the plain weight, where T has one):
 
     u in bin k of the cumulated q,   v = (k + (u - Q_k) / q_k) / K,   weight = 1 / (K q_k),   Q_k = q_0 + .. + q_(k-1)
 
@@ -42,7 +43,7 @@ def continuous() -> UniformTimes:
     return UniformTimes(None, t_min=1e-3)
 
 
-def piecewise_times(probabilities: Tensor, plain: UniformTimes, u: Tensor) -> TimeDraw:
+def piecewise_times(probabilities: Tensor, plain: FixedTimes, u: Tensor) -> TimeDraw:
     """Times of the uniform numbers u in [0, 1), (n,), with weights and the numbers k of the bins.
 
     Args:
@@ -60,7 +61,8 @@ def piecewise_times(probabilities: Tensor, plain: UniformTimes, u: Tensor) -> Ti
     upper = q.cumsum(0)
     k = torch.searchsorted(upper, u, right=True).clamp_max(bins - 1)
     inside = ((u - (upper - q)[k]) / q[k]).clamp(0, 1 - 2.0**-30)  # rounding stays within the bin
-    return TimeDraw(plain.at((k + inside) / bins).t, 1 / (bins * q[k]), k)
+    drawn = plain.at((k + inside) / bins)
+    return TimeDraw(drawn.t, drawn.weight / (bins * q[k]), k)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +123,7 @@ class LearnedBins(Times):
     """Importance sampling by running means: a density of K bins that is uniform until each bin has seen enough.
 
     Args:
-        plain: the times that are weighted for: a table's, or continuous ones.
+        plain: the objective's own times, which are weighted for.
         bins: K.
         uniform: m; weights are at most 1 / m.
         decay: d of the running means a visit.
@@ -132,7 +134,7 @@ class LearnedBins(Times):
         ValueError: for parameters out of range.
     """
 
-    plain: UniformTimes = field(default_factory=continuous)
+    plain: FixedTimes = field(default_factory=continuous)
     bins: int = 32
     uniform: float = 0.1
     decay: float = 0.95

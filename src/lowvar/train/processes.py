@@ -10,11 +10,12 @@ the plain times are continuous,
 
     t = t_min + (1 - t_min) v,    v ~ U(0, 1),    t_min the schedule's,
 
-and what is unbiased is so for these. With edm's lognormal times and weighting the objective is Karras et al.'s,
+With edm's lognormal times and weighting the objective is Karras et al.'s,
 
     E_{log s ~ N(-1.2, 1.2^2)} lambda(s) E ||D(x_0 + s eps, s) - x_0||^2 / d,    lambda = (s^2 + sd^2) / (s sd)^2,
 
-which for the raw network F is a plain squared error. sd, `sigma_data`, is 0.5 as published, or that of the training
+which for the raw network F is a plain squared error. Learned times are weighted so that the objective stays that of the
+process's own times, the lognormal ones here. sd, `sigma_data`, is 0.5 as published, or that of the training
 data (`measured_sigma_data`): then F sees and predicts numbers of variance 1 whatever the data's unit. A flow's `shift`
 s moves its uniform times towards noise, u = s t / (1 + (s - 1) t).
 
@@ -36,7 +37,8 @@ import torch
 from lowvar.errors import UserError
 from lowvar.process.discrete import schedule_from_diffusers
 from lowvar.process.schedule import VE, Flow, Schedule
-from lowvar.train.timesteps import UniformTimes
+from lowvar.train.edm import LognormalTimes
+from lowvar.train.timesteps import FixedTimes, UniformTimes
 
 if TYPE_CHECKING:
     from lowvar.train.config import TrainConfig
@@ -46,6 +48,7 @@ __all__ = [
     "PROCESS_DEFAULTS",
     "Process",
     "measured_sigma_data",
+    "objective_times",
     "plain_times",
     "process_schedule",
     "refusal",
@@ -105,7 +108,7 @@ def process_schedule(config: TrainConfig) -> Schedule:
 
 
 def plain_times(config: TrainConfig, schedule: Schedule) -> UniformTimes:
-    """The uniform times that weighted ones are unbiased for: a table's, or continuous ones from the schedule's t_min.
+    """The process's uniform times: a table's, or continuous ones from the schedule's t_min.
 
     Example:
         >>> from lowvar.process import Flow
@@ -116,6 +119,18 @@ def plain_times(config: TrainConfig, schedule: Schedule) -> UniformTimes:
     if config.process == "vp":
         return UniformTimes(config.train_timesteps)
     return UniformTimes(None, schedule.t_min)
+
+
+def objective_times(config: TrainConfig, schedule: Schedule) -> FixedTimes:
+    """The times that are part of the process's objective, which learned ones are weighted for: edm's are lognormal.
+
+    Example:
+        >>> from lowvar.process import VE
+        >>> from lowvar.train import config_from
+        >>> objective_times(config_from({"process": "edm", "times": "gradient-norm"}), VE()).label
+        'changes the objective'
+    """
+    return LognormalTimes(schedule) if config.process == "edm" else plain_times(config, schedule)
 
 
 def measured_sigma_data(images: ImageSource) -> float:

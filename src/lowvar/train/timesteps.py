@@ -9,7 +9,8 @@ expectation.
                          uniform until every n has 10 losses (Nichol & Dhariwal 2021, Sec. 3.3)
 
 Continuous times have no table; there n is a bin of the uniform number behind the time, within which q is constant (see
-`piecewise`).
+`piecewise`). Objectives whose own times are not uniform (EDM's are lognormal) are weighted for in the same way, by bins
+of the uniform number behind those.
 
 The variance of a weighted loss is E_q[(l / (T q))^2] - L^2, least for q_n proportional to sqrt(E l_n^2). Noise is an
 argument: the time of sample i is the inverse cdf of q at the uniform number of sample i (`at`), so that numbers that
@@ -165,7 +166,8 @@ class LossSecondMomentTimes(Times):
         uniform: m, the share of the uniform density.
         losses: (T, history) float64, a ring a row; entry `counts % history` is overwritten next. Default: zeros.
         counts: losses seen a timestep, (T,) int64. Default: zeros.
-        plain: the continuous times that are weighted for; `steps` is then a number of bins. None: a table.
+        plain: continuous times of the objective, which are weighted for; `steps` is then a number of bins. None: the
+            uniform times of a table.
 
     Example:
         >>> times = LossSecondMomentTimes(steps=2, history=1, uniform=0.5)
@@ -178,7 +180,7 @@ class LossSecondMomentTimes(Times):
     uniform: float = 0.001
     losses: Tensor = field(default=None)  # type: ignore[assignment]
     counts: Tensor = field(default=None)  # type: ignore[assignment]
-    plain: UniformTimes | None = None
+    plain: FixedTimes | None = None
     label: ClassVar[Label] = "unbiased"
 
     def __post_init__(self) -> None:
