@@ -1,7 +1,9 @@
 r"""Variance of the training gradient: what each part of `lowvar.train` takes off it, at matched cost.
 
-A cell is a data set, a process, a prediction and a moment of training. Its network is trained by the plain recipe
-(AdamW, independent draws); at the moment's weights, R replicate batches of B samples are drawn by every method, and
+A cell is a data set, a process, a prediction and a moment of training. Its network (a U-Net of width 32; for the table,
+scikit-learn's breast cancer data, the residual MLP) is trained by the plain recipe: AdamW, independent draws, the
+process's own times, uniform or EDM's lognormal ones. At the moment's weights, R replicate batches of B samples are
+drawn by every method, and
 
     V   = tr Cov(g) over replicate batches: draws inside a batch may depend on one another
     VRF = V_plain / V_method x (cost of a plain batch / cost of the method's batch)
@@ -23,9 +25,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from lowvar.train import (
     CrossPairs,
     DrawPlan,
     EntropyRateTimes,
+    FixedTimes,
     GradientNormTimes,
     LognormalTimes,
     LossSecondMomentTimes,
@@ -92,6 +95,7 @@ CELLS = {
         Cell("photos:16", "vp", "epsilon"),
         Cell("photos:16", "edm", "edm"),
         Cell("photos:16", "flow", "flow"),
+        Cell("table", "vp", "epsilon"),
     )
 }
 
@@ -103,7 +107,7 @@ def schedule_of(cell: Cell) -> Schedule:
     return VE() if cell.process == "edm" else Flow()
 
 
-def times_of(cell: Cell, schedule: Schedule) -> Times:
+def times_of(cell: Cell, schedule: Schedule) -> FixedTimes:
     """The plain recipe's times."""
     if cell.process == "edm":
         return LognormalTimes(schedule)
@@ -112,10 +116,18 @@ def times_of(cell: Cell, schedule: Schedule) -> Times:
 
 @lru_cache(maxsize=2)
 def data_of(name: str) -> Any:
-    """The data set."""
+    """The data set; `table` is scikit-learn's breast cancer data as a file of 30 columns."""
     from lowvar.data import load
 
-    return load(name)
+    if name != "table":
+        return load(name)
+    from sklearn.datasets import load_breast_cancer
+
+    path = CACHE / "breast-cancer.csv"
+    table: Any = load_breast_cancer(as_frame=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.data.to_csv(path, index=False)
+    return load(str(path))
 
 
 # ------------------------------------------------------------------------------------------------------------- networks
@@ -127,13 +139,14 @@ def network_at(cell: Cell, moment: str) -> nn.Module:
 
     data, folder = data_of(cell.data), CACHE / "networks" / cell.name
     network: Any = build_network(data.shape, NetworkConfig(width=32), None, seed=0)
+    loss = torch.tensor(math.nan)
     if not (folder / f"{moment}.safetensors").exists():
         schedule = schedule_of(cell)
         plan, times = DrawPlan(data.train, schedule, BATCH, 0), times_of(cell, schedule)
         denoiser = NetworkDenoiser(network, schedule, cell.prediction)  # type: ignore[arg-type]
         optimizer = torch.optim.AdamW(network.parameters(), 1e-3, weight_decay=0.0)
         folder.mkdir(parents=True, exist_ok=True)
-        for update in range(max(MOMENTS.values())):
+        for update in range(MOMENTS[moment]):
             draws = plan.draws(update, times)
             loss = Objective(Simple()).losses(denoiser, draws.x0, draws.eps, draws.level).loss.mean()
             optimizer.zero_grad()
@@ -168,34 +181,34 @@ class Method:
     stable: bool = False
 
 
-SAME, CROSS, STABLE = {"pairing": SameImagePairs()}, {"pairing": CrossPairs()}, {"stable": True}
+SAME: dict[str, Any] = {"pairing": SameImagePairs()}
+CROSS: dict[str, Any] = {"pairing": CrossPairs(), "stratified": True}
+SOBOL: dict[str, Any] = {"pairing": SobolPoints(BATCH)}
 METHODS: dict[str, Method] = {
     "plain": Method({}),
     "stratified": Method({"stratified": True}),
     "same-image pairs": Method(SAME),
-    "cross pairs": Method(CROSS),
+    "cross pairs": Method({"pairing": CrossPairs()}),
     "orthogonal noise": Method({"pairing": OrthogonalNoise(4)}),
-    "sobol": Method({"pairing": SobolPoints(BATCH)}),
-    "importance, losses": Method({}, times="losses"),
-    "importance, gradient norms": Method({}, times="gradient norms"),
-    "importance, entropy rate": Method({}, times="entropy rate"),
-    "stable target": Method({}, **STABLE),
-    "cross + stratified": Method(CROSS | {"stratified": True}),
-    "stable + cross + stratified": Method(CROSS | {"stratified": True}, **STABLE),
-    "stable + same + stratified": Method(SAME | {"stratified": True}, **STABLE),
-    "importance, losses + cross + stratified": Method(CROSS | {"stratified": True}, times="losses"),
-    "importance, losses + stable + cross + stratified": Method(CROSS | {"stratified": True}, times="losses", **STABLE),
-    "importance, gradient norms + stable + cross + stratified": Method(
-        CROSS | {"stratified": True}, times="gradient norms", **STABLE
-    ),
-    "importance, losses + stable + sobol": Method({"pairing": SobolPoints(BATCH)}, times="losses", **STABLE),
+    "sobol": Method(SOBOL),
+    "importance, losses": Method({}, "losses"),
+    "importance, gradient norms": Method({}, "gradient norms"),
+    "importance, entropy rate": Method({}, "entropy rate"),
+    "stable target": Method({}, stable=True),
+    "cross + stratified": Method(CROSS),
+    "stable + cross + stratified": Method(CROSS, stable=True),
+    "stable + same + stratified": Method(SAME | {"stratified": True}, stable=True),
+    "importance, losses + cross + stratified": Method(CROSS, "losses"),
+    "importance, losses + stable + cross + stratified": Method(CROSS, "losses", stable=True),
+    "importance, gradient norms + stable + cross + stratified": Method(CROSS, "gradient norms", stable=True),
+    "importance, losses + stable + sobol": Method(SOBOL, "losses", stable=True),
+    "importance, gradient norms + stable + sobol": Method(SOBOL, "gradient norms", stable=True),
 }
 
 
-def batches(cell: Cell, denoiser: NetworkDenoiser, method: Method, learned: dict[str, Times]) -> Batch:
+def batches(cell: Cell, denoiser: NetworkDenoiser, method: Method, times: Times) -> Batch:
     """Replicate batches of a method."""
     data = data_of(cell.data)
-    times = times_of(cell, denoiser.schedule) if method.times is None else learned[method.times]
     plan = DrawPlan(data.train, denoiser.schedule, BATCH, 1, Independent(1), **method.plan)
     objective = Objective(Simple())
     references = ReferencePlan(data.train, 2048, reference_noise(1)) if method.stable else None
@@ -238,13 +251,13 @@ def interval(statistic: Callable[[Tensor], Tensor], n: int) -> Interval:
     return Replicates(float(statistic(everyone)), without, torch.ones(n)).interval()
 
 
-def run_cell(cell: Cell, moment: str, only: str) -> dict[str, Any]:
-    """Every method of one cell."""
+def run_cell(cell: Cell, moment: str, names: Collection[str]) -> dict[str, Any]:
+    """The methods of those names, and plain, in one cell."""
     network = network_at(cell, moment)
     denoiser = NetworkDenoiser(network, schedule_of(cell), cell.prediction)  # type: ignore[arg-type]
-    learned = learn_times(cell, denoiser, network)
-    chosen = {k: m for k, m in METHODS.items() if m.times in (None, *learned) and (k == "plain" or only in k)}
-    losses = {k: batches(cell, denoiser, m, learned) for k, m in chosen.items()}
+    learned = lru_cache(None)(partial(learn_times, cell, denoiser, network))
+    chosen = {k: m for k, m in METHODS.items() if k == "plain" or k in names}
+    losses = {k: batches(cell, denoiser, m, learned(m.times, m.stable)) for k, m in chosen.items()}
     gradients: dict[str, list[Tensor]] = {k: [] for k in chosen}
     seconds: dict[str, list[float]] = {k: [] for k in chosen}
     for r in range(REPLICATES):
@@ -273,36 +286,32 @@ def run_cell(cell: Cell, moment: str, only: str) -> dict[str, Any]:
     return {"cell": cell.name, "moment": moment, "batch": BATCH, "replicates": REPLICATES, "rows": rows}
 
 
-def learn_times(cell: Cell, denoiser: NetworkDenoiser, network: nn.Module) -> dict[str, Times]:
-    """Importance-sampled times from a pilot's losses and gradients, of which no replicate knows.
-
-    None where the plain times are not uniform, and losses by timestep only on a table of timesteps.
-    """
+def learn_times(cell: Cell, denoiser: NetworkDenoiser, network: nn.Module, word: str | None, stable: bool) -> Times:
+    """Importance-sampled times, from a pilot of which no replicate knows; None: the plain ones."""
     plain = times_of(cell, denoiser.schedule)
-    if not isinstance(plain, UniformTimes):
-        return {}
-    learned: dict[str, Times] = {
-        "gradient norms": GradientNormTimes(plain=plain),
-        "entropy rate": EntropyRateTimes(denoiser.schedule, denoiser.prediction, plain=plain),
-    }
-    if plain.steps is not None:
-        learned["losses"] = LossSecondMomentTimes(plain.steps)
+    if word is None:
+        return plain
+    times: Times
+    if word == "gradient norms":
+        times = GradientNormTimes(plain=plain)
+    elif word == "entropy rate":
+        times = EntropyRateTimes(denoiser.schedule, denoiser.prediction, plain=plain)
+    else:
+        times = LossSecondMomentTimes(1000) if cell.process == "vp" else LossSecondMomentTimes(64, plain=plain)
     objective, images = Objective(Simple()), data_of(cell.data).train
-    for name, times in learned.items():
-        norms = times.learns_from == "squared gradient norms"
-        size, updates = (50, 10) if norms else (1000, 10)
-        plan = DrawPlan(images, denoiser.schedule, size, 2, Independent(2), stratified=True)
-        for update in range(updates):
-            draws = plan.draws(update, times)
-            with torch.set_grad_enabled(norms):
-                losses = objective.losses(denoiser, draws.x0, draws.eps, draws.level).loss
-            seen = losses
-            if norms:
-                parts = losses.split(1)
-                seen = torch.stack([gradient(network, part.sum(), keep=True).square().sum() for part in parts])
-            times = times.updated(draws.bin, seen)
-        learned[name] = times
-    return learned
+    norms = times.learns_from == "squared gradient norms"
+    plan = DrawPlan(images, denoiser.schedule, 50 if norms else 1000, 2, Independent(2), stratified=True)
+    references = ReferencePlan(images, 2048, reference_noise(2)) if stable else None
+    for update in range(10):
+        draws = plan.draws(update, times)
+        target = PlainTarget() if references is None else references.target(update)
+        with torch.set_grad_enabled(norms):
+            seen = objective.losses(denoiser, draws.x0, draws.eps, draws.level, target).loss
+        if norms:
+            parts = seen.split(1)
+            seen = torch.stack([gradient(network, part.sum(), keep=True).square().sum() for part in parts])
+        times = times.updated(draws.bin, seen)
+    return times
 
 
 # --------------------------------------------------------------------------------------------------------------- report
@@ -375,11 +384,15 @@ def main() -> None:
     end = time.process_time() + 60 * arguments.minutes
     for cell, moment in places():
         wanted = cell.name in arguments.cells.split(",") and moment in arguments.moments.split(",")
-        if not wanted or _path(cell, moment).exists() or time.process_time() > end:
+        path = _path(cell, moment)
+        known = json.loads(path.read_text())["rows"] if path.exists() else []
+        missing = {k for k in METHODS if arguments.only in k} - {row["method"] for row in known}
+        if not wanted or not missing or time.process_time() > end:
             continue
-        made = run_cell(cell, moment, arguments.only)
-        _path(cell, moment).parent.mkdir(parents=True, exist_ok=True)
-        _path(cell, moment).write_text(json.dumps(made))
+        made = run_cell(cell, moment, missing)
+        made["rows"] = known + [row for row in made["rows"] if row["method"] in missing]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(made))
 
 
 if __name__ == "__main__":
