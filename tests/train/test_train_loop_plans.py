@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from lowvar.data import Data, TensorImages, load
 from lowvar.errors import UserError
 from lowvar.train import (
     EntropyRateTimes,
+    GivenTarget,
     GradientNormTimes,
+    RunningMeans,
+    StableTarget,
     Trainer,
     Update,
     config_from,
@@ -116,16 +120,38 @@ def test_parts_make_the_gradient_of_the_whole(kind: dict[str, Any], data: Data) 
 
 
 def test_gradient_norms_are_those_of_one_unweighted_sample(data: Data) -> None:
-    trainer = make(data, {"times": "gradient-norm", "pairing": "cross"})
+    trainer = make(data, {"times": "gradient-norm", "pairing": "cross", "target": "stable", "references": 5})
     network = trainer.accelerator.unwrap_model(trainer._network)  # pyright: ignore[reportPrivateUsage]
     network.drop.p = 0.0
-    draws = trainer.plan.draws(11, trainer.times)  # at update 11: sample 3 of the batch
-    size = trainer.config.batch_size
-    bins, squares = squared_norm(trainer.batch, trainer.accelerator, network, 11, draws, size)
-    losses = trainer.objective.losses(trainer.denoiser, draws.x0, draws.eps, draws.level)
+    draws = trainer.plan.draws(11, trainer.times)
+    stable = trainer.batch.target(11, draws)
+    assert isinstance(stable, StableTarget)
+    target = GivenTarget(stable.clean(draws.x0, draws.eps, draws.level), stable)
+    bins, squares = squared_norm(trainer.batch, trainer.accelerator, network, 11, draws, target, 3)
+    losses = trainer.objective.losses(trainer.denoiser, draws.x0, draws.eps, draws.level, stable)
     gradient = torch.autograd.grad(losses.loss[3], list(network.parameters()))
     assert int(bins) == int(draws.bin[3])
     assert float(squares) == pytest.approx(sum(float((g**2).sum()) for g in gradient), rel=1e-5)
+
+
+def test_gradient_norms_are_rarer_once_the_density_is_in_use(data: Data) -> None:
+    """The trainer measures at every update until each bin has enough, then at every fourth, the samples in turn."""
+    times, due, places = GradientNormTimes(bins=1, least=2), [], []
+    for update in range(11):
+        if times.due(update):
+            due.append(update)
+            places.append(times.place(3))
+            times = times.updated(torch.tensor([0]), torch.tensor([1.0]))
+    assert due == [0, 1, 4, 8]
+    assert places == [0, 1, 2, 0]
+    trainer = make(data, {"times": "gradient-norm", "updates": 11})
+    assert isinstance(trainer.times, GradientNormTimes)
+    trainer.times = replace(trainer.times, bins=1, least=2, means=RunningMeans.empty(1, 0.9))
+    run(trainer)
+    assert isinstance(trainer.times, GradientNormTimes)
+    assert int(trainer.times.means.counts) == 4
+    with pytest.raises(ValueError, match="every is 0"):
+        GradientNormTimes(every=0)
 
 
 def test_learned_times_learn(data: Data) -> None:

@@ -34,6 +34,7 @@ from lowvar.train.batch_loss import BatchLoss, weighted_mean
 from lowvar.train.conditional import classes_of
 from lowvar.train.config import TrainConfig, make_objective, make_plan, make_references, make_schedule, make_times
 from lowvar.train.draws import Draws, ImageSource
+from lowvar.train.gradient_norm import GradientNormTimes
 from lowvar.train.kept_averages import AVERAGES, discard_after, is_moment, keep_averages
 from lowvar.train.networks import build_network
 from lowvar.train.noise_probe import Blocks, measured
@@ -261,8 +262,9 @@ class Trainer:
             )
         losses = self.batch.losses(self._network, self.update, draws, target, a.process_index)
         probe: tuple[Tensor, Tensor] | None = None
-        if self.times.learns_from == "squared gradient norms":
-            probe = squared_norm(self.batch, a, plain, self.update, draws, self.config.batch_size)
+        if isinstance(self.times, GradientNormTimes) and self.times.due(self.update):
+            place = self.times.place(self.config.batch_size)
+            probe = squared_norm(self.batch, a, plain, self.update, draws, target, place)
         loss = weighted_mean(draws, losses)
         sums = summed(a, torch.cat([loss.detach().double()[None], seen.to(loss.device)]))
         mean, ess, alone = (v / a.num_processes for v in sums.tolist())
@@ -283,7 +285,7 @@ class Trainer:
             self.averages = self.averages.updated({k: v for k, v in state.items() if v.is_floating_point()})
         if probe is not None:
             self.times = self.times.updated(*probe) if bool(torch.isfinite(probe[1]).all()) else self.times
-        elif self.times.state():
+        elif self.times.learns_from == "losses" and self.times.state():
             learnt = losses.loss.detach()
             if self.uncertainty is not None:  # its price u is no error
                 learnt = learnt - self.uncertainty.log_uncertainty(draws.level.logsnr).detach()
