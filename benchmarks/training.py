@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowvar.gradients import controlled
 from lowvar.metrics.intervals import Interval, Replicates
 from lowvar.process.denoiser import NetworkDenoiser
 from lowvar.process.discrete import schedule_from_diffusers
@@ -42,9 +43,11 @@ from lowvar.process.schedule import VE, Flow, Schedule
 from lowvar.train import (
     CrossPairs,
     DrawPlan,
+    Draws,
     EntropyRateTimes,
     FixedTimes,
     GradientNormTimes,
+    LearnedScheduleTimes,
     LognormalTimes,
     LossSecondMomentTimes,
     NetworkConfig,
@@ -58,6 +61,7 @@ from lowvar.train import (
     UniformTimes,
     build_network,
     reference_noise,
+    taylor_variate,
 )
 from lowvar.train.timesteps import Times
 
@@ -174,11 +178,20 @@ class Method:
         plan: further arguments of `DrawPlan`.
         times: importance-sampled times: learned on a pilot, or None for the cell's own.
         stable: whether x_0 in the target is the stable target's, over at most 2,048 images.
+        taylor: whether the loss is controlled by its Taylor expansion of order 1, with coefficients by logsnr.
+        strata: whether a batch holds the classes in proportion, for data that have them.
     """
 
     plan: dict[str, Any]
     times: str | None = None
     stable: bool = False
+    taylor: bool = False
+    strata: bool = False
+
+    @property
+    def evaluations(self) -> float:
+        """Of the network, over plain's: a Taylor variate adds one with a directional derivative, two more."""
+        return 3.0 if self.taylor else 1.0
 
 
 SAME: dict[str, Any] = {"pairing": SameImagePairs()}
@@ -194,6 +207,9 @@ METHODS: dict[str, Method] = {
     "importance, losses": Method({}, "losses"),
     "importance, gradient norms": Method({}, "gradient norms"),
     "importance, entropy rate": Method({}, "entropy rate"),
+    "importance, learned schedule": Method({}, "learned schedule"),
+    "class strata": Method({}, strata=True),
+    "taylor control variate": Method({}, taylor=True),
     "stable target": Method({}, stable=True),
     "cross + stratified": Method(CROSS),
     "stable + cross + stratified": Method(CROSS, stable=True),
@@ -209,7 +225,8 @@ METHODS: dict[str, Method] = {
 def batches(cell: Cell, denoiser: NetworkDenoiser, method: Method, times: Times) -> Batch:
     """Replicate batches of a method."""
     data = data_of(cell.data)
-    plan = DrawPlan(data.train, denoiser.schedule, BATCH, 1, Independent(1), **method.plan)
+    strata = {"labels": data.train.labels} if method.strata else {}
+    plan = DrawPlan(data.train, denoiser.schedule, BATCH, 1, Independent(1), **method.plan, **strata)
     objective = Objective(Simple())
     references = ReferencePlan(data.train, 2048, reference_noise(1)) if method.stable else None
 
@@ -217,7 +234,14 @@ def batches(cell: Cell, denoiser: NetworkDenoiser, method: Method, times: Times)
         draws = plan.draws(1000 + r, times)
         target = PlainTarget() if references is None else references.target(1000 + r)
         losses = objective.losses(denoiser, draws.x0, draws.eps, draws.level, target)
+        if method.taylor:
+            return taylor_controlled(losses.loss, draws).mean()
         return (draws.weight.to(losses.loss) * losses.loss).mean()
+
+    def taylor_controlled(own: Tensor, draws: Draws) -> Tensor:
+        x0, level = draws.x0, draws.level
+        v, mean = taylor_variate(lambda eps: objective.losses(denoiser, x0, eps, level).loss, draws.eps)
+        return controlled(own, v, mean, bins=(level.logsnr > 0).long() + (level.logsnr > 4).long())
 
     return loss
 
@@ -256,7 +280,8 @@ def run_cell(cell: Cell, moment: str, names: Collection[str]) -> dict[str, Any]:
     network = network_at(cell, moment)
     denoiser = NetworkDenoiser(network, schedule_of(cell), cell.prediction)  # type: ignore[arg-type]
     learned = lru_cache(None)(partial(learn_times, cell, denoiser, network))
-    chosen = {k: m for k, m in METHODS.items() if k == "plain" or k in names}
+    classes = data_of(cell.data).train.labels is not None
+    chosen = {k: m for k, m in METHODS.items() if (k == "plain" or k in names) and (classes or not m.strata)}
     losses = {k: batches(cell, denoiser, m, learned(m.times, m.stable)) for k, m in chosen.items()}
     gradients: dict[str, list[Tensor]] = {k: [] for k in chosen}
     seconds: dict[str, list[float]] = {k: [] for k in chosen}
@@ -273,7 +298,11 @@ def run_cell(cell: Cell, moment: str, names: Collection[str]) -> dict[str, Any]:
     rows = []
     for name, g in stacked.items():
         gram, cross = (g @ g.T).double(), (g @ stacked["plain"].T).double()
-        log_vrf = interval(lambda kept, gram=gram: (variance(plain, kept) / variance(gram, kept)).log(), REPLICATES)
+        price = METHODS[name].evaluations
+        log_vrf = interval(
+            lambda kept, gram=gram, price=price: (variance(plain, kept) / variance(gram, kept) / price).log(),
+            REPLICATES,
+        )
         bias = interval(
             lambda kept, gram=gram, cross=cross: apart(gram, cross, plain, kept) / (variance(plain, kept) / len(kept)),
             REPLICATES,
@@ -294,6 +323,8 @@ def learn_times(cell: Cell, denoiser: NetworkDenoiser, network: nn.Module, word:
     times: Times
     if word == "gradient norms":
         times = GradientNormTimes(plain=plain)
+    elif word == "learned schedule":
+        times = LearnedScheduleTimes(plain)
     elif word == "entropy rate":
         times = EntropyRateTimes(denoiser.schedule, denoiser.prediction, plain=plain)
     else:

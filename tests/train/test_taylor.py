@@ -7,10 +7,11 @@ from typing import Literal
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from lowvar.gradients import controlled
-from lowvar.process import CosineVP, Flow, NetworkDenoiser, Schedule
+from lowvar.process import CosineVP, Flow, Independent, NetworkDenoiser, Schedule
 from lowvar.process.denoiser import Prediction
 from lowvar.train import Objective, Simple, taylor_variate
 
@@ -124,6 +125,31 @@ def test_quadratic_loss_is_its_own_expansion() -> None:
     assert torch.allclose(mean, (chance * loss(eps)).sum().expand_as(mean), atol=1e-12)
     left = controlled(loss(eps), variate, mean, ridge=0.0)
     assert float(left.std()) < 1e-9
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_stock_network_with_attention(order: Order) -> None:
+    """Directional derivatives through diffusers' fused attention: as central differences say, with a gradient."""
+    size = {"sample_size": 4, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "norm_num_groups": 4}
+    blocks = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",)}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = UNet2DModel(**size, **blocks, block_out_channels=(8,), attention_head_dim=4).double()
+    denoiser, x0 = NetworkDenoiser(network, Flow(), "flow"), Independent(0).normal(range(2), (1, 4, 4)).double()
+    eps, level = Independent(1).normal(range(2), (1, 4, 4)).double(), Flow().at(torch.tensor([0.2, 0.7]).double())
+
+    def loss(eps: Tensor) -> Tensor:
+        return Objective(Simple()).losses(denoiser, x0, eps, level).loss
+
+    h = 1e-3
+    near = [loss(k * h * eps) for k in (-1, 0, 1)]
+    expected = near[1] + (near[2] - near[0]) / (2 * h)
+    if order == 2:
+        expected = expected + (near[2] - 2 * near[1] + near[0]) / (2 * h**2)
+    variate, mean = taylor_variate(loss, eps, order)
+    assert torch.allclose(variate, expected, atol=1e-5)
+    (variate - mean).sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
 
 
 def test_images_and_refusals() -> None:
