@@ -36,7 +36,7 @@ from lowvar.data import load
 from lowvar.evaluation import Cell, draw
 from lowvar.metrics import Scorer
 from lowvar.process import Independent, NetworkDenoiser
-from lowvar.train import Trainer, Validation, config_from
+from lowvar.train import PRESETS, Trainer, Validation, config_from
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path(os.environ.get("LOWVAR_BENCHMARKS", ROOT / "build" / "benchmarks")) / "curves"
@@ -48,13 +48,11 @@ RESULTS, TABLE = (
 SEEDS = range(5)
 UPDATES = {"digits": 1200, "photos:16": 800}
 BATCH = 32
-_STABLE = {"target": "stable"}
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "plain, doubled batch": {"batch_size": 2 * BATCH},
-    "gradient norms, cross": _STABLE | {"times": "gradient-norm", "stratified": True, "pairing": "cross"},
-    "gradient norms, sobol": _STABLE | {"times": "gradient-norm", "pairing": "sobol"},
-    "losses, cross": _STABLE | {"times": "loss-second-moment", "stratified": True, "pairing": "cross"},
+    "auto": PRESETS["auto"],
+    "auto, times by losses": PRESETS["auto"] | {"times": "loss-second-moment"},
     "improved-diffusion's resampler": {"times": "loss-second-moment"},
     "min-snr": {"weighting": "min-snr"},
     "lognormal times, edm weighting": {"times": "lognormal", "weighting": "edm"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -130,8 +130,8 @@ def test_quadratic_loss_is_its_own_expansion() -> None:
 @pytest.mark.parametrize("order", [1, 2])
 def test_stock_network_with_attention(order: Order) -> None:
     """Directional derivatives through diffusers' fused attention: as central differences say, with a gradient."""
-    size = {"sample_size": 4, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "norm_num_groups": 4}
-    blocks = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",)}
+    size: Any = {"sample_size": 4, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "norm_num_groups": 4}
+    blocks: Any = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",)}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = UNet2DModel(**size, **blocks, block_out_channels=(8,), attention_head_dim=4).double()

@@ -17,11 +17,12 @@ from lowvar.train import (
     PRESETS,
     CrossPairs,
     DrawPlan,
-    LossSecondMomentTimes,
+    GradientNormTimes,
     Objective,
     ReferencePlan,
     Simple,
     TrainConfig,
+    UniformTimes,
     config_from,
     make_plan,
     make_references,
@@ -55,7 +56,7 @@ class Line(nn.Module):
 def test_auto_is_the_parts_and_what_is_given_wins() -> None:
     config = config_from({"variance_reduction": "auto", "pairing": "same", "updates": 3})
     assert (config.times, config.stratified, config.pairing, config.target) == (
-        "loss-second-moment",
+        "gradient-norm",
         True,
         "same",
         "stable",
@@ -97,7 +98,9 @@ def test_all_of_it_together_has_the_plain_expected_gradient(include: bool) -> No
     schedule = make_schedule(config_from({"train_timesteps": steps}))
     network = Line(w)
     denoiser = NetworkDenoiser(network, schedule, "epsilon")
-    times = LossSecondMomentTimes(steps, history=1).updated(torch.arange(steps), torch.tensor([3.0, 1.0, 0.5, 2.0]))
+    times = GradientNormTimes(plain=UniformTimes(steps), bins=steps, least=1)
+    times = times.updated(torch.arange(steps), torch.tensor([9.0, 1.0, 0.3, 4.0]))
+    assert times.warm
     plan = DrawPlan(Images(), schedule, 64, 3, Independent(3), pairing=CrossPairs(), stratified=True)
     references = ReferencePlan(Images(), 3, reference_noise(3), include_source=include)
     found = []

@@ -296,12 +296,12 @@ def test_defaults_of_a_process() -> None:
 
 def test_auto_keeps_the_process_objective() -> None:
     edm = config_from({"process": "edm", "variance_reduction": "auto"})
-    assert (edm.times, edm.stratified, edm.pairing, edm.target) == ("loss-second-moment", True, "cross", "stable")
+    assert (edm.times, edm.stratified, edm.pairing, edm.target) == ("gradient-norm", True, "cross", "stable")
     for word in ("loss-second-moment", "gradient-norm", "entropy-rate", "learned-schedule"):
         times: Any = make_times(config_from({"process": "edm", "times": word}), VE())
         assert times.plain == LognormalTimes(VE())
     flow = config_from({"process": "flow", "variance_reduction": "auto"})
-    assert (flow.times, flow.stratified, flow.pairing, flow.target) == ("loss-second-moment", True, "cross", "stable")
+    assert (flow.times, flow.stratified, flow.pairing, flow.target) == ("gradient-norm", True, "cross", "stable")
 
 
 @pytest.mark.parametrize(

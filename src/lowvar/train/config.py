@@ -55,10 +55,11 @@ __all__ = [
 ]
 
 # What the word `variance_reduction` of a config stands for: settings, which those given beside it replace. `auto` is
-# the unbiased combination that took most variance off the gradient (benchmarks/training.py); `off` the plain recipe.
+# the unbiased combination that took most variance off the gradient (benchmarks/training.py) within a tenth of an
+# update's time (benchmarks/training_overhead.py); `off` the plain recipe.
 PRESETS: dict[str, dict[str, Any]] = {
     "off": {},
-    "auto": {"times": "loss-second-moment", "stratified": True, "pairing": "cross", "target": "stable"},
+    "auto": {"times": "gradient-norm", "stratified": True, "pairing": "cross", "target": "stable"},
 }
 
 _REFERENCES = 1024
@@ -104,8 +105,8 @@ class TrainConfig:
             at the level; validation stays with the plain one); `none` leaves it out, so that the head's term is the
             loss (with `detach_mean` false).
         times: density of training times: `uniform`; learned, with weights that leave the objective as it is (that of
-            the process's own times: uniform, or edm's lognormal ones): `loss-second-moment`, `gradient-norm` (one
-            gradient of one sample more an update), `entropy-rate`, `learned-schedule`; or of a given form:
+            the process's own times: uniform, or edm's lognormal ones): `loss-second-moment`, `gradient-norm` (the
+            gradient of one sample more every fourth update), `entropy-rate`, `learned-schedule`; or of a given form:
             `lognormal`, `logit-normal`, `mode`, which change the objective unless `times_weighted`.
         times_weighted: whether weights make times of a given form unbiased.
         stratified: whether the times of a batch are stratified.

@@ -9,11 +9,12 @@ for eps ~ N(0, I), so that T_k is a variate with a known mean. Both depend on th
 the expansion of l's gradient (the paper's Prop.: the two are one), so l - beta (T_k - E T_k) lowers the variance of the
 *gradient* too; it is unbiased for any detached beta that does not know the sample (`lowvar.gradients`).
 
-Directional derivatives come from gradients in the noise at x_t = alpha x_0 (a sample's loss is a number, so one backward
-pass has them all): order 1 takes one, and a backward pass through it; order 2 nests two and needs the trace, one nested
-pair for each of the d directions, so that it is for few dimensions. Where x_t = alpha x_0 + sigma eps leaves the region in which the network is smooth, an expansion around 0
-says little: the share of the variance that it explains falls with the noise, and for images little is left of the gain
-(the paper's finding on MNIST). So use bins of logsnr for the coefficient.
+Directional derivatives come from gradients in the noise at x_t = alpha x_0 (a sample's loss is a number, so one
+backward pass has them all): order 1 takes one, and a backward pass through it; order 2 nests two and needs the trace,
+one nested pair for each of the d directions, so that it is for few dimensions. Where x_t = alpha x_0 + sigma eps leaves
+the region in which the network is smooth, an expansion around 0 says little: the share of the variance that it explains
+falls with the noise, and for images little is left of the gain (the paper's finding on MNIST). So use bins of logsnr
+for the coefficient.
 
 For noise of another law (of fixed norm, say) E T_k is another: this one is for standard normal eps.
 
@@ -38,7 +39,7 @@ NoiseLoss = Callable[[Tensor], Tensor]
 def _slope(loss: NoiseLoss, eps: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
     """(l(eps), grad l(eps) . tangent), (B,) each."""
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention are differentiable once only
-        value, pull = torch.func.vjp(loss, eps)
+        value, pull = torch.func.vjp(loss, eps)[:2]
         gradient = pull(torch.ones_like(value))[0]
     return value, (gradient * tangent).flatten(1).sum(1)
 
