@@ -25,6 +25,7 @@ import datetime as dt
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -174,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", default=",".join(UPDATES), help="comma separated")
     parser.add_argument("--minutes", type=float, default=90, help="budget, processor minutes")
-    parser.add_argument("--arms", default="", help="text that an arm's name must contain")
+    parser.add_argument("--arms", default="", help="regular expression that an arm's name must match")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="number of training seeds")
     parser.add_argument("--report", action="store_true", help="only write the results from the runs that were made")
     arguments = parser.parse_args()
@@ -183,7 +184,7 @@ def main() -> None:
         end = time.process_time() + 60 * arguments.minutes
         for seed in SEEDS[: arguments.seeds]:
             for name in arguments.data.split(","):
-                for arm in (a for a in ARMS if arguments.arms in a):
+                for arm in (a for a in ARMS if re.search(arguments.arms, a)):
                     path = _path(name, seed, arm)
                     if path.exists() or time.process_time() > end:
                         continue
