@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from lowvar.data.columns import Columns
 from lowvar.errors import UserError
+from lowvar.models import null_class
 from lowvar.process.noise import TorchGenerators
 
 __all__ = [
@@ -39,12 +40,6 @@ __all__ = [
 ]
 
 Generators = torch.Generator | list[torch.Generator] | None
-
-
-def null_class(network: Any) -> int | None:
-    """The number K of a network's null class, its last; None for a network without classes."""
-    number = network.config.get("num_class_embeds")
-    return None if number is None else int(number) - 1
 
 
 def class_number(label: int | str, classes: Sequence[str]) -> int:
@@ -140,7 +135,7 @@ def _sampled(
     scheduler.set_timesteps(steps, device=device)
     x = x * scheduler.init_noise_sigma
     for t in pipeline.progress_bar(scheduler.timesteps):
-        out = called(scheduler.scale_model_input(x, t), t, **given)
+        out = called(scheduler.scale_model_input(x, t), t.expand(n), **given)  # DiT takes one time a sample
         out = out if isinstance(out, Tensor) else out.sample
         x = scheduler.step(out, t, x, generator=generator).prev_sample
     pipeline.maybe_free_model_hooks()
@@ -226,9 +221,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
     """Images of a class.
 
     Args:
-        unet: a UNet2DModel with `num_class_embeds` K + 1, the last of them the null class.
+        unet: a UNet2DModel with `num_class_embeds` K + 1, the last of them the null class, or a DiTTransformer2DModel.
         scheduler: a scheduler of diffusers or ours.
-        classes: names of the K classes.
+        classes: names of the K classes; an empty list for a network that was trained on its null class alone.
     """
 
     model_cpu_offload_seq = "unet"
@@ -242,7 +237,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def classes(self) -> tuple[str, ...]:
         """Names of the classes; their numbers where the folder has no names."""
         names = cast("Any", self.config)["classes"]
-        return tuple(names or map(str, range(null_class(cast("Any", self).unet) or 0)))
+        return tuple(map(str, range(null_class(cast("Any", self).unet) or 0)) if names is None else names)
 
     @torch.no_grad()
     def __call__(

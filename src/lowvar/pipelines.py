@@ -42,6 +42,7 @@ __all__ = [
     "keep_head",
     "network_of",
     "open_pipeline",
+    "open_weights",
     "schedule_of",
 ]
 
@@ -106,6 +107,11 @@ def _read_index(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise UserError(f"{path} is not a folder; give a diffusers pipeline folder, which has a {INDEX}")
     file = path / INDEX
+    if not file.is_file() and (path / "network.safetensors").is_file():
+        raise UserError(
+            f"{path} has no {INDEX}: its network is no model of diffusers; open it in a program with "
+            "lowvar.pipelines.open_weights"
+        )
     if not file.is_file():
         raise UserError(f"{path} has no {INDEX}: give the folder that a pipeline's save_pretrained wrote")
     try:
@@ -250,6 +256,41 @@ def denoiser_of(
         return denoiser
     except ValueError as error:
         raise UserError(f"{type(pipeline).__name__} cannot be read as a denoiser: {error}") from error
+
+
+def open_weights(folder: str | Path, network: nn.Module) -> NetworkDenoiser:
+    """The denoiser that `lowvar train` left of a network that is no model of diffusers.
+
+    Args:
+        folder: of the run, with network.safetensors and scheduler/.
+        network: one like the one that was trained; it gets the weights, and is put into evaluation mode.
+
+    Returns:
+        The denoiser, for samplers, calibration and likelihood; of a conditional network give the classes as
+        `conditioning`. Data in [-1, 1] are clipped to that.
+
+    Raises:
+        UserError: if the files are not there, or belong to another network.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_model
+
+    path = Path(folder)
+    for needed in ("network.safetensors", "scheduler"):
+        if not (path / needed).exists():
+            raise UserError(f"{path} has no {needed}; give the folder of a run that trained a network of your own")
+    try:
+        load_model(network, str(path / "network.safetensors"))
+        scheduler = ReverseVarianceScheduler.from_pretrained(str(path / "scheduler"))
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise UserError(f"the weights in {path} do not fit {type(network).__name__}: {_one_line(error)}") from error
+    schedule, head = schedule_of(scheduler), cast("Head | None", scheduler.config.get("head"))
+    spectrum = scheduler.spectrum if head == "basis" else None
+    clip = float(scheduler.config.get("clip_sample_range", 1.0)) if scheduler.config.get("clip_sample") else None
+    sigma_data = float(scheduler.config.get("sigma_data", 0.5))
+    return NetworkDenoiser(
+        network.eval(), schedule, _prediction(scheduler, schedule), head, clip, sigma_data, spectrum=spectrum
+    )
 
 
 @contextmanager

@@ -91,6 +91,8 @@ def _class_of(pipeline: Any, label: str) -> int:
             f"--label is {label!r}, and the model has no classes; leave it out, or train with --conditional"
         )
     names = pipeline.columns.classes if isinstance(pipeline, TablePipeline) else pipeline.classes
+    if not names:
+        raise UserError(f"--label is {label!r}, and the model was trained without classes; leave it out")
     return class_number(label, names)
 
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lowvar.errors import UserError
+from lowvar.models import null_class
 from lowvar.process.denoiser import NetworkDenoiser
 from lowvar.train import checkpoints
 from lowvar.train.averaging import PowerAverages
@@ -41,6 +42,7 @@ from lowvar.train.noise_scale import NoiseScale
 from lowvar.train.norm_probe import squared_norm
 from lowvar.train.objectives import Losses, Objective
 from lowvar.train.optimum import OptimumBounds, optimum_bounds
+from lowvar.train.own_networks import OfNullClass, check_network, own_network, structure
 from lowvar.train.processes import plain_times, resolved_sigma_data
 from lowvar.train.records import Change, Record, Sampled, Saved, TargetRecord, Update, Validation
 from lowvar.train.snapshot import Parts, capture, restore
@@ -114,13 +116,14 @@ class Trainer:
         data: splits `train` and `calibration`, with shape, levels and fingerprint.
         config: settings.
         folder: for `metrics.jsonl` and `checkpoints/`; None keeps nothing.
-        network: an own network, called as diffusers' UNet2DModel is; default: built from the config.
+        network: an own network, called as network(x, timestep), with class_labels=labels where the config says
+            conditional (`own_networks`); default: what the config says.
         resume: go on from the newest checkpoint in `folder` (from the start if there is none yet).
         device: "auto" (a GPU where there is one), "cpu" or "cuda".
 
     Raises:
-        UserError: if the data do not fit the network, the batch does not divide among the processes, or a checkpoint
-            belongs to other settings or data.
+        UserError: if the data, the head or the classes do not fit the network, the batch does not divide among the
+            processes, or a checkpoint belongs to other settings or data.
 
     Example:
         >>> from lowvar.data import load
@@ -191,11 +194,18 @@ class Trainer:
         if self.spectrum is not None and parts > 1:  # eigenvectors may differ between machines
             self.spectrum = restored(of_the_main_process(self.accelerator, stored(self.spectrum)), self.spectrum)
         self.classes = classes_of(data, config.condition_dropout, config.seed) if config.conditional else None
+        classes = None if self.classes is None else self.classes.count
+        is_own = network is not None or config.network.source is not None
+        if network is None and config.network.source is not None:
+            network = own_network(config.network.source, config.network.weights, config.seed)
         if network is None:
-            classes = None if self.classes is None else self.classes.count
             network = build_network(
                 data.shape, config.network, config.network_head, config.seed, config.head_rank, classes
             )
+        else:
+            check_network(network, data.shape, config.network_head, config.head_rank, classes)
+        self._structure = structure(network) if is_own else None
+        self._null = null_class(network) if classes is None else None
         self._average = _copy(network)
         minimised = self.objective
         groups: list[dict[str, Any]] = [{"params": list(network.parameters())}]
@@ -212,7 +222,7 @@ class Trainer:
         self._average.to(self.accelerator.device)
         self._ema = EMAModel(self._network.parameters(), decay=config.ema, foreach=True)
         self.averages = PowerAverages.of() if config.posthoc_ema else None
-        drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in network.modules())
+        drops = is_own or any(isinstance(m, nn.Dropout) and m.p > 0 for m in network.modules())
         self.batch = BatchLoss(
             minimised, self._as_denoiser, self.classes, self.references, config.seed, drops, self.accelerator.device
         )
@@ -235,8 +245,9 @@ class Trainer:
 
     def _as_denoiser(self, network: nn.Module) -> NetworkDenoiser:
         c = self.config
+        called = network if self._null is None else OfNullClass(network, self._null)
         return NetworkDenoiser(
-            network, self.schedule, c.prediction, c.network_head, sigma_data=self.sigma_data, spectrum=self.spectrum
+            called, self.schedule, c.prediction, c.network_head, sigma_data=self.sigma_data, spectrum=self.spectrum
         )
 
     def _step(self) -> Update:
@@ -386,11 +397,9 @@ class Trainer:
     def validate(self) -> Validation:
         """Validates the averaged weights and, with a folder, adds a line to `metrics.jsonl`."""
         a, since = self.accelerator, self._since
-        self._ema.copy_to(self._average.parameters())
-        self._average.eval()
         with a.autocast():
             values = self.validation.values(
-                self._as_denoiser(self._average),
+                self._as_denoiser(self._averaged()),
                 self.objective,
                 a.process_index,
                 a.num_processes,
@@ -429,8 +438,7 @@ class Trainer:
         a, path = self.accelerator, folder / f"update-{self.update:07d}.png"
 
         def draw() -> None:
-            self._ema.copy_to(self._average.parameters())
-            denoiser = self._as_denoiser(self._average.eval())
+            denoiser = self._as_denoiser(self._averaged())
             classes = None if self.classes is None else self.classes.count
             with a.autocast():
                 picture = contact_sheet(draw_samples(denoiser, self.data.shape, self.config.seed, classes, a.device))
@@ -443,8 +451,15 @@ class Trainer:
 
     def ema_network(self) -> nn.Module:
         """A copy of the network with the averaged weights, in evaluation mode, on the CPU: what a run gives."""
+        return _copy(self._averaged()).eval()
+
+    def _averaged(self) -> nn.Module:
+        """The averaged weights, in evaluation mode; what is no weight (running statistics) as it is now."""
         self._ema.copy_to(self._average.parameters())
-        return _copy(self._average).eval()
+        now = self.accelerator.unwrap_model(self._network)
+        for kept, value in zip(self._average.buffers(), now.buffers(), strict=True):
+            kept.copy_(value)
+        return self._average.eval()
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
@@ -453,7 +468,8 @@ class Trainer:
         config = dataclasses.asdict(self.config)
         for free in _FREE:
             del config[free]
-        return {"data": self.data.fingerprint, "schedule": self.schedule.fingerprint, **config}
+        own = {} if self._structure is None else {"the network's structure": self._structure}
+        return {"data": self.data.fingerprint, "schedule": self.schedule.fingerprint, **own, **config}
 
     def _parts(self) -> Parts:
         a = self.accelerator
