@@ -26,7 +26,14 @@ from torch import Tensor, nn
 
 from lowvar.errors import UserError
 from lowvar.models import ResidualMLP
-from lowvar.own_pipelines import ClassConditionalPipeline, ClassGuided, ImagePipeline, TablePipeline, null_class
+from lowvar.own_pipelines import (
+    ClassConditionalPipeline,
+    ClassGuided,
+    ImagePipeline,
+    LatentPipeline,
+    TablePipeline,
+    null_class,
+)
 from lowvar.process.denoiser import Head, NetworkDenoiser, Prediction
 from lowvar.process.discrete import schedule_from_diffusers
 from lowvar.process.head import rank_of
@@ -37,6 +44,7 @@ from lowvar.schedulers._fields import require_edm
 __all__ = [
     "ClassConditionalPipeline",
     "ImagePipeline",
+    "LatentPipeline",
     "TablePipeline",
     "denoiser_of",
     "keep_head",
@@ -48,7 +56,9 @@ __all__ = [
 
 INDEX = "model_index.json"
 _OWN = {ReverseVarianceScheduler.__module__: ReverseVarianceScheduler, ResidualMLP.__module__: ResidualMLP}
-_OWN_PIPELINES = {kind.__name__: kind for kind in (ClassConditionalPipeline, ImagePipeline, TablePipeline)}
+_OURS = (ClassConditionalPipeline, ImagePipeline, LatentPipeline, TablePipeline)
+_VALUES = ("classes", "columns", "scaling_factor")  # of our pipelines, no components
+_OWN_PIPELINES = {kind.__name__: kind for kind in _OURS}
 _LIBRARIES = ("diffusers", "transformers", *_OWN)
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".msgpack")
 _PREDICTIONS: dict[str, Prediction] = {
@@ -125,7 +135,10 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 def _components(index: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """(name, library, class) of the components that are to be loaded."""
+    own = index.get("_class_name") in _OWN_PIPELINES
     for name, value in index.items():
+        if own and name in _VALUES:  # the names of two classes look like a component
+            continue
         pair = isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
         if pair and not name.startswith("_"):
             yield name, value[0], value[1]
@@ -213,7 +226,7 @@ def denoiser_of(
         pipeline: unconditional (DDPM), class-conditional (DiT) or any other whose network is called as
             network(x, timestep, **conditioning).
         class_labels: one class for every sample, or one a sample (B,); class-conditional networks need it, except in
-            `ClassConditionalPipeline` and `TablePipeline`, whose null class stands for all classes.
+            `ClassConditionalPipeline`, `LatentPipeline` and `TablePipeline`, whose null class stands for all classes.
         conditioning: further keyword arguments of the network, such as `encoder_hidden_states` of a text-to-image one.
         clip: bound of the data, instead of the scheduler's.
         head: what the output channels beyond the prediction are, instead of the scheduler's or `range`; the spectrum
@@ -235,7 +248,7 @@ def denoiser_of(
     network, scheduler = network_of(pipeline), pipeline.scheduler
     config, given = dict(cast("Any", network).config), dict(conditioning or {})
     schedule = schedule_of(scheduler)
-    if isinstance(pipeline, ClassConditionalPipeline | TablePipeline):
+    if isinstance(pipeline, ClassConditionalPipeline | LatentPipeline | TablePipeline):
         class_labels = null_class(network) if class_labels is None else class_labels
         network = network if guidance == 1 else ClassGuided(network, guidance)
     elif guidance != 1:

@@ -62,7 +62,7 @@ class Calibrate(DataFlags, Sampling):
         begun = time.perf_counter()
         heads = self._checked()
         from lowvar.cli.measure import calibrate_on, mmse_figure
-        from lowvar.cli.models import open_model, require_shape, save_model
+        from lowvar.cli.models import fitting, open_model, save_model
         from lowvar.cli.results import about_data, summarise, write_run
         from lowvar.evaluation import check_steps
         from lowvar.sample import SAMPLERS
@@ -71,7 +71,7 @@ class Calibrate(DataFlags, Sampling):
         model = open_model(self.model, device)
         check_steps(self.steps, model.denoiser.schedule)
         data = self.load(self.seed)
-        require_shape(model, data.shape)
+        data = fitting(model, data)
         self._heads_fit(heads, model, data)
         calibration = calibrate_on(
             model.denoiser,
@@ -112,7 +112,7 @@ class Calibrate(DataFlags, Sampling):
         }
         with new_folder(self.out, overwrite=self.overwrite) as folder:
             save_model(model, folder, calibration, sampler=recommended["sampler"], grid=recommended["grid"])
-            write_run(folder, summary, figures=figures, grids=grids)
+            write_run(folder, summary, figures=figures, grids=None if model.bound is None else grids)  # latents
         console.result(f"default sampler {recommended['sampler']}; sample with: lowvar sample --model {self.out}")
         console.result(str(self.out / "report.html"))
         return summary

@@ -270,14 +270,16 @@ def save_trained(trainer: Trainer, folder: Path) -> Any:
     from diffusers import DDPMPipeline
 
     from lowvar.models import null_class
-    from lowvar.pipelines import ClassConditionalPipeline, ImagePipeline, TablePipeline
+    from lowvar.pipelines import ClassConditionalPipeline, ImagePipeline, LatentPipeline, TablePipeline
     from lowvar.schedulers import ReverseVarianceScheduler
     from lowvar.train.own_networks import is_storable
     from lowvar.train.processes import saved_fields
 
     config = trainer.config
+    factor: float | None = getattr(trainer.data, "scaling_factor", None)
     scheduler = ReverseVarianceScheduler(
         **saved_fields(config, trainer.schedule, trainer.sigma_data),
+        clip_sample=factor is None,
         head=config.network_head,
         spectrum=trainer.spectrum,
     )
@@ -288,9 +290,10 @@ def save_trained(trainer: Trainer, folder: Path) -> Any:
         return None
     if columns is not None:
         pipeline: Any = TablePipeline(network, scheduler, columns.config())
+    elif factor is not None:
+        pipeline = LatentPipeline(network, scheduler, factor, _class_names(trainer))
     elif trainer.classes is not None:
-        names = getattr(trainer.data, "classes", ()) or map(str, range(trainer.classes.count))
-        pipeline = ClassConditionalPipeline(network, scheduler, list(names))
+        pipeline = ClassConditionalPipeline(network, scheduler, _class_names(trainer))
     elif null_class(network) is not None:  # trained on its null class alone
         pipeline = ClassConditionalPipeline(network, scheduler, [])
     elif config.process == "edm":  # diffusers' DDPMPipeline neither scales the start nor what the network is given
@@ -299,6 +302,13 @@ def save_trained(trainer: Trainer, folder: Path) -> Any:
         pipeline = DDPMPipeline(network, scheduler)  # type: ignore[arg-type]
     pipeline.save_pretrained(str(folder), safe_serialization=True)
     return pipeline
+
+
+def _class_names(trainer: Trainer) -> list[str] | None:
+    """Names of the classes of a conditional run; their numbers where they have no names."""
+    if trainer.classes is None:
+        return None
+    return list(getattr(trainer.data, "classes", ()) or map(str, range(trainer.classes.count)))
 
 
 def _save_weights(network: Any, scheduler: Any, folder: Path, columns: Any) -> None:

@@ -153,7 +153,7 @@ class Trainer:
         self.folder = None if folder is None else Path(folder)
         check_trackers(config.trackers, self.folder)
         if config.sample_every:
-            check_pictures(data.shape, self.folder)
+            check_pictures(data.shape, self.folder, latent=getattr(data, "scaling_factor", None) is not None)
         log: dict[str, Any] = {"log_with": [*config.trackers], "project_dir": self.folder} if config.trackers else {}
         cpu = device == "cpu" or not torch.cuda.is_available()  # said outright: else processes on CPUs do not meet
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu, **log)
