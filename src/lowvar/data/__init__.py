@@ -11,5 +11,6 @@ from lowvar.data.arrays import ArrayImages
 from lowvar.data.columns import Columns
 from lowvar.data.images import Data, Images, TensorImages
 from lowvar.data.registry import NAMES, load
+from lowvar.data.stream import Stream, StreamData
 
-__all__ = ["NAMES", "ArrayImages", "Columns", "Data", "Images", "TensorImages", "load"]
+__all__ = ["NAMES", "ArrayImages", "Columns", "Data", "Images", "Stream", "StreamData", "TensorImages", "load"]

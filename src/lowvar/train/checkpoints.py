@@ -7,6 +7,7 @@
                              averages.safetensors  power averages (likewise)
                              uncertainty.safetensors  the learned weighting (likewise)
                              validation.safetensors   losses of the last validation, one an evaluation (likewise)
+                             stream.safetensors    where the epochs of a stream began (likewise)
                              noise_scale.safetensors  sums of the noise scale's measurements (likewise)
                              state.json            update, settings, fingerprints, learning rate, random numbers' seed
 

@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 from torch import Tensor
 
+from lowvar.data.stream import Stream
 from lowvar.errors import UserError
 from lowvar.process.head import MAX_RANK, Head
 from lowvar.process.schedule import Schedule
@@ -39,6 +40,7 @@ from lowvar.train.pairs import CrossPairs, IndependentSamples, OrthogonalNoise, 
 from lowvar.train.processes import PROCESS_DEFAULTS, Process, plain_times, process_schedule, refusal
 from lowvar.train.sobol import SobolPoints
 from lowvar.train.stable_target import ReferencePlan, reference_noise
+from lowvar.train.streams import check_stream
 from lowvar.train.timesteps import LossSecondMomentTimes, Times
 
 __all__ = [
@@ -411,12 +413,14 @@ def make_pairing(config: TrainConfig) -> Pairing:
     return OrthogonalNoise(4) if config.pairing == "orthogonal" else SobolPoints(config.batch_size)
 
 
-def make_plan(config: TrainConfig, images: ImageSource, schedule: Schedule) -> DrawPlan:
+def make_plan(config: TrainConfig, images: ImageSource | Stream, schedule: Schedule) -> DrawPlan:
     """The draw plan.
 
     Raises:
-        UserError: if strata are asked for and the data have no classes.
+        UserError: if strata are asked for and the data have no classes, or of a stream what it cannot have.
     """
+    if isinstance(images, Stream):
+        check_stream(config)
     couplings = {"none": None, "optimal-transport": OptimalTransport(), "immiscible": Immiscible()}
     labels: Tensor | None = None
     if config.strata == "class":
@@ -425,7 +429,7 @@ def make_plan(config: TrainConfig, images: ImageSource, schedule: Schedule) -> D
             raise UserError(
                 "strata is class, but the data have no classes; give strata cluster or labelled data, or leave it out"
             )
-    elif config.strata == "cluster":
+    elif config.strata == "cluster" and not isinstance(images, Stream):
         labels = cluster_labels(images, seed=config.seed)
     return DrawPlan(
         images,

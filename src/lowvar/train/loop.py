@@ -26,6 +26,7 @@ from typing import Any, Literal, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from lowvar.data.stream import Stream
 from lowvar.errors import UserError
 from lowvar.models import null_class
 from lowvar.process.denoiser import NetworkDenoiser
@@ -48,6 +49,7 @@ from lowvar.train.records import Change, Record, Sampled, Saved, TargetRecord, U
 from lowvar.train.snapshot import Parts, capture, restore
 from lowvar.train.spectrum import make_spectrum, restored, stored
 from lowvar.train.stable_target import StableTarget, memorisation
+from lowvar.train.streams import check_stream, known
 from lowvar.train.targets import GivenTarget
 from lowvar.train.together import gathered, of_the_main_process, summed, written
 from lowvar.train.tracking import (
@@ -76,10 +78,10 @@ _FREE = (  # settings that change no update: a run may go on with others
 
 
 class TrainingData(Protocol):
-    """What training needs of a data set: `lowvar.data.Data` has it."""
+    """What training needs of a data set: `lowvar.data.Data` and `StreamData` have it."""
 
     @property
-    def train(self) -> ImageSource: ...
+    def train(self) -> ImageSource | Stream: ...
     @property
     def calibration(self) -> ImageSource: ...
     @property
@@ -113,7 +115,7 @@ class Trainer:
     """A training run: `run()` yields its records, `ema_network()` is what comes out.
 
     Args:
-        data: splits `train` and `calibration`, with shape, levels and fingerprint.
+        data: splits `train` (or a stream) and `calibration`, with shape, levels and fingerprint.
         config: settings.
         folder: for `metrics.jsonl` and `checkpoints/`; None keeps nothing.
         network: an own network, called as network(x, timestep), with class_labels=labels where the config says
@@ -163,7 +165,10 @@ class Trainer:
                 f"batch_size {config.batch_size} does not divide among {parts} processes; give a multiple of {parts}"
             )
         self.schedule = make_schedule(config)
-        self.sigma_data = resolved_sigma_data(config, data.train)
+        if isinstance(data.train, Stream):
+            check_stream(config)
+        self._known = known(data)
+        self.sigma_data = resolved_sigma_data(config, self._known.train)
         self.objective: Objective = make_objective(config, data.levels, self.sigma_data)
         self.uncertainty = Uncertainty(seed=config.seed) if config.weighting == "uncertainty" else None
         self.times = make_times(config, self.schedule, self.sigma_data)
@@ -171,7 +176,7 @@ class Trainer:
         if config.strata == "cluster" and self.plan.labels is not None and parts > 1:  # rounding may differ
             shared = of_the_main_process(self.accelerator, {"labels": self.plan.labels})
             self.plan.labels = shared["labels"]
-        self.references = make_references(config, data.train)
+        self.references = make_references(config, self._known.train)
         size = 1 if self.plan.pairing.splits else self.plan.pairing.size
         if config.batch_size % (parts * size):
             raise UserError(
@@ -190,7 +195,7 @@ class Trainer:
             weighting=self.objective.weighting,
             sigma_data=self.sigma_data,
         )
-        self.spectrum = None if config.head_basis is None else make_spectrum(data, config.head_basis)
+        self.spectrum = None if config.head_basis is None else make_spectrum(self._known, config.head_basis)
         if self.spectrum is not None and parts > 1:  # eigenvectors may differ between machines
             self.spectrum = restored(of_the_main_process(self.accelerator, stored(self.spectrum)), self.spectrum)
         self.classes = classes_of(data, config.condition_dropout, config.seed) if config.conditional else None
@@ -377,7 +382,7 @@ class Trainer:
     def optimum(self) -> OptimumBounds:
         """Bounds of the least error of any network on these data; they depend on the data alone."""
         return optimum_bounds(
-            self.data.train,
+            self._known.train,
             self.validation.batches(),
             self.schedule,
             self.validation.times,
@@ -490,6 +495,7 @@ class Trainer:
             own |= {"uncertainty": {} if self.uncertainty is None else dict(self.uncertainty.state_dict())}
             own |= {"averages": {} if self.averages is None else self.averages.state()}
             own |= {"validation": {} if self._before is None else _kept_values(*self._before)}
+            own |= {"stream": self.plan.images.state() if isinstance(self.plan.images, Stream) else {}}
             own |= {"noise_scale": {} if self.noise_scale is None else self.noise_scale.state()}
             contents = tensors | own
         else:
@@ -523,6 +529,8 @@ class Trainer:
         if self.averages is not None:
             on_device = {k: v.to(self.accelerator.device) for k, v in kept.tensors["averages"].items()}
             self.averages = self.averages.restored(on_device)
+        if isinstance(self.plan.images, Stream):
+            self.plan.images = self.plan.images.restored(kept.tensors["stream"])
         if "validation" in kept.tensors:
             values = kept.tensors["validation"]
             self._before = int(values["update"]), values["values"]

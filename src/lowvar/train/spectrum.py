@@ -8,7 +8,7 @@ before they are used, so that what a folder or a checkpoint holds is what was tr
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from lowvar.process.head import Spectrum
 
 if TYPE_CHECKING:
     from lowvar.train.draws import ImageSource
-    from lowvar.train.loop import TrainingData
 
 __all__ = ["IMAGES", "PCA_DIMENSIONS", "make_spectrum", "restored", "stored"]
 
@@ -34,7 +33,16 @@ def _batches(images: ImageSource) -> Iterator[Tensor]:
         yield images.images(rows)
 
 
-def make_spectrum(data: TrainingData, basis: Literal["dct", "pca"]) -> Spectrum:
+class Looked(Protocol):
+    """What a spectrum needs of the data: `lowvar.data.Data` has it."""
+
+    @property
+    def train(self) -> ImageSource: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def make_spectrum(data: Looked, basis: Literal["dct", "pca"]) -> Spectrum:
     """The spectrum of the training split.
 
     Args:
