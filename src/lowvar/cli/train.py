@@ -68,6 +68,9 @@ class Train(DataFlags, Common):
     """of a folder: fresh (random) or kept, what training begins with; default: fresh"""
     variance_reduction: MaybeText = None
     """auto: the unbiased parts that measured best together; off: the plain recipe; default: the config's, or off"""
+    strata: MaybeText = None
+    """what every batch holds in the data's proportions: class, cluster:K (K clusters of the data, by k-means) or none;
+    default: the config's, or none"""
     conditional: bool = False
     """condition the network on the data's classes, 10% of them dropped (condition_dropout in --config) for guidance"""
     resume: bool = False
@@ -83,6 +86,7 @@ class Train(DataFlags, Common):
 
         values = {} if self.config is None else _read_yaml(self.config)
         given = ("updates", "batch_size", "seed", "checkpoint_every", "process", "head", "rank", "variance_reduction")
+        given += ("strata",)
         values |= {name: value for name in given if (value := getattr(self, name)) is not None}
         values |= {"conditional": True} if self.conditional else {}
         own = {"source": self.network, "weights": self.network_weights}

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 from torch import Tensor
@@ -20,7 +20,7 @@ from lowvar.data.stream import Stream
 from lowvar.errors import UserError
 from lowvar.process.head import MAX_RANK, Head
 from lowvar.process.schedule import Schedule
-from lowvar.train.clusters import cluster_labels
+from lowvar.train.clusters import CLUSTERS, cluster_labels
 from lowvar.train.draws import DrawPlan, ImageSource
 from lowvar.train.edm import EDM, LognormalTimes
 from lowvar.train.entropy_rate import EntropyRateTimes
@@ -116,8 +116,8 @@ class TrainConfig:
             groups of 4 orthogonal noises; `sobol`, times and noises from one net a batch. All are unbiased.
         coupling: what chooses the noises by the images: `none`, `optimal-transport` within the batch, or `immiscible`,
             the nearest of 8 noises. Both change the objective.
-        strata: whether every batch holds the data's classes in proportion (`class`), 16 clusters of the images where
-            there are no classes (`cluster`), or neither (`none`).
+        strata: whether every batch holds the data's classes in proportion (`class`), K clusters of the images where
+            there are no classes (`cluster:K`; `cluster` is 16), or neither (`none`).
         target: from which clean image the thing to predict is made: `plain`, the one that was drawn, or `stable`, the
             mean over a reference set with the drawn one in it (the same expected gradient; the training loss reads
             lower). With `conditional`, over those of its class.
@@ -181,7 +181,7 @@ class TrainConfig:
     stratified: bool = False
     pairing: Literal["independent", "same", "cross", "orthogonal", "sobol"] = "independent"
     coupling: Literal["none", "optimal-transport", "immiscible"] = "none"
-    strata: Literal["none", "class", "cluster"] = "none"
+    strata: str = "none"
     target: Literal["plain", "stable"] = "plain"
     references: Annotated[int, Field(ge=1)] | Literal["all"] | None = None
     neighbours: Annotated[int, Field(ge=1)] | None = None
@@ -199,6 +199,19 @@ class TrainConfig:
     sample_every: Annotated[int, Field(ge=0)] = 0
     posthoc_ema: bool = False
     noise_scale_every: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("strata")
+    @classmethod
+    def _known_strata(cls, value: str) -> str:
+        """Refuses words that are no strata."""
+        word, colon, count = value.partition(":")
+        number = not colon or (count.isdecimal() and int(count) >= 2)
+        if value not in ("none", "class") and not (word == "cluster" and number):
+            raise ValueError(
+                f"strata is {value!r}; give none, class, cluster or cluster:K with a number K of clusters from 2, for "
+                "example cluster:32"
+            )
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -283,6 +296,12 @@ class TrainConfig:
                 "multiple of it"
             )
         return self
+
+    @property
+    def clusters(self) -> int | None:
+        """K of strata `cluster:K`; None for other strata."""
+        word, _, count = self.strata.partition(":")
+        return int(count or CLUSTERS) if word == "cluster" else None
 
     @property
     def network_head(self) -> Head | None:
@@ -427,10 +446,10 @@ def make_plan(config: TrainConfig, images: ImageSource | Stream, schedule: Sched
         labels = getattr(images, "labels", None)
         if labels is None:
             raise UserError(
-                "strata is class, but the data have no classes; give strata cluster or labelled data, or leave it out"
+                "strata is class, but the data have no classes; give strata cluster:K or labelled data, or leave it out"
             )
-    elif config.strata == "cluster" and not isinstance(images, Stream):
-        labels = cluster_labels(images, seed=config.seed)
+    elif config.clusters is not None and not isinstance(images, Stream):
+        labels = cluster_labels(images, config.clusters, config.seed)
     return DrawPlan(
         images,
         schedule,

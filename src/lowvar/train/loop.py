@@ -173,7 +173,7 @@ class Trainer:
         self.uncertainty = Uncertainty(seed=config.seed) if config.weighting == "uncertainty" else None
         self.times = make_times(config, self.schedule, self.sigma_data)
         self.plan = make_plan(config, data.train, self.schedule)
-        if config.strata == "cluster" and self.plan.labels is not None and parts > 1:  # rounding may differ
+        if config.clusters is not None and self.plan.labels is not None and parts > 1:  # rounding may differ
             shared = of_the_main_process(self.accelerator, {"labels": self.plan.labels})
             self.plan.labels = shared["labels"]
         self.references = make_references(config, self._known.train)
