@@ -188,10 +188,11 @@ def require_shape(model: Model, shape: Sequence[int]) -> None:
     if tuple(shape) != model.shape:
         wanted, given = ("x".join(map(str, s)) for s in (model.shape, shape))
         hint = ""
-        if shape[0] == model.shape[0] and model.shape[1] == model.shape[2]:
+        if model.bound is not None and shape[0] == model.shape[0] and model.shape[1] == model.shape[2]:
             hint = f", for example --size {model.shape[1]}"
+        many = "images" if model.scaling_factor is None else "latents"
         raise UserError(
-            f"the network takes images of {wanted} (channels x height x width) and the data has {given}; "
+            f"the network takes {many} of {wanted} (channels x height x width) and the data has {given}; "
             f"give data that fits{hint}"
         )
 

@@ -87,7 +87,7 @@ class Sampling(Common):
     seed: int = 0
     """of all random numbers; sample i has the same noise whatever the batch size"""
     batch_size: int = 256
-    """images the network sees at once"""
+    """samples the network sees at once"""
 
 
 @dataclass(frozen=True, kw_only=True)

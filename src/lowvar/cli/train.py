@@ -49,7 +49,7 @@ class Train(DataFlags, Common):
     updates: MaybeInt = None
     """optimiser updates; default: the config's"""
     batch_size: MaybeInt = None
-    """images an update; default: the config's"""
+    """samples an update; default: the config's"""
     seed: MaybeInt = None
     """of weights, data order, times and noise; default: the config's"""
     checkpoint_every: MaybeInt = None
@@ -212,9 +212,11 @@ def _kept(partial: Path) -> str:
 
 def run_training(trainer: Trainer, folder: Path, console: Console) -> dict[str, Any]:
     """Runs a trainer to its end with a progress bar; the last line of its metrics.jsonl."""
+    from lowvar.report.nouns import nouns_of
     from lowvar.train.records import Update, Validation
 
     warned = False
+    many = nouns_of(trainer.data.shape, getattr(trainer.data, "scaling_factor", None)).many
     with console.progress(trainer.config.updates, "training", unit="update") as bar:
         bar.update(trainer.update)
         for record in trainer.run():
@@ -224,7 +226,7 @@ def run_training(trainer: Trainer, folder: Path, console: Console) -> dict[str, 
                 if not warned and record.target is not None and record.target.warning is not None:
                     console.note(f"warning: {record.target.warning}")
                     warned = True
-                speed = f"{record.images_per_second:,.0f} images/s"
+                speed = f"{record.images_per_second:,.0f} {many}/s"
                 bar.set_postfix_str(f" validation loss {record.validation.loss:.4f}, {speed}", refresh=False)
     file = folder / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []

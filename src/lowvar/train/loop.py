@@ -435,8 +435,8 @@ class Trainer:
         since = self._since
         if self.references is None or not since.updates:
             return None
-        alone = since.alone / since.updates
-        return TargetRecord(since.ess / since.updates, alone, memorisation(alone, self.references.source))
+        alone, noun = since.alone / since.updates, "row" if len(self.data.shape) == 1 else "image"
+        return TargetRecord(since.ess / since.updates, alone, memorisation(alone, self.references.source, noun))
 
     def _draw(self, folder: Path) -> Path:
         """Draws a grid of samples from the averaged weights; the main process does, the others wait."""

@@ -64,7 +64,7 @@ def make_spectrum(data: Looked, basis: Literal["dct", "pca"]) -> Spectrum:
         raise UserError("basis dct is of images, and the data are rows of a table; give basis: pca")
     if basis == "pca" and d > PCA_DIMENSIONS:
         raise UserError(
-            f"basis pca is a matrix of {d} x {d} for images of {d} numbers, and the limit is {PCA_DIMENSIONS}; "
+            f"basis pca is a matrix of {d} x {d} for data of {d} numbers, and the limit is {PCA_DIMENSIONS}; "
             "give basis: dct"
         )
     try:
@@ -74,7 +74,7 @@ def make_spectrum(data: Looked, basis: Literal["dct", "pca"]) -> Spectrum:
             own = MatrixBasis(own.directions.float().contiguous(), own.event_shape, own.name)
         return Spectrum(own, twin.spectrum.float())
     except ValueError as error:
-        raise UserError(f"head basis needs images that differ ({error}); give another head or more data") from error
+        raise UserError(f"head basis needs data that differ ({error}); give another head or more data") from error
 
 
 def stored(spectrum: Spectrum) -> dict[str, Tensor]:
