@@ -245,13 +245,16 @@ def test_dit_trains_resumes_and_opens(conditional: bool, data: Data, tmp_path: P
             assert torch.allclose(own(x, level).mean.clamp(-1, 1), reopened, atol=1e-6)
 
 
-def test_dit_drops_no_class_of_its_own(data: Data, tmp_path: Path) -> None:
+@pytest.mark.parametrize("handed_over", [False, True])
+def test_dit_drops_no_class_of_its_own(handed_over: bool, data: Data, tmp_path: Path) -> None:
     dit().save_pretrained(str(tmp_path))
+    own = own_network(tmp_path)
     more = {"head": "range", "conditional": True, "condition_dropout": 0.0, "updates": 12}
-    config = config_from(BASE | more | {"network": {"source": str(tmp_path)}})
-    trainer = run(Trainer(data, config, device="cpu"))
+    config = config_from(BASE | more | ({} if handed_over else {"network": {"source": str(tmp_path)}}))
     row = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
-    before, after = (network.state_dict()[row] for network in (own_network(tmp_path), trainer.ema_network()))
+    before = own.state_dict()[row].clone()
+    trainer = run(Trainer(data, config, network=own if handed_over else None, device="cpu"))
+    after = trainer.ema_network().state_dict()[row]
     assert torch.equal(before[10], after[10])
     assert not torch.equal(before, after)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -131,3 +133,53 @@ def test_another_stream_is_refused_on_resume(tmp_path: Path) -> None:
     data = StreamData(stream(buffer=3), DIGITS.calibration, levels=17)
     with pytest.raises(UserError, match="data"):
         Trainer(data, config_from(BASE), tmp_path, network=Small(), resume=True, device="cpu")
+
+
+SCRIPT = """
+import sys, torch; torch.set_num_threads(1)
+from torch import nn
+from lowvar.data import Stream, StreamData, load
+from lowvar.train import Trainer, config_from
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 1, 3, padding=1)
+    def forward(self, x, timestep):
+        return self.last(torch.tanh(self.first(x) + timestep[:, None, None, None] / 1000))
+
+digits = load("digits")
+images = digits.train.images(range(30))
+data = StreamData(Stream(lambda epoch: iter(images), (1, 8, 8), buffer=7), digits.calibration, levels=17)
+folder, updates, resume = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "resume"
+config = config_from({
+    "updates": 9, "batch_size": 8, "warmup": 0, "head": "none", "checkpoint_every": 2, "validate_every": 4,
+    "pairing": "cross", "stratified": True, "coupling": "none", "noise_scale_every": 3,
+})
+trainer = Trainer(data, config, folder, network=Small(), resume=resume, device="cpu")
+for _ in trainer.run():
+    if trainer.update >= updates: break
+if trainer.accelerator.is_main_process:
+    torch.save(trainer.ema_network().state_dict(), folder + "/final.pt")
+"""
+
+
+@pytest.mark.slow
+def test_processes_share_a_stream_and_an_own_network(tmp_path: Path) -> None:
+    """Two processes learn what one does (to rounding), also when they go on after an interruption."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+
+    def trained(name: str, processes: int, *words: str) -> dict[str, Tensor]:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        run = [sys.executable, *(launch if processes > 1 else []), str(script), str(tmp_path / name), *words]
+        done = subprocess.run(run, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return torch.load(tmp_path / name / "final.pt", weights_only=True)
+
+    one, two = trained("one", 1, "9", "new"), trained("two", 2, "9", "new")
+    assert all(torch.allclose(v, two[k], atol=1e-5) for k, v in one.items())
+    trained("cut", 2, "7", "new")
+    cut = trained("cut", 2, "9", "resume")
+    assert all(torch.allclose(v, two[k], atol=1e-6) for k, v in cut.items())

@@ -152,11 +152,7 @@ def _from_folder(folder: Path, weights: Weights) -> nn.Module:
             f"{folder} holds a {name}; allowed: {', '.join(_KINDS)}: give another one as module:function, a function "
             "of yours that returns it"
         )
-    network = _of_kind(folder, name, config, weights)
-    for module in network.modules():
-        if type(module).__name__ == "LabelEmbedding":
-            cast("Any", module).dropout_prob = 0.0
-    return network.float().train()
+    return _of_kind(folder, name, config, weights).float().train()
 
 
 def _of_kind(folder: Path, name: str, config: dict[str, Any], weights: Weights) -> nn.Module:
@@ -223,7 +219,8 @@ def check_network(
 ) -> None:
     """Refuses a network that does not fit the data, the variance head or the classes; calls a copy of it once.
 
-    A UNet2DModel, whose weights fit images of any size, is told the data's size, which samples will have.
+    A UNet2DModel, whose weights fit images of any size, is told the data's size, which samples will have; a DiT's own
+    dropout of classes is switched off.
 
     Args:
         network: about to be trained.
@@ -257,6 +254,9 @@ with 2 output channels
             f"the data have {classes} classes and the network {name} has {has}; set {setting} to {value} in its "
             "config.json, or leave conditional out"
         )
+    for module in network.modules():
+        if type(module).__name__ == "LabelEmbedding":  # of DiT
+            cast("Any", module).dropout_prob = 0.0
     found = _probed(network, name, shape, classes, null)
     wanted = head_channels(head, shape[0], rank)
     if found[0] != wanted and found[1:] == tuple(shape[1:]):
