@@ -280,7 +280,8 @@ def open_weights(folder: str | Path, network: nn.Module) -> NetworkDenoiser:
 
     Returns:
         The denoiser, for samplers, calibration and likelihood; of a conditional network give the classes as
-        `conditioning`. Data in [-1, 1] are clipped to that.
+        `conditioning`. Data in [-1, 1] are clipped to that; latents are those of training, times the scaling factor in
+        the run's summary.json. A table's columns are in columns.json (`lowvar.data.Columns.restored`).
 
     Raises:
         UserError: if the files are not there, or belong to another network.

@@ -133,6 +133,7 @@ def test_folders_that_are_no_such_model_are_refused(tmp_path: Path) -> None:
 def test_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine_for_a_test.py").write_text(
         "import torch\ndef good(): return torch.nn.Linear(2, 2)\ndef other(): return 3\ndef needs(x): return x\n"
+        "def fails(): return 1 / 0\n"
     )
     monkeypatch.chdir(tmp_path)
     a, b = own_network("mine_for_a_test:good", seed=2), own_network("mine_for_a_test:good", seed=2)
@@ -140,6 +141,7 @@ def test_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for word, sentence in (
         ("mine_for_a_test:other", "returned a int"),
         ("mine_for_a_test:needs", "without arguments"),
+        ("mine_for_a_test:fails", r"cannot be made \(ZeroDivisionError: division by zero\)"),
         ("mine_for_a_test:none", "cannot be made"),
         ("no_such_module:f", "cannot be made"),
         ("no such folder", "or module:function"),

@@ -114,10 +114,10 @@ def _called(module: str, function: str) -> nn.Module:
         with _from_here():
             made = getattr(importlib.import_module(module), function)
             network = made()
-    except (ImportError, AttributeError, TypeError) as error:
+    except Exception as error:  # the user's code
         raise UserError(
-            f"the network {module}:{function} cannot be made ({_one_line(error)}); give a function without arguments "
-            "in a module that Python finds from the current folder"
+            f"the network {module}:{function} cannot be made ({type(error).__name__}: {_one_line(error)}); give a "
+            "function without arguments in a module that Python finds from the current folder"
         ) from error
     if not isinstance(network, nn.Module):
         raise UserError(
