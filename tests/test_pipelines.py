@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lowvar.calibrate import Calibration, calibrate
 from lowvar.errors import UserError
-from lowvar.pipelines import denoiser_of, keep_head, network_of, open_pipeline, schedule_of
+from lowvar.pipelines import ClassConditionalPipeline, denoiser_of, keep_head, network_of, open_pipeline, schedule_of
 from lowvar.process.noise import Independent
 from lowvar.schedulers import CALIBRATION_FILE, ReverseVarianceScheduler
 
@@ -295,3 +295,15 @@ def test_a_calibration_of_another_schedule(folder: Path) -> None:
     config.write_text(json.dumps({**json.loads(config.read_text()), "beta_end": 0.03}))
     with pytest.raises(UserError, match="was made for a noise schedule with fingerprint"):
         open_pipeline(folder)
+
+
+def test_names_of_two_classes_are_no_component(tmp_path: Path) -> None:
+    own = ClassConditionalPipeline(unet(num_class_embeds=3), diffusers.DDPMScheduler(), ["cat", "dog"])
+    own.save_pretrained(str(tmp_path))
+    opened = open_pipeline(tmp_path)
+    assert opened.classes == ("cat", "dog")
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index["_class_name"] = "DDPMPipeline"  # where the name means nothing, it is a component
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="takes its classes from the module 'cat'"):
+        open_pipeline(tmp_path)

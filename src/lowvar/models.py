@@ -23,9 +23,27 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["ResidualMLP", "ResidualMLPOutput"]
+__all__ = ["ResidualMLP", "ResidualMLPOutput", "null_class"]
 
 _FREQUENCIES = 64
+
+
+def null_class(network: Any) -> int | None:
+    """The number K of a network's null class, its last; None for a network without classes.
+
+    A UNet2DModel or `ResidualMLP` counts it in `num_class_embeds`; a DiT has it beside its `num_embeds_ada_norm`.
+
+    Example:
+        >>> null_class(ResidualMLP(3, width=8, blocks=1, num_class_embeds=5)), null_class(ResidualMLP(3))
+        (4, None)
+    """
+    config: Any = getattr(network, "config", None)
+    if not hasattr(config, "get"):
+        return None
+    number, beside = config.get("num_class_embeds"), config.get("num_embeds_ada_norm")
+    if number is None and config.get("norm_type") == "ada_norm_zero":
+        return None if beside is None else int(beside)
+    return None if number is None else int(number) - 1
 
 
 @dataclass

@@ -1,4 +1,4 @@
-r"""Pipelines that diffusers has no class for: rows of a table, images of a class, images of any noise schedule.
+r"""Pipelines that diffusers has no class for: rows of a table, images of a class or of any noise schedule, latents.
 
 They are pipelines of diffusers: `save_pretrained` writes a folder with model_index.json and safetensors weights, and
 the class's `from_pretrained` (or `lowvar.pipelines.open_pipeline`, which knows them) reads it.
@@ -26,12 +26,15 @@ from torch import Tensor, nn
 
 from lowvar.data.columns import Columns
 from lowvar.errors import UserError
+from lowvar.models import null_class
 from lowvar.process.noise import TorchGenerators
 
 __all__ = [
     "ClassConditionalPipeline",
     "ClassGuided",
     "ImagePipeline",
+    "LatentOutput",
+    "LatentPipeline",
     "TableOutput",
     "TablePipeline",
     "class_number",
@@ -39,12 +42,6 @@ __all__ = [
 ]
 
 Generators = torch.Generator | list[torch.Generator] | None
-
-
-def null_class(network: Any) -> int | None:
-    """The number K of a network's null class, its last; None for a network without classes."""
-    number = network.config.get("num_class_embeds")
-    return None if number is None else int(number) - 1
 
 
 def class_number(label: int | str, classes: Sequence[str]) -> int:
@@ -130,8 +127,9 @@ def _sampled(
     labels: int | Sequence[int] | Tensor | None,
     scale: float,
     generator: Generators,
+    bound: float | None = 1.0,
 ) -> Tensor:
-    """Samples (n, *shape) in [-1, 1] by the scheduler's steps, as diffusers' own pipelines make them."""
+    """Samples (n, *shape) in [-bound, bound] by the scheduler's steps, as diffusers' own pipelines make them."""
     scheduler, device = pipeline.scheduler, pipeline._execution_device
     network: nn.Module = pipeline.components.get("unet") or pipeline.components["network"]
     given = _labels(network, labels, n, device)
@@ -140,11 +138,11 @@ def _sampled(
     scheduler.set_timesteps(steps, device=device)
     x = x * scheduler.init_noise_sigma
     for t in pipeline.progress_bar(scheduler.timesteps):
-        out = called(scheduler.scale_model_input(x, t), t, **given)
+        out = called(scheduler.scale_model_input(x, t), t.expand(n), **given)  # DiT takes one time a sample
         out = out if isinstance(out, Tensor) else out.sample
         x = scheduler.step(out, t, x, generator=generator).prev_sample
     pipeline.maybe_free_model_hooks()
-    return x.clamp(-1, 1)
+    return x if bound is None else x.clamp(-bound, bound)
 
 
 @dataclass
@@ -226,9 +224,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
     """Images of a class.
 
     Args:
-        unet: a UNet2DModel with `num_class_embeds` K + 1, the last of them the null class.
+        unet: a UNet2DModel with `num_class_embeds` K + 1, the last of them the null class, or a DiTTransformer2DModel.
         scheduler: a scheduler of diffusers or ours.
-        classes: names of the K classes.
+        classes: names of the K classes; an empty list for a network that was trained on its null class alone.
     """
 
     model_cpu_offload_seq = "unet"
@@ -242,7 +240,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def classes(self) -> tuple[str, ...]:
         """Names of the classes; their numbers where the folder has no names."""
         names = cast("Any", self.config)["classes"]
-        return tuple(names or map(str, range(null_class(cast("Any", self).unet) or 0)))
+        return tuple(map(str, range(null_class(cast("Any", self).unet) or 0)) if names is None else names)
 
     @torch.no_grad()
     def __call__(
@@ -307,6 +305,80 @@ class ImagePipeline(DiffusionPipeline):
         return _images(self, batch_size, num_inference_steps, None, 1.0, generator, output_type)
 
 
+@dataclass
+class LatentOutput(BaseOutput):
+    """Samples of a pipeline of latents.
+
+    Attributes:
+        latents: (n, C, H, W) in the units of the latents that were trained on.
+    """
+
+    latents: Tensor
+
+
+class LatentPipeline(DiffusionPipeline):
+    """Latents, for the autoencoder that made the training data to decode.
+
+    The network works on z times `scaling_factor`, whose variance is about 1; what comes out is divided by it.
+
+    Args:
+        unet: a UNet2DModel or DiTTransformer2DModel, with or without classes (then as of `ClassConditionalPipeline`).
+        scheduler: a scheduler of diffusers or ours, which does not clip.
+        scaling_factor: f.
+        classes: names of the classes; None for a network without.
+
+    Example:
+        >>> from diffusers import DDPMScheduler, UNet2DModel
+        >>> shape = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (8,)}
+        >>> blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "norm_num_groups": 4}
+        >>> pipeline = LatentPipeline(UNet2DModel(**shape, **blocks), DDPMScheduler(clip_sample=False), 0.18215)
+        >>> pipeline.set_progress_bar_config(disable=True)
+        >>> tuple(pipeline(2, num_inference_steps=2).latents.shape)
+        (2, 4, 8, 8)
+    """
+
+    model_cpu_offload_seq = "unet"
+
+    def __init__(
+        self, unet: Any, scheduler: Any, scaling_factor: float = 1.0, classes: list[str] | None = None
+    ) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(scaling_factor=float(scaling_factor), classes=classes)
+
+    @property
+    def scaling_factor(self) -> float:
+        """f."""
+        return float(cast("Any", self.config)["scaling_factor"])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, if any."""
+        return tuple(cast("Any", self.config)["classes"] or ())
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: Generators = None,
+        num_inference_steps: int = 20,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        guidance_scale: float = 1.0,
+    ) -> LatentOutput:
+        """Samples latents; arguments as of `TablePipeline`."""
+        shape = _shape(cast("Any", self).unet)
+        x = _sampled(self, shape, batch_size, num_inference_steps, class_labels, guidance_scale, generator, None)
+        return LatentOutput(x / self.scaling_factor)
+
+
+def _shape(network: Any) -> tuple[int, int, int]:
+    """(C, H, W) of what a network of diffusers makes."""
+    config = network.config
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return config.in_channels, height, width
+
+
 def _images(
     pipeline: Any,
     n: int,
@@ -317,10 +389,7 @@ def _images(
     output_type: str,
 ) -> ImagePipelineOutput:
     """Samples of a pipeline with a `unet` as images."""
-    config = pipeline.unet.config
-    size = config.sample_size
-    shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))
-    x = _sampled(pipeline, shape, n, steps, labels, scale, generator)
+    x = _sampled(pipeline, _shape(pipeline.unet), n, steps, labels, scale, generator)
     images: Any = (x / 2 + 0.5).clamp(0, 1).cpu()
     if output_type != "pt":
         images = images.permute(0, 2, 3, 1).numpy()

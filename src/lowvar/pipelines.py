@@ -26,7 +26,14 @@ from torch import Tensor, nn
 
 from lowvar.errors import UserError
 from lowvar.models import ResidualMLP
-from lowvar.own_pipelines import ClassConditionalPipeline, ClassGuided, ImagePipeline, TablePipeline, null_class
+from lowvar.own_pipelines import (
+    ClassConditionalPipeline,
+    ClassGuided,
+    ImagePipeline,
+    LatentPipeline,
+    TablePipeline,
+    null_class,
+)
 from lowvar.process.denoiser import Head, NetworkDenoiser, Prediction
 from lowvar.process.discrete import schedule_from_diffusers
 from lowvar.process.head import rank_of
@@ -37,17 +44,21 @@ from lowvar.schedulers._fields import require_edm
 __all__ = [
     "ClassConditionalPipeline",
     "ImagePipeline",
+    "LatentPipeline",
     "TablePipeline",
     "denoiser_of",
     "keep_head",
     "network_of",
     "open_pipeline",
+    "open_weights",
     "schedule_of",
 ]
 
 INDEX = "model_index.json"
 _OWN = {ReverseVarianceScheduler.__module__: ReverseVarianceScheduler, ResidualMLP.__module__: ResidualMLP}
-_OWN_PIPELINES = {kind.__name__: kind for kind in (ClassConditionalPipeline, ImagePipeline, TablePipeline)}
+_OURS = (ClassConditionalPipeline, ImagePipeline, LatentPipeline, TablePipeline)
+_VALUES = ("classes", "columns", "scaling_factor")  # of our pipelines, no components
+_OWN_PIPELINES = {kind.__name__: kind for kind in _OURS}
 _LIBRARIES = ("diffusers", "transformers", *_OWN)
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".msgpack")
 _PREDICTIONS: dict[str, Prediction] = {
@@ -106,6 +117,11 @@ def _read_index(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise UserError(f"{path} is not a folder; give a diffusers pipeline folder, which has a {INDEX}")
     file = path / INDEX
+    if not file.is_file() and (path / "network.safetensors").is_file():
+        raise UserError(
+            f"{path} has no {INDEX}: its network is no model of diffusers; open it in a program with "
+            "lowvar.pipelines.open_weights"
+        )
     if not file.is_file():
         raise UserError(f"{path} has no {INDEX}: give the folder that a pipeline's save_pretrained wrote")
     try:
@@ -119,7 +135,10 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 def _components(index: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """(name, library, class) of the components that are to be loaded."""
+    own = index.get("_class_name") in _OWN_PIPELINES
     for name, value in index.items():
+        if own and name in _VALUES:  # the names of two classes look like a component
+            continue
         pair = isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
         if pair and not name.startswith("_"):
             yield name, value[0], value[1]
@@ -207,7 +226,7 @@ def denoiser_of(
         pipeline: unconditional (DDPM), class-conditional (DiT) or any other whose network is called as
             network(x, timestep, **conditioning).
         class_labels: one class for every sample, or one a sample (B,); class-conditional networks need it, except in
-            `ClassConditionalPipeline` and `TablePipeline`, whose null class stands for all classes.
+            `ClassConditionalPipeline`, `LatentPipeline` and `TablePipeline`, whose null class stands for all classes.
         conditioning: further keyword arguments of the network, such as `encoder_hidden_states` of a text-to-image one.
         clip: bound of the data, instead of the scheduler's.
         head: what the output channels beyond the prediction are, instead of the scheduler's or `range`; the spectrum
@@ -229,7 +248,7 @@ def denoiser_of(
     network, scheduler = network_of(pipeline), pipeline.scheduler
     config, given = dict(cast("Any", network).config), dict(conditioning or {})
     schedule = schedule_of(scheduler)
-    if isinstance(pipeline, ClassConditionalPipeline | TablePipeline):
+    if isinstance(pipeline, ClassConditionalPipeline | LatentPipeline | TablePipeline):
         class_labels = null_class(network) if class_labels is None else class_labels
         network = network if guidance == 1 else ClassGuided(network, guidance)
     elif guidance != 1:
@@ -250,6 +269,42 @@ def denoiser_of(
         return denoiser
     except ValueError as error:
         raise UserError(f"{type(pipeline).__name__} cannot be read as a denoiser: {error}") from error
+
+
+def open_weights(folder: str | Path, network: nn.Module) -> NetworkDenoiser:
+    """The denoiser that `lowvar train` left of a network that is no model of diffusers.
+
+    Args:
+        folder: of the run, with network.safetensors and scheduler/.
+        network: one like the one that was trained; it gets the weights, and is put into evaluation mode.
+
+    Returns:
+        The denoiser, for samplers, calibration and likelihood; of a conditional network give the classes as
+        `conditioning`. Data in [-1, 1] are clipped to that; latents are those of training, times the scaling factor in
+        the run's summary.json. A table's columns are in columns.json (`lowvar.data.Columns.restored`).
+
+    Raises:
+        UserError: if the files are not there, or belong to another network.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_model
+
+    path = Path(folder)
+    for needed in ("network.safetensors", "scheduler"):
+        if not (path / needed).exists():
+            raise UserError(f"{path} has no {needed}; give the folder of a run that trained a network of your own")
+    try:
+        load_model(network, str(path / "network.safetensors"))
+        scheduler = ReverseVarianceScheduler.from_pretrained(str(path / "scheduler"))
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise UserError(f"the weights in {path} do not fit {type(network).__name__}: {_one_line(error)}") from error
+    schedule, head = schedule_of(scheduler), cast("Head | None", scheduler.config.get("head"))
+    spectrum = scheduler.spectrum if head == "basis" else None
+    clip = float(scheduler.config.get("clip_sample_range", 1.0)) if scheduler.config.get("clip_sample") else None
+    sigma_data = float(scheduler.config.get("sigma_data", 0.5))
+    return NetworkDenoiser(
+        network.eval(), schedule, _prediction(scheduler, schedule), head, clip, sigma_data, spectrum=spectrum
+    )
 
 
 @contextmanager

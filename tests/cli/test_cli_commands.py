@@ -445,3 +445,13 @@ def test_adaptive_steps(lowvar: Lowvar, calibrated: Path, tmp_path: Path) -> Non
         assert 2 * 6 / 1.5 - 2 < done.json["nfe"] < 2 * 6 * 1.5 + 2
         found.append(load_samples(out))
     np.testing.assert_allclose(found[0], found[1], atol=1e-3)  # a difference quotient enlarges rounding
+
+
+def test_strata_are_a_flag_of_training(lowvar, tmp_path: Path) -> None:
+    words = ["train", "--data", "digits", "--updates", 1, "--batch-size", 4, "--strata", "cluster:5"]
+    done = lowvar(*words, "--out", tmp_path / "RUN", "--json")
+    assert done.status == 0, done.err
+    assert done.json["config"]["strata"] == "cluster:5"
+    done = lowvar(*words[:-1], "cluster:many", "--out", tmp_path / "B")
+    assert done.status == 2
+    assert done.sentence.startswith("strata is 'cluster:many'; give none, class, cluster or cluster:K")

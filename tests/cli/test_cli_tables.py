@@ -130,6 +130,17 @@ def test_what_makes_no_sense_for_tables_is_refused(lowvar, folder: Path, tmp_pat
         index.write_text(kept)
 
 
+def test_a_tables_network_goes_on_in_another_run(lowvar, folder: Path, tmp_path: Path) -> None:
+    words = ["train", "--data", folder / "wine.csv", "--updates", 1, "--batch-size", 4, "--quiet"]
+    own = ["--network", folder / "RUN", "--network-weights", "kept"]
+    done = lowvar(*words, *own, "--out", tmp_path / "A")
+    assert done.status == 0, done.err
+    a, b = (open_pipeline(run).components["network"].state_dict() for run in (folder / "RUN", tmp_path / "A"))
+    assert all(float((a[k] - b[k]).abs().max()) < 0.01 for k in a)  # one update of a warm-up away
+    done = lowvar("train", "--data", "digits", *words[3:], *own, "--out", tmp_path / "B")
+    assert "is for rows of a table, and the data are images" in done.sentence
+
+
 def test_heads_on_tables_train(lowvar, folder: Path, tmp_path: Path) -> None:
     for head in ("logvar", "lowrank", "basis"):
         (tmp_path / "c.yaml").write_text(CONFIG + f"head: {head}\n" + ("basis: pca\n" if head == "basis" else ""))

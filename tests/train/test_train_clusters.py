@@ -79,3 +79,21 @@ def test_what_does_not_fit_is_refused(values: dict[str, Any]) -> None:
 def test_no_cluster_is_refused() -> None:
     with pytest.raises(ValueError, match="count is 0; give at least 1 cluster"):
         cluster_labels(blobs((3, 3))[0], 0)
+
+
+def test_the_number_of_clusters_is_a_setting() -> None:
+    images, group = blobs((30, 20, 10, 12))
+    for word, count in (("cluster:4", 4), ("cluster:2", 2), ("cluster", 16)):
+        config = config_from({"strata": word, "batch_size": 6})
+        assert config.clusters == count
+        plan = make_plan(config, images, CosineVP())
+        assert plan.labels is not None
+        assert len(plan.labels.unique()) == count
+    four = make_plan(config_from({"strata": "cluster:4", "batch_size": 6}), images, CosineVP()).labels
+    assert four is not None
+    assert len({(int(a), int(b)) for a, b in zip(four, group, strict=True)}) == 4
+    assert config_from({"strata": "class"}).clusters is None
+    assert config_from({}).clusters is None
+    for word in ("cluster:1", "cluster:", "cluster:x", "clusters", "class:3", "Cluster:4"):
+        with pytest.raises(UserError, match=f"strata is '{word}'; give none, class, cluster or cluster:K"):
+            config_from({"strata": word})

@@ -208,7 +208,7 @@ def test_spectrum_is_the_datas(data: Data) -> None:
 
 def test_spectrum_refusals(data: Data) -> None:
     blank = TensorImages(torch.zeros(4, 1, 8, 8))
-    with pytest.raises(UserError, match="needs images that differ"):
+    with pytest.raises(UserError, match="needs data that differ"):
         make_spectrum(Data("blank", blank, blank, blank, levels=17, fingerprint="blank"), "dct")
     large = TensorImages(torch.zeros(2, 3, 40, 40))
     with pytest.raises(UserError, match="limit is 4096; give basis: dct"):

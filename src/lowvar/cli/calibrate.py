@@ -30,7 +30,7 @@ _LEAST = 6  # images a head needs
 class Calibrate(DataFlags, Sampling):
     """Calibrate the reverse covariance and the Gaussian twin of a model.
 
-    Measures, on images the network was not trained on, the error of its denoiser by noise level, and writes the model
+    Measures, on data the network was not trained on, the error of its denoiser by noise level, and writes the model
     again with a scheduler that uses it. Samplers that need the calibration are compared in a few steps, and the best
     becomes the scheduler's default. With --head, small networks learn the covariance of every single state.
     """
@@ -40,9 +40,9 @@ class Calibrate(DataFlags, Sampling):
     out: Path
     """folder to write: a diffusers pipeline with a calibrated scheduler"""
     n: int = 1024
-    """images of the calibration split to measure on, at most"""
+    """images or rows of the calibration split to measure on, at most"""
     replicates: int = 4
-    """noises an image and noise level"""
+    """noises of each at every noise level"""
     steps: int = 10
     """steps for which samplers are compared"""
     choose: int = 512
@@ -62,7 +62,7 @@ class Calibrate(DataFlags, Sampling):
         begun = time.perf_counter()
         heads = self._checked()
         from lowvar.cli.measure import calibrate_on, mmse_figure
-        from lowvar.cli.models import open_model, require_shape, save_model
+        from lowvar.cli.models import fitting, open_model, save_model
         from lowvar.cli.results import about_data, summarise, write_run
         from lowvar.evaluation import check_steps
         from lowvar.sample import SAMPLERS
@@ -71,7 +71,7 @@ class Calibrate(DataFlags, Sampling):
         model = open_model(self.model, device)
         check_steps(self.steps, model.denoiser.schedule)
         data = self.load(self.seed)
-        require_shape(model, data.shape)
+        data = fitting(model, data)
         self._heads_fit(heads, model, data)
         calibration = calibrate_on(
             model.denoiser,
@@ -112,7 +112,7 @@ class Calibrate(DataFlags, Sampling):
         }
         with new_folder(self.out, overwrite=self.overwrite) as folder:
             save_model(model, folder, calibration, sampler=recommended["sampler"], grid=recommended["grid"])
-            write_run(folder, summary, figures=figures, grids=grids)
+            write_run(folder, summary, figures=figures, grids=None if model.bound is None else grids)  # latents
         console.result(f"default sampler {recommended['sampler']}; sample with: lowvar sample --model {self.out}")
         console.result(str(self.out / "report.html"))
         return summary
@@ -139,9 +139,12 @@ class Calibrate(DataFlags, Sampling):
         """Refuses heads that this model or data cannot have, before anything is computed."""
         if "convert" in heads and model.denoiser.head != "range":
             raise UserError("--head convert reads a network's learned-range head, and this network has none")
-        images = min(self.n, len(data.calibration))
-        if heads and images < _LEAST:
-            raise UserError(f"a head needs at least {_LEAST} calibration images and there are {images}; raise --n")
+        found = min(self.n, len(data.calibration))
+        if heads and found < _LEAST:
+            from lowvar.report.nouns import nouns_of
+
+            many = nouns_of(data.shape, data.scaling_factor).many
+            raise UserError(f"a head needs at least {_LEAST} calibration {many} and there are {found}; raise --n")
 
     def _learn(
         self,

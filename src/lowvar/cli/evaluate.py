@@ -50,7 +50,7 @@ class Evaluate(DataFlags, Sampling):
         at_least("--batch-size", self.batch_size)
         steps = parse_steps(self.steps)
         check_free(self.out, overwrite=self.overwrite)
-        from lowvar.cli.models import default_samplers, open_model, require_shape
+        from lowvar.cli.models import default_samplers, fitting, open_model
         from lowvar.cli.results import about_data, summarise, titled, write_run
         from lowvar.errors import UserError
         from lowvar.evaluation import Cell, check_cell, evaluate, peer_named
@@ -71,7 +71,7 @@ class Evaluate(DataFlags, Sampling):
         for cell in cells:
             check_cell(cell, model.denoiser, model.calibration)
         data = self.load(self.seed)
-        require_shape(model, data.shape)
+        data = fitting(model, data)
         console.note(f"scoring features for {data.name}")
         scorer = Scorer(data, metrics=metrics)
         with console.progress(self.n * sum(cell.evaluations for cell in cells), "sampling") as bar:
@@ -108,7 +108,8 @@ class Evaluate(DataFlags, Sampling):
             scores=found.description,
         )
         with new_folder(self.out, overwrite=self.overwrite) as folder:
-            grids = {"data": data.test.images(range(min(64, len(data.test)))), **titled(found, cells)}
+            shown = {"data": data.test.images(range(min(64, len(data.test)))), **titled(found, cells)}
+            grids = {} if model.bound is None else shown  # latents are no pictures
             write_run(folder, summary, records=found.rows, figures={"about": about}, grids=grids)
         console.result(score_table(found.rows, found.floor, metrics[:3]))
         console.result(str(self.out / "report.html"))

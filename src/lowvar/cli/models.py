@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,18 @@ import torch
 from torch import Tensor
 
 from lowvar.calibrate import Calibration
-from lowvar.data import Columns
+from lowvar.data import ArrayImages, Columns, Data
 from lowvar.errors import UserError
 from lowvar.evaluation import check_steps
 from lowvar.own_pipelines import class_number, null_class
-from lowvar.pipelines import ClassConditionalPipeline, TablePipeline, denoiser_of, network_of, open_pipeline
+from lowvar.pipelines import (
+    ClassConditionalPipeline,
+    LatentPipeline,
+    TablePipeline,
+    denoiser_of,
+    network_of,
+    open_pipeline,
+)
 from lowvar.process.denoiser import NetworkDenoiser
 from lowvar.process.discrete import DiscreteVP
 from lowvar.process.noise import NoiseSource
@@ -25,6 +32,7 @@ from lowvar.schedulers import ReverseVarianceScheduler
 __all__ = [
     "Model",
     "default_samplers",
+    "fitting",
     "model_of",
     "open_model",
     "require_shape",
@@ -56,6 +64,16 @@ class Model:
         return self.pipeline.columns if isinstance(self.pipeline, TablePipeline) else None
 
     @property
+    def scaling_factor(self) -> float | None:
+        """Of latents; None for images and tables, which lie in [-1, 1]."""
+        return self.pipeline.scaling_factor if isinstance(self.pipeline, LatentPipeline) else None
+
+    @property
+    def bound(self) -> float | None:
+        """b of what it makes, in [-b, b]; None for latents."""
+        return 1.0 if self.scaling_factor is None else None
+
+    @property
     def about(self) -> dict[str, Any]:
         """What stands in a report about the network."""
         network: Any = network_of(self.pipeline)
@@ -85,12 +103,14 @@ def _shape_of(network: Any, pipeline: Any) -> tuple[int, ...]:
 
 def _class_of(pipeline: Any, label: str) -> int:
     """The number of a class of a model."""
-    conditional = isinstance(pipeline, ClassConditionalPipeline | TablePipeline)
+    conditional = isinstance(pipeline, ClassConditionalPipeline | LatentPipeline | TablePipeline)
     if not conditional or null_class(network_of(pipeline)) is None:
         raise UserError(
             f"--label is {label!r}, and the model has no classes; leave it out, or train with --conditional"
         )
     names = pipeline.columns.classes if isinstance(pipeline, TablePipeline) else pipeline.classes
+    if not names:
+        raise UserError(f"--label is {label!r}, and the model was trained without classes; leave it out")
     return class_number(label, names)
 
 
@@ -136,6 +156,25 @@ def open_model(folder: Path, device: torch.device, label: str | None = None, gui
     return model_of(open_pipeline(folder), device, label, guidance)
 
 
+def fitting(model: Model, data: Data) -> Data:
+    """The data as the network takes them: latents with the factor that it was trained with.
+
+    Raises:
+        UserError: if the network takes others.
+    """
+    require_shape(model, data.shape)
+    factor = model.scaling_factor
+    if (factor is None) != (data.scaling_factor is None):
+        kinds = ("latents", "images") if factor is not None else ("images", "latents")
+        raise UserError(f"the network takes {kinds[0]} and the data are {kinds[1]}; give data that fit")
+    if factor is None or factor == data.scaling_factor:
+        return data
+    splits = (data.train, data.calibration, data.test)
+    made = [split.rescaled(factor) for split in splits if isinstance(split, ArrayImages)]
+    assert len(made) == len(splits), "latents come from arrays"
+    return replace(data, train=made[0], calibration=made[1], test=made[2], scaling_factor=factor)
+
+
 def require_shape(model: Model, shape: Sequence[int]) -> None:
     """Raises UserError unless images or rows of this shape are what the network takes."""
     if len(shape) != len(model.shape):
@@ -149,10 +188,11 @@ def require_shape(model: Model, shape: Sequence[int]) -> None:
     if tuple(shape) != model.shape:
         wanted, given = ("x".join(map(str, s)) for s in (model.shape, shape))
         hint = ""
-        if shape[0] == model.shape[0] and model.shape[1] == model.shape[2]:
+        if model.bound is not None and shape[0] == model.shape[0] and model.shape[1] == model.shape[2]:
             hint = f", for example --size {model.shape[1]}"
+        many = "images" if model.scaling_factor is None else "latents"
         raise UserError(
-            f"the network takes images of {wanted} (channels x height x width) and the data has {given}; "
+            f"the network takes {many} of {wanted} (channels x height x width) and the data has {given}; "
             f"give data that fits{hint}"
         )
 
@@ -258,7 +298,7 @@ def run_scheduler(
     """Samples 0 .. n - 1 through the scheduler, as a pipeline would, but with noise a sample.
 
     Returns:
-        float32 (n, *shape) in [-1, 1], on the CPU.
+        float32 (n, *shape) in [-1, 1], latents without bound and scaled, on the CPU.
 
     Raises:
         UserError: for a number of steps that the schedule does not have.
@@ -278,5 +318,5 @@ def run_scheduler(
             x = scheduler.step(out, t, x, generator=noise, index=index).prev_sample
             if progress is not None:
                 progress(len(index))
-        parts.append(x.float().clamp(-1, 1).cpu())
+        parts.append((x.float() if model.bound is None else x.float().clamp(-model.bound, model.bound)).cpu())
     return torch.cat(parts)

@@ -87,7 +87,7 @@ class Sampling(Common):
     seed: int = 0
     """of all random numbers; sample i has the same noise whatever the batch size"""
     batch_size: int = 256
-    """images the network sees at once"""
+    """samples the network sees at once"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +95,8 @@ class DataFlags:
     """Flags that say which data set."""
 
     data: str
-    """`digits`, `photos`, `photos:SIZE`, a folder of images, a saved `datasets` folder, a parquet file, or a table
-    (CSV, TSV or parquet; its column `label` is the class)"""
+    """`digits`, `photos`, `photos:SIZE`, a folder of images, a saved `datasets` folder, a parquet file, a table (CSV,
+    TSV or parquet; its column `label` is the class), or an array (.npy, .npz or .safetensors) of latents or images"""
     size: MaybeInt = None
     """side in pixels to scale and crop the images to; photos: of a patch"""
     channels: MaybeInt = None

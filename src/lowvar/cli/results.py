@@ -79,7 +79,8 @@ def summarise(command: Command, seed: int, begun: float, device: torch.device, *
 def about_data(data: Data) -> dict[str, Any]:
     """What stands in a summary about a data set."""
     sizes = {name: len(getattr(data, name)) for name in ("train", "calibration", "test")}
-    return {"name": data.name, "shape": data.shape, "fingerprint": data.fingerprint, "levels": data.levels, **sizes}
+    about = {"name": data.name, "shape": data.shape, "fingerprint": data.fingerprint, "levels": data.levels, **sizes}
+    return about if data.scaling_factor is None else {**about, "scaling_factor": data.scaling_factor}
 
 
 def titled(found: Evaluation, cells: Sequence[Cell]) -> dict[str, Tensor]:

@@ -28,8 +28,8 @@ __all__ = ["Sample"]
 class Sample(Sampling):
     """Draw samples from a model.
 
-    Writes `samples` (float32 in [-1, 1]; of a table float64 in its own units, with `columns`, their names) and `seeds`
-    to one .npz file. The sampler is the one in the model folder's
+    Writes `samples` (float32 in [-1, 1], latents in their own units; of a table float64 in its own units, with
+    `columns`, their names) and `seeds` to one .npz file. The sampler is the one in the model folder's
     scheduler, unless one is named: ddpm-small, ddpm-large, ddpm-learned, ddim, adams-ode, adams-sde, unipc, dpmpp-2m;
     of a calibrated model twin-flow, twin-ode, twin-sde, and ddpm-NAME and ddim-NAME with NAME a covariance that it
     holds: analytic, isotropic, channel, pixel, basis, or one made by `lowvar calibrate --head`: npr, sn, ocm, lowrank,
@@ -113,6 +113,10 @@ class Sample(Sampling):
         model = open_model(self.model, device, self.label, self.guidance)
         if self.png is not None and model.columns is not None:
             raise UserError("--png draws images, and the model makes rows of a table; give --csv instead")
+        if self.png is not None and model.scaling_factor is not None:
+            raise UserError(
+                "--png draws images, and the model makes latents; decode the samples with their autoencoder"
+            )
         if self.csv is not None and model.columns is None:
             raise UserError("--csv writes rows of a table, and the model makes images; give --png instead")
         planned = self.steps == "auto" or self.adaptive or is_calibrated(self.grid or "")
@@ -156,6 +160,8 @@ class Sample(Sampling):
         more: dict[str, Any] = {}
         if model.columns is not None:
             array, more = model.columns.numbers(samples).numpy(), {"columns": np.array(model.columns.names)}
+        if model.scaling_factor is not None:
+            array = array / np.float32(model.scaling_factor)
         with new_file(self.out, overwrite=self.overwrite) as file:
             np.savez(file, samples=array, seeds=np.arange(self.n, dtype=np.int64), **more)
         console.result(str(self.out))
@@ -245,7 +251,7 @@ class Sample(Sampling):
                 self.n,
                 Independent(self.seed),
                 batch_size=self.batch_size,
-                clip=1.0,
+                clip=model.bound,
                 device=device,
                 progress=bar.update,
             )

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Train", "about_schedule", "partial_of", "run_training", "save_trained", "weighting_figure"]
 
+WEIGHTS = "network.safetensors"  # of a network that is no model of diffusers
 _OF_DATA = ("data", "size", "channels")
 
 
@@ -33,9 +34,10 @@ def partial_of(out: Path) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Train(DataFlags, Common):
-    """Train a network from scratch.
+    """Train a network, from scratch or from weights that are there.
 
-    Writes a diffusers pipeline folder with the network's averaged weights. Until then checkpoints are kept in
+    Writes a diffusers pipeline folder with the network's averaged weights (of a network that is no model of diffusers
+    OUT/network.safetensors instead). Until then checkpoints are kept in
     OUT.partial, where the same command with --resume goes on to the same weights as an undisturbed run. Under torchrun
     the processes share every batch, and the first of them writes.
     """
@@ -47,7 +49,7 @@ class Train(DataFlags, Common):
     updates: MaybeInt = None
     """optimiser updates; default: the config's"""
     batch_size: MaybeInt = None
-    """images an update; default: the config's"""
+    """samples an update; default: the config's"""
     seed: MaybeInt = None
     """of weights, data order, times and noise; default: the config's"""
     checkpoint_every: MaybeInt = None
@@ -59,8 +61,16 @@ class Train(DataFlags, Common):
     """variance head: range, logvar, basis, lowrank or none; default: the config's"""
     rank: MaybeInt = None
     """directions of head lowrank, 0 to 16; default: the config's"""
+    network: MaybeText = None
+    """own network: a model or pipeline folder with a diffusers UNet2DModel or DiTTransformer2DModel, or
+    module:function, which returns a torch.nn.Module called as network(x, timestep); default: by the config's size"""
+    network_weights: MaybeText = None
+    """of a folder: fresh (random) or kept, what training begins with; default: fresh"""
     variance_reduction: MaybeText = None
     """auto: the unbiased parts that measured best together; off: the plain recipe; default: the config's, or off"""
+    strata: MaybeText = None
+    """what every batch holds in the data's proportions: class, cluster:K (K clusters of the data, by k-means) or none;
+    default: the config's, or none"""
     conditional: bool = False
     """condition the network on the data's classes, 10% of them dropped (condition_dropout in --config) for guidance"""
     resume: bool = False
@@ -76,8 +86,14 @@ class Train(DataFlags, Common):
 
         values = {} if self.config is None else _read_yaml(self.config)
         given = ("updates", "batch_size", "seed", "checkpoint_every", "process", "head", "rank", "variance_reduction")
+        given += ("strata",)
         values |= {name: value for name in given if (value := getattr(self, name)) is not None}
         values |= {"conditional": True} if self.conditional else {}
+        own = {"source": self.network, "weights": self.network_weights}
+        own = {name: value for name, value in own.items() if value is not None}
+        network = values.get("network", {})
+        if own and isinstance(network, dict):
+            values["network"] = network | own
         return config_from(values)
 
     def _make_way(self, partial: Path) -> None:
@@ -130,7 +146,8 @@ class Train(DataFlags, Common):
         summary["config"] = resolved
 
         def finish() -> None:
-            save_trained(trainer, partial)
+            if save_trained(trainer, partial) is None:
+                console.note(_how_to_open(trainer, self.out))
             write_run(partial, summary, figures={"weighting": weighting_figure(trainer)})
             shutil.rmtree(partial / "checkpoints", ignore_errors=True)
             publish(partial, self.out)
@@ -177,6 +194,16 @@ def _begin(partial: Path, resolved: dict[str, Any]) -> None:
     (partial / "config.yaml").write_text(yaml.safe_dump(plain(resolved), sort_keys=False), encoding="utf-8")
 
 
+def _how_to_open(trainer: Trainer, out: Path) -> str:
+    """The sentence about a network that no pipeline folder can hold."""
+    name = trainer.config.network.source or "your network"
+    make = name.partition(":")[2] + "()" if ":" in name else name
+    return (
+        f"the network is no model of diffusers, so {out} is no pipeline folder: its averaged weights are in "
+        f"{WEIGHTS}, and lowvar.pipelines.open_weights({str(out)!r}, {make}) gives the denoiser"
+    )
+
+
 def _kept(partial: Path) -> str:
     folder = partial / "checkpoints"
     newest = max((path.name for path in folder.glob("update-*")), default=None) if folder.is_dir() else None
@@ -185,9 +212,11 @@ def _kept(partial: Path) -> str:
 
 def run_training(trainer: Trainer, folder: Path, console: Console) -> dict[str, Any]:
     """Runs a trainer to its end with a progress bar; the last line of its metrics.jsonl."""
+    from lowvar.report.nouns import nouns_of
     from lowvar.train.records import Update, Validation
 
     warned = False
+    many = nouns_of(trainer.data.shape, getattr(trainer.data, "scaling_factor", None)).many
     with console.progress(trainer.config.updates, "training", unit="update") as bar:
         bar.update(trainer.update)
         for record in trainer.run():
@@ -197,7 +226,7 @@ def run_training(trainer: Trainer, folder: Path, console: Console) -> dict[str, 
                 if not warned and record.target is not None and record.target.warning is not None:
                     console.note(f"warning: {record.target.warning}")
                     warned = True
-                speed = f"{record.images_per_second:,.0f} images/s"
+                speed = f"{record.images_per_second:,.0f} {many}/s"
                 bar.set_postfix_str(f" validation loss {record.validation.loss:.4f}, {speed}", refresh=False)
     file = folder / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
@@ -240,29 +269,61 @@ def weighting_figure(trainer: Trainer) -> dict[str, Any] | None:
 
 
 def save_trained(trainer: Trainer, folder: Path) -> Any:
-    """Writes the averaged network as a pipeline with our scheduler; the pipeline."""
+    """Writes the averaged network as a pipeline with our scheduler; the pipeline.
+
+    Of a network that is no model of diffusers the weights and the scheduler are written, and None is returned.
+    """
     from diffusers import DDPMPipeline
 
-    from lowvar.pipelines import ClassConditionalPipeline, ImagePipeline, TablePipeline
+    from lowvar.models import null_class
+    from lowvar.pipelines import ClassConditionalPipeline, ImagePipeline, LatentPipeline, TablePipeline
     from lowvar.schedulers import ReverseVarianceScheduler
+    from lowvar.train.own_networks import is_storable
     from lowvar.train.processes import saved_fields
 
     config = trainer.config
+    factor: float | None = getattr(trainer.data, "scaling_factor", None)
     scheduler = ReverseVarianceScheduler(
         **saved_fields(config, trainer.schedule, trainer.sigma_data),
+        clip_sample=factor is None,
         head=config.network_head,
         spectrum=trainer.spectrum,
     )
     network: Any = trainer.ema_network()
     columns = getattr(trainer.data, "columns", None)
+    if not is_storable(network):
+        _save_weights(network, scheduler, folder, columns)
+        return None
     if columns is not None:
         pipeline: Any = TablePipeline(network, scheduler, columns.config())
+    elif factor is not None:
+        pipeline = LatentPipeline(network, scheduler, factor, _class_names(trainer))
     elif trainer.classes is not None:
-        names = getattr(trainer.data, "classes", ()) or map(str, range(trainer.classes.count))
-        pipeline = ClassConditionalPipeline(network, scheduler, list(names))
+        pipeline = ClassConditionalPipeline(network, scheduler, _class_names(trainer))
+    elif null_class(network) is not None:  # trained on its null class alone
+        pipeline = ClassConditionalPipeline(network, scheduler, [])
     elif config.process == "edm":  # diffusers' DDPMPipeline neither scales the start nor what the network is given
         pipeline = ImagePipeline(network, scheduler)
     else:
         pipeline = DDPMPipeline(network, scheduler)  # type: ignore[arg-type]
     pipeline.save_pretrained(str(folder), safe_serialization=True)
     return pipeline
+
+
+def _class_names(trainer: Trainer) -> list[str] | None:
+    """Names of the classes of a conditional run; their numbers where they have no names."""
+    if trainer.classes is None:
+        return None
+    return list(getattr(trainer.data, "classes", ()) or map(str, range(trainer.classes.count)))
+
+
+def _save_weights(network: Any, scheduler: Any, folder: Path, columns: Any) -> None:
+    """Weights and noise schedule of a network that no pipeline folder can hold, and the columns of a table."""
+    from safetensors.torch import save_model
+
+    from lowvar.cli.results import write_json
+
+    save_model(network, str(folder / WEIGHTS))
+    scheduler.save_pretrained(str(folder / "scheduler"))
+    if columns is not None:
+        write_json(folder / "columns.json", columns.config())

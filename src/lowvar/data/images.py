@@ -43,7 +43,7 @@ class Images(ABC):
 
     @abstractmethod
     def images(self, indices: Tensor | Sequence[int]) -> Tensor:
-        """The images numbered `indices` (n,), each in [0, len): float32 (n, C, H, W) in [-1, 1]."""
+        """The images numbered `indices` (n,), each in [0, len): float32 (n, C, H, W) in [-1, 1], latents unbounded."""
 
     def __getitem__(self, index: int) -> Tensor:
         """Image number `index`, float32 (C, H, W); raises IndexError outside [0, len), which ends iteration."""
@@ -139,9 +139,11 @@ class Data:
         fingerprint: 16 hexadecimal digits of content and split; goes into checkpoints and reports.
         classes: names of the classes 0, 1, .. of `labels`, where they have names; () otherwise.
         columns: of a table, to read its rows with; None for images.
+        scaling_factor: of latents: what they were multiplied by, so that their variance is about 1; they have no
+            bound, and no grey levels. None for everything else, which lies in [-1, 1].
 
     Raises:
-        ValueError: if the splits' shapes differ or `levels` is below 2.
+        ValueError: if the splits' shapes differ, `levels` is below 2, or latents have levels.
 
     Example:
         >>> from lowvar.data import load
@@ -158,6 +160,7 @@ class Data:
     fingerprint: str
     columns: Columns | None = None
     classes: tuple[str, ...] = ()
+    scaling_factor: float | None = None
 
     def __post_init__(self) -> None:
         """Checks that the splits agree."""
@@ -166,11 +169,18 @@ class Data:
             raise ValueError(f"the splits have different shapes {sorted(shapes)}; give all of them one shape")
         if self.levels is not None and self.levels < 2:
             raise ValueError(f"levels is {self.levels}; images have at least 2 grey levels")
+        if self.levels is not None and self.scaling_factor is not None:
+            raise ValueError(f"levels is {self.levels}, and latents have a density: give levels None with a factor")
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(C, H, W) of one image, (d,) of one row of a table."""
         return self.train.shape
+
+    @property
+    def bound(self) -> float | None:
+        """b of data in [-b, b]: 1, and None for latents."""
+        return 1.0 if self.scaling_factor is None else None
 
     @property
     def half_width(self) -> float:

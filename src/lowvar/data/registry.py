@@ -1,7 +1,8 @@
 """From the word or path a user gives to a `Data`.
 
 A name (`digits`, `photos`, `photos:32`) is looked up in `NAMES`; anything else is a path: a folder of images, a data
-set on disk (saved by `datasets`, or a parquet file) with an image column, or a table (CSV, TSV or parquet).
+set on disk (saved by `datasets`, or a parquet file) with an image column, a table (CSV, TSV or parquet), or an array of
+latents or 8-bit images (.npy, .npz, .safetensors).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from lowvar.errors import UserError
 __all__ = ["NAMES", "load"]
 
 NAMES: tuple[str, ...] = ("digits", "photos")
-_TABLES = {".txt", ".json", ".jsonl", ".npz", ".npy"}
+_TABLES = {".txt", ".json", ".jsonl"}
 
 
 def load(name_or_path: str | Path, *, size: int | None = None, seed: int = 0, channels: int | None = None) -> Data:
@@ -22,14 +23,16 @@ def load(name_or_path: str | Path, *, size: int | None = None, seed: int = 0, ch
 
     Args:
         name_or_path: `digits`; `photos` or `photos:SIZE`; the path of a folder of images, of a folder written by
-            `datasets`' `save_to_disk`, of a parquet file with an image column, or of a table (CSV, TSV, parquet).
+            `datasets`' `save_to_disk`, of a parquet file with an image column, of a table (CSV, TSV, parquet), or of
+            an array (.npy, .npz, .safetensors) of latents (float16, float32) or images (uint8).
         size: side in pixels: of a patch (photos), or to scale and crop to (files).
         seed: which photos' patches are drawn, and which files are calibration and test where no sub folders say so.
             The digits' split is fixed.
         channels: 1 (grey) or 3 (colour); None: what the data has.
 
     Returns:
-        `Data` whose splits are disjoint and give float32 (n, C, H, W), for a table (n, d), in [-1, 1].
+        `Data` whose splits are disjoint and give float32 (n, C, H, W), for a table (n, d), in [-1, 1]; latents have
+        variance 1 instead.
 
     Raises:
         UserError: one sentence, for an unknown name, an unreadable or unsuitable folder or file, or a size or number of
@@ -68,6 +71,10 @@ def _load_path(path: Path, text: str, *, size: int | None, seed: int, channels: 
 
         return load_folder(path, size=size, seed=seed, channels=channels)
     if path.is_file():
+        from lowvar.data.arrays import SUFFIXES, load_arrays
+
+        if path.suffix.lower() in SUFFIXES:
+            return load_arrays(path, size=size, seed=seed, channels=channels)
         from lowvar.data.table import is_table, load_table
 
         if is_table(path):
@@ -76,7 +83,7 @@ def _load_path(path: Path, text: str, *, size: int | None, seed: int, channels: 
         kind = "a table" if path.suffix.lower() in _TABLES else "a file"
         raise UserError(
             f"{text} is {kind} of a type that is not read; give a folder of images, a parquet file with an image "
-            "column, or a table as CSV, TSV or parquet"
+            "column, a table as CSV, TSV or parquet, or an array as .npy, .npz or .safetensors"
         )
     from lowvar.data.saved import load_saved
 

@@ -78,6 +78,7 @@ class Scorer:
         if blocks < 16:
             raise ValueError(f"blocks is {blocks}; an interval needs at least 16")
         self.metrics, self.blocks, self._train, self._shape = tuple(metrics), blocks, data.train, data.shape
+        self._bound = 1.0 if getattr(data, "scaling_factor", None) is None else None
         y = data.test.images(torch.arange(min(len(data.test), _MAX_REFERENCE)))
         self.reference_size = len(y)
         self._centre = y.to(torch.float64).mean(0)
@@ -108,7 +109,7 @@ class Scorer:
         """Every score with its leave-one-block-out replicates; keep these to compare samplers later with `minus`.
 
         Args:
-            samples: (n, C, H, W), n >= 2 blocks; clipped to [-1, 1].
+            samples: (n, C, H, W), n >= 2 blocks; clipped to [-1, 1], latents as they are.
             metrics: which scores; None: all of this scorer's.
 
         Raises:
@@ -121,7 +122,8 @@ class Scorer:
         bad = int((~torch.isfinite(samples)).flatten(1).any(1).sum())
         if bad:
             raise ValueError(f"{bad} of {len(samples)} samples are not finite (NaN or infinite); the sampler diverged")
-        x = samples.detach().to("cpu", torch.float32).clamp(-1, 1)
+        x = samples.detach().to("cpu", torch.float32)
+        x = x if self._bound is None else x.clamp(-self._bound, self._bound)
         f = self.extractor.features(x) if self.extractor and {"frechet", "kernel"} & set(wanted) else x
         b, found = self.blocks, {}
         if self._moments and {"mean", "spectrum"} & set(wanted):

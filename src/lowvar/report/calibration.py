@@ -10,6 +10,7 @@ import numpy as np
 
 from lowvar.report.charts import Chart, curves, keys
 from lowvar.report.figures import Style
+from lowvar.report.nouns import nouns
 from lowvar.report.run import Curve, Run, curve, mapping, number
 from lowvar.report.section import Section
 from lowvar.report.tables import bars
@@ -45,7 +46,7 @@ def error_curve(run: Run) -> Section | None:
     styles = [Style("blue", "o"), Style("ink", "", (0, (5, 2))), Style("red", "", (0, (1.2, 1.4)))]
     chosen = [(names[key], style) for key, style in zip(names, styles, strict=True) if key in found]
     legend = keys("mmse", [name for name, _ in chosen], [style for _, style in chosen])
-    line = found["mmse"]
+    line, words = found["mmse"], nouns(run)
     label = (
         f"Mean squared error a dimension against logsnr, {len(line.x)} noise levels, from {plain(line.y[0])} to "
         f"{plain(line.y[-1])}."
@@ -54,10 +55,10 @@ def error_curve(run: Run) -> Section | None:
     )
     svg = curves("mmse", label, {names[key]: value for key, value in found.items()}, legend, ylabel="error a dimension")
     content = {
-        "intro": "How well the network recovers a clean image from a noisy one, by noise level. The Gaussian twin is "
-        "the best that a Gaussian with the data's mean and covariance can do: where the network is below it, it knows "
-        "more than second moments. The analytic variance (Bao et al. 2022) is derived from the size of the predicted "
-        "noise. Bars are 95% intervals.",
+        "intro": f"How well the network recovers a clean {words.one} from a noisy one, by noise level. The Gaussian "
+        "twin is the best that a Gaussian with the data's mean and covariance can do: where the network is below it, "
+        "it knows more than second moments. The analytic variance (Bao et al. 2022) is derived from the size of the "
+        "predicted noise. Bars are 95% intervals.",
         "charts": [Chart(svg, "Mean squared error by noise level", tuple(legend))],
         "name": "mmse",
     }
@@ -85,9 +86,9 @@ def residuals(run: Run) -> Section | None:
         "residuals", label, lines, legend, ylabel="squared residual / variance", log=wide, level=1.0, within=0.1
     )
     content = {
-        "intro": "Squared error on held-out images divided by the variance that was promised for it. 1 means that the "
-        "variance is right, above 1 that it is too small, below 1 that it is too large. The grey band is 10% around 1; "
-        "bars are 95% intervals.",
+        "intro": f"Squared error on held-out {nouns(run).many} divided by the variance that was promised for it. "
+        "1 means that the variance is right, above 1 that it is too small, below 1 that it is too large. The grey "
+        "band is 10% around 1; bars are 95% intervals.",
         "charts": [Chart(svg, "Standardised residuals by noise level", tuple(legend))],
         "facts": [(name, f"at most {plain(100 * off, 2)}% from 1") for name, off in worst.items()],
         "name": "residuals",
@@ -110,6 +111,18 @@ def _bar(name: str, line: Curve, entry: Mapping[str, Any]) -> tuple[str, list[tu
     return name, parts, bounds(total, total - half, total + half)
 
 
+DENSITY = (
+    " The data have no grey levels, so that the decoder is a density and not the probability of a level: these bits "
+    "compare with others on the same data only, and may be negative."
+)
+
+
+def _is_density(run: Run) -> bool:
+    """Whether the run says that its data have no levels."""
+    data = run.summary.get("data")
+    return isinstance(data, Mapping) and "levels" in data and data["levels"] is None
+
+
 def budget(run: Run) -> Section | None:
     """Where the bits of the likelihood bound go, by step, for each variance."""
     found = mapping(run, _FIGURES, "`budget`", run.figure("budget"))
@@ -129,7 +142,7 @@ def budget(run: Run) -> Section | None:
     content = {
         "intro": "The bound on the negative log-likelihood is a sum over reverse steps: each pays the divergence "
         "between its Gaussian kernel and the true one. A variance that fits pays less, at the same mean and the same "
-        "network. Fewer bits are better.",
+        "network. Fewer bits are better." + (DENSITY if _is_density(run) else ""),
         "charts": [Chart(svg, "Cost of each step", tuple(legend))],
         "bars": bars(rows),
         "tones": _TONES,

@@ -15,6 +15,7 @@ import numpy as np
 
 from lowvar.report.charts import Chart, curves, keys
 from lowvar.report.figures import Style
+from lowvar.report.nouns import nouns
 from lowvar.report.run import Curve, Run, curve, mapping, number
 from lowvar.report.text import count, plain, spoken
 
@@ -37,14 +38,15 @@ def _change(run: Run, record: Mapping[str, Any]) -> str:
     since, value, low, high = _numbers(run, change, "since", "value", "low", "high")
     now = count(number(record.get("update")) or math.nan)
     where = f"between updates {count(since)} and {now}"
-    with_interval = "on the same images, times and noise"
+    words = nouns(run)
+    with_interval = f"on the same {words.many}, times and noise"
     if high < 0:
         return (
             f"It is still learning: {where} the validation loss fell by {spoken(-value, -high, -low)}, {with_interval}."
         )
     if low > 0:
         return (
-            f"It gets worse on images that it has not seen: {where} the validation loss rose by "
+            f"It gets worse on {words.many} that it has not seen: {where} the validation loss rose by "
             f"{spoken(value, low, high)}, {with_interval}."
         )
     return f"No change can be told {where}: the validation loss moved by {spoken(value, low, high)}, {with_interval}."

@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lowvar.errors import UserError
+from lowvar.report.nouns import nouns
 from lowvar.report.run import Run, number, read
 from lowvar.report.sections import SECTIONS
 from lowvar.report.text import count, duration
@@ -104,6 +105,7 @@ def render(run: Run) -> str:
         lead=_LEADS.get(run.command, ""),
         facts=_facts(run),
         sections=sections,
+        words=nouns(run),
         version=_text(run.summary.get("version")),
     )
 

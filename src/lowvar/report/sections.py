@@ -17,6 +17,7 @@ from lowvar.report.charts import Chart, curves, keys, quality, sampler_keys, upd
 from lowvar.report.figures import Style
 from lowvar.report.grids import sheets
 from lowvar.report.learning import learning, least_error, weighting
+from lowvar.report.nouns import Nouns, nouns
 from lowvar.report.run import Curve, Run, curve, mapping, number
 from lowvar.report.scores import Board, board, steps_text
 from lowvar.report.section import Section
@@ -54,7 +55,7 @@ def scores_against_nfe(run: Run) -> Section | None:
         "legend": legend,
         "charts": [quality(scores, key, legend) for key in scores.metrics],
         "about": _about(run, scores),
-        "metrics": metrics_of(scores),
+        "metrics": metrics_of(scores, nouns(run)),
         "name": "quality",
     }
     return Section("quality", "Quality against cost", "charts.html.j2", content)
@@ -66,7 +67,7 @@ def scores_table(run: Run) -> Section | None:
     if scores is None:
         return None
     grids = sorted({score.grid for score in scores.scores if score.grid and not score.is_twin_alone})
-    content = {"groups": groups(scores), "metrics": metrics_of(scores), "grids": grids}
+    content = {"groups": groups(scores), "metrics": metrics_of(scores, nouns(run)), "grids": grids}
     content["timed"] = any(math.isfinite(score.seconds) for score in scores.scores)
     return Section("table", "All scores", "table.html.j2", content)
 
@@ -86,14 +87,15 @@ def _bins(run: Run, record: Mapping[str, Any]) -> Curve:
     return curve(run, "metrics.jsonl", f"the list of bins of update {record.get('update')}", *columns)
 
 
-def _targets(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+def _targets(records: Sequence[Mapping[str, Any]], words: Nouns) -> list[tuple[str, str]]:
     """About the stable target, as of the last record that says something of it."""
     found = [record["target"] for record in records if isinstance(record.get("target"), Mapping)]
     ess, alone = (number(found[-1].get(key, "")) for key in ("ess", "alone")) if found else (None, None)
     if ess is None or alone is None or not math.isfinite(ess + alone):
         return []
     warning = found[-1].get("warning")
-    text = f"mean of {plain(ess)} training images (effective sample size); {alone:.0%} of the targets are one image"
+    text = f"mean of {plain(ess)} training {words.many} (effective sample size); {alone:.0%} of the targets are one"
+    text = f"{text} {words.one}"
     return [("Stable target", f"{text}. Warning: {warning}" if isinstance(warning, str) else text)]
 
 
@@ -102,7 +104,7 @@ def training(run: Run) -> Section | None:
     records = [record for record in run.records if number(record.get("update", "")) and "loss" in record]
     if not records:
         return None
-    x = _logged(run, records, "update")
+    x, words = _logged(run, records, "update"), nouns(run)
     legend = keys("training", ("training loss", "validation loss"), (Style("muted", "", width=1.1), Style("blue", "o")))
     checked = [record for record in records if record.get("validation_loss") is not None]
     at, value, low, high = (_logged(run, checked, key) for key in ("update", "validation_loss", "low", "high"))
@@ -124,14 +126,14 @@ def training(run: Run) -> Section | None:
         charts.append(Chart(svg, "Validation loss by noise level", tuple(bin_keys)))
     charts += [chart for chart in (least_error(run, binned[-1]) if binned else None, weighting(run)) if chart]
     speed = [value for value in (number(record.get("images_per_second")) for record in records) if value and value > 0]
-    facts = [("Speed", f"{count(float(np.median(speed)))} images a second (median)")] if speed else []
+    facts = [("Speed", f"{count(float(np.median(speed)))} {words.many} a second (median)")] if speed else []
     content = {
         "intro": "One number says little about a diffusion loss, because it is dominated by noise levels at which "
-        "nothing can be learnt. So the validation loss, on fixed images and fixed noise, is also shown by noise level. "
+        "nothing can be learnt. So the validation loss, on fixed data and fixed noise, is also shown by noise level. "
         "Bars are 95% intervals.",
         "sentences": learning(run, records),
         "charts": charts,
-        "facts": facts + _targets(records),
+        "facts": facts + _targets(records, words),
         "name": "training",
     }
     return Section("training", "Training", "charts.html.j2", content)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from lowvar.report.nouns import IMAGES, Nouns
 from lowvar.report.scores import Board, Score, steps_text
 from lowvar.report.text import Metric, bounds, metric, plain
 
@@ -60,9 +61,10 @@ class Bar:
     is_best: bool = False
 
 
-def metrics_of(board: Board) -> list[Metric]:
-    """The metrics of a board, described."""
-    return [metric(key) for key in board.metrics]
+def metrics_of(board: Board, words: Nouns = IMAGES) -> list[Metric]:
+    """The metrics of a board, described in the words for the data."""
+    found = [metric(key) for key in board.metrics]
+    return [replace(entry, about=entry.about.format(**vars(words))) for entry in found]
 
 
 def _line(board: Board, label: str, scores: Sequence[Score]) -> Line:

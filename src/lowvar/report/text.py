@@ -18,7 +18,10 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: its key in `rows`, the name people read, and one sentence that defines it."""
+    """A metric: its key in `rows`, the name people read, and one sentence that defines it.
+
+    The sentence names the data by the fields of `lowvar.report.nouns.Nouns`, in braces.
+    """
 
     key: str
     name: str
@@ -30,7 +33,7 @@ _ALL = (
         "frechet",
         "Frechet distance",
         "Squared distance between the Gaussians that have the mean and covariance of the samples' and of the held-out "
-        "images' features (the formula of FID, with features of our own).",
+        "{features}.",
     ),
     Metric(
         "kernel",
@@ -41,18 +44,19 @@ _ALL = (
     Metric(
         "energy",
         "Energy distance",
-        "2 E|X − Y| − E|X − X′| − E|Y − Y′| between samples X and held-out images Y as pixel vectors in [−1, 1]; 0 "
+        "2 E|X − Y| − E|X − X′| − E|Y − Y′| between samples X and held-out {many} Y as {vectors}; 0 "
         "exactly if both have the same law.",
     ),
     Metric(
         "sliced_wasserstein",
         "Sliced Wasserstein",
-        "Root mean squared 2-Wasserstein distance between the pixel vectors projected on 128 fixed random directions.",
+        "Root mean squared 2-Wasserstein distance between the {many}, {vectors}, projected on 128 fixed "
+        "random directions.",
     ),
     Metric(
         "mean",
         "Error of the mean",
-        "Distance between the mean image of the samples and of the data, in units of the data's total standard "
+        "Distance between the mean {one} of the samples and of the data, in units of the data's total standard "
         "deviation.",
     ),
     Metric(

@@ -33,6 +33,7 @@ from lowvar.train.nll import PosteriorNLL
 from lowvar.train.noise_scale import NoiseScale
 from lowvar.train.objectives import LikelihoodOnly, Losses, Objective, Simple, VarianceTerm, Weighting
 from lowvar.train.optimal_transport import OptimalTransport, optimal_transport
+from lowvar.train.own_networks import check_network, own_network
 from lowvar.train.p2 import P2
 from lowvar.train.pairs import CrossPairs, IndependentSamples, OrthogonalNoise, Pairing, SameImagePairs
 from lowvar.train.piecewise import GivenTimes, LearnedBins, RunningMeans, continuous, piecewise_times
@@ -113,6 +114,7 @@ __all__ = [
     "VarianceTerm",
     "Weighting",
     "build_network",
+    "check_network",
     "clean_score_weight",
     "cluster_labels",
     "config_from",
@@ -128,6 +130,7 @@ __all__ = [
     "memorisation",
     "nearest_noise",
     "optimal_transport",
+    "own_network",
     "piecewise_times",
     "proportional_order",
     "reconstruct_average",

@@ -7,6 +7,7 @@
                              averages.safetensors  power averages (likewise)
                              uncertainty.safetensors  the learned weighting (likewise)
                              validation.safetensors   losses of the last validation, one an evaluation (likewise)
+                             stream.safetensors    where the epochs of a stream began (likewise)
                              noise_scale.safetensors  sums of the noise scale's measurements (likewise)
                              state.json            update, settings, fingerprints, learning rate, random numbers' seed
 
@@ -79,9 +80,7 @@ def save(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Mapping[s
         partial.mkdir()
         for name, values in tensors.items():
             if values:
-                save_file(
-                    {k: v.detach().cpu().contiguous() for k, v in values.items()}, partial / f"{name}.safetensors"
-                )
+                save_file(_separate(values), partial / f"{name}.safetensors")
         (partial / "state.json").write_text(json.dumps(state, indent=1) + "\n")
         for file in partial.iterdir():
             _sync(file)
@@ -97,6 +96,17 @@ def save(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Mapping[s
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
+
+
+def _separate(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, none of which shares memory with another (tied weights do)."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in values.items():
+        own = value.detach().cpu().contiguous()
+        found[name] = own.clone() if own.untyped_storage().data_ptr() in seen else own
+        seen.add(own.untyped_storage().data_ptr())
+    return found
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
@@ -149,6 +159,9 @@ def check_same(kept: Checkpoint, identity: Mapping[str, Any], defaults: Mapping[
     """
     own, default = json.loads(json.dumps([identity, defaults]))
     saved = {k: v for k, v in default.items() if k in own} | kept.state["identity"]
+    for k in saved.keys() & default.keys():
+        if isinstance(saved[k], dict) and isinstance(default[k], dict):
+            saved[k] = default[k] | saved[k]
     other = sorted(k for k in own.keys() | saved.keys() if own.get(k) != saved.get(k))
     if other:
         key = other[0]

@@ -25,13 +25,14 @@ from torch import Tensor
 
 from lowvar.train.draws import ImageSource
 
-__all__ = ["LIMIT", "cluster_labels"]
+__all__ = ["CLUSTERS", "LIMIT", "cluster_labels"]
 
+CLUSTERS = 16
 LIMIT = 20_000
 _BLOCK = 1024
 
 
-def cluster_labels(images: ImageSource, count: int = 16, seed: int = 0) -> Tensor:
+def cluster_labels(images: ImageSource, count: int = CLUSTERS, seed: int = 0) -> Tensor:
     """The clusters of a data split, (N,) int64 in 0, .., count - 1; fewer where there are fewer different images.
 
     Args:

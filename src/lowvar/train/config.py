@@ -11,15 +11,16 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 from torch import Tensor
 
+from lowvar.data.stream import Stream
 from lowvar.errors import UserError
 from lowvar.process.head import MAX_RANK, Head
 from lowvar.process.schedule import Schedule
-from lowvar.train.clusters import cluster_labels
+from lowvar.train.clusters import CLUSTERS, cluster_labels
 from lowvar.train.draws import DrawPlan, ImageSource
 from lowvar.train.edm import EDM, LognormalTimes
 from lowvar.train.entropy_rate import EntropyRateTimes
@@ -39,6 +40,7 @@ from lowvar.train.pairs import CrossPairs, IndependentSamples, OrthogonalNoise, 
 from lowvar.train.processes import PROCESS_DEFAULTS, Process, objective_times, plain_times, process_schedule, refusal
 from lowvar.train.sobol import SobolPoints
 from lowvar.train.stable_target import ReferencePlan, reference_noise
+from lowvar.train.streams import check_stream
 from lowvar.train.timesteps import LossSecondMomentTimes, Times
 
 __all__ = [
@@ -115,8 +117,8 @@ class TrainConfig:
             groups of 4 orthogonal noises; `sobol`, times and noises from one net a batch. All are unbiased.
         coupling: what chooses the noises by the images: `none`, `optimal-transport` within the batch, or `immiscible`,
             the nearest of 8 noises. Both change the objective.
-        strata: whether every batch holds the data's classes in proportion (`class`), 16 clusters of the images where
-            there are no classes (`cluster`), or neither (`none`).
+        strata: whether every batch holds the data's classes in proportion (`class`), K clusters of the images where
+            there are no classes (`cluster:K`; `cluster` is 16), or neither (`none`).
         target: from which clean image the thing to predict is made: `plain`, the one that was drawn, or `stable`, the
             mean over a reference set with the drawn one in it (the same expected gradient; the training loss reads
             lower). With `conditional`, over those of its class.
@@ -180,7 +182,7 @@ class TrainConfig:
     stratified: bool = False
     pairing: Literal["independent", "same", "cross", "orthogonal", "sobol"] = "independent"
     coupling: Literal["none", "optimal-transport", "immiscible"] = "none"
-    strata: Literal["none", "class", "cluster"] = "none"
+    strata: str = "none"
     target: Literal["plain", "stable"] = "plain"
     references: Annotated[int, Field(ge=1)] | Literal["all"] | None = None
     neighbours: Annotated[int, Field(ge=1)] | None = None
@@ -198,6 +200,19 @@ class TrainConfig:
     sample_every: Annotated[int, Field(ge=0)] = 0
     posthoc_ema: bool = False
     noise_scale_every: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("strata")
+    @classmethod
+    def _known_strata(cls, value: str) -> str:
+        """Refuses words that are no strata."""
+        word, colon, count = value.partition(":")
+        number = not colon or (count.isdecimal() and int(count) >= 2)
+        if value not in ("none", "class") and not (word == "cluster" and number):
+            raise ValueError(
+                f"strata is {value!r}; give none, class, cluster or cluster:K with a number K of clusters from 2, for "
+                "example cluster:32"
+            )
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -282,6 +297,12 @@ class TrainConfig:
                 "multiple of it"
             )
         return self
+
+    @property
+    def clusters(self) -> int | None:
+        """K of strata `cluster:K`; None for other strata."""
+        word, _, count = self.strata.partition(":")
+        return int(count or CLUSTERS) if word == "cluster" else None
 
     @property
     def network_head(self) -> Head | None:
@@ -409,22 +430,24 @@ def make_pairing(config: TrainConfig) -> Pairing:
     return OrthogonalNoise(4) if config.pairing == "orthogonal" else SobolPoints(config.batch_size)
 
 
-def make_plan(config: TrainConfig, images: ImageSource, schedule: Schedule) -> DrawPlan:
+def make_plan(config: TrainConfig, images: ImageSource | Stream, schedule: Schedule) -> DrawPlan:
     """The draw plan.
 
     Raises:
-        UserError: if strata are asked for and the data have no classes.
+        UserError: if strata are asked for and the data have no classes, or of a stream what it cannot have.
     """
+    if isinstance(images, Stream):
+        check_stream(config)
     couplings = {"none": None, "optimal-transport": OptimalTransport(), "immiscible": Immiscible()}
     labels: Tensor | None = None
     if config.strata == "class":
         labels = getattr(images, "labels", None)
         if labels is None:
             raise UserError(
-                "strata is class, but the data have no classes; give strata cluster or labelled data, or leave it out"
+                "strata is class, but the data have no classes; give strata cluster:K or labelled data, or leave it out"
             )
-    elif config.strata == "cluster":
-        labels = cluster_labels(images, seed=config.seed)
+    elif config.clusters is not None and not isinstance(images, Stream):
+        labels = cluster_labels(images, config.clusters, config.seed)
     return DrawPlan(
         images,
         schedule,

@@ -6,8 +6,9 @@ Update u (counted from 0) uses the samples u B, .., u B + B - 1. Sample i has
     t      from one uniform number (draw 1 of sample i) by the times' inverse cdf, with its weight
     eps    draw 0 of sample i
 
-so the draws depend neither on the number of processes nor on how a batch is split, and an interrupted run goes on
-from the update's number alone (times that learn bring their explicit state).
+(of a stream: place i, see `lowvar.data.stream`), so the draws depend neither on the number of processes nor on how a
+batch is split, and an interrupted run goes on from the update's number alone (times that learn bring their explicit
+state, and a stream where its epochs began).
 
 That is the plain plan. Parts of a plan make the samples of a batch depend on each other, each of them a function of
 the sample numbers still:
@@ -30,6 +31,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lowvar.data.stream import Stream
 from lowvar.process.noise import Independent, NoiseSource
 from lowvar.process.schedule import Level, Schedule
 from lowvar.train.immiscible import Immiscible
@@ -89,7 +91,7 @@ class DrawPlan:
     """Samples by number.
 
     Args:
-        images: the training split.
+        images: the training split, or a stream (whose places are taken one after the other).
         schedule: noise schedule.
         batch_size: B, over all processes.
         seed: of the data's order and, by default, of the noise.
@@ -117,7 +119,7 @@ class DrawPlan:
 
     def __init__(
         self,
-        images: ImageSource,
+        images: ImageSource | Stream,
         schedule: Schedule,
         batch_size: int,
         seed: int = 0,
@@ -128,10 +130,9 @@ class DrawPlan:
         coupling: OptimalTransport | Immiscible | None = None,
         labels: Tensor | None = None,
     ) -> None:
-        if batch_size < 1 or len(images) < 1:
-            raise ValueError(
-                f"batch_size is {batch_size} and the data have {len(images)} images; both must be at least 1"
-            )
+        size = 1 if isinstance(images, Stream) else len(images)
+        if batch_size < 1 or size < 1:
+            raise ValueError(f"batch_size is {batch_size} and the data have {size} images; both must be at least 1")
         self.pairing = IndependentSamples() if pairing is None else pairing
         if batch_size % self.pairing.size:
             raise ValueError(
@@ -145,10 +146,10 @@ class DrawPlan:
                 f"{type(coupling).__name__} chooses noises that {type(self.pairing).__name__} has paired; give "
                 "one of them"
             )
-        if labels is not None and labels.shape != (len(images),):
-            raise ValueError(
-                f"labels are of shape {tuple(labels.shape)}; give one for each of the {len(images)} images"
-            )
+        if labels is not None and isinstance(images, Stream):
+            raise ValueError("labels order the images of a set, and a stream has an order of its own; leave them out")
+        if labels is not None and labels.shape != (size,):
+            raise ValueError(f"labels are of shape {tuple(labels.shape)}; give one for each of the {size} images")
         self.images, self.schedule, self.batch_size = images, schedule, batch_size
         self.stratified, self.coupling = stratified, coupling
         self.labels = None if labels is None else labels.cpu().long()
@@ -157,7 +158,13 @@ class DrawPlan:
         self._epochs: dict[int, Tensor] = {}  # a memo of the last two permutations
 
     def permutation(self, epoch: int) -> Tensor:
-        """The order of the images in an epoch, int64 (N,)."""
+        """The order of the images in an epoch, int64 (N,).
+
+        Raises:
+            ValueError: for a stream.
+        """
+        if isinstance(self.images, Stream):
+            raise ValueError("a stream has no permutation: its images are taken place by place")
         if epoch not in self._epochs:
             self._epochs = {k: v for k, v in self._epochs.items() if k >= epoch - 1}
             if self.labels is None:
@@ -196,8 +203,11 @@ class DrawPlan:
         return self.batch_size if whole else self.pairing.size
 
     def image_numbers(self, number: Tensor) -> Tensor:
-        """Numbers of the images of the samples `number`, (n,) int64."""
-        position, n = number // self.pairing.images, len(self.images)
+        """Numbers of the images of the samples `number`, (n,) int64; places of a stream."""
+        position = number // self.pairing.images
+        if isinstance(self.images, Stream):
+            return position
+        n = len(self.images)
         epoch = position // n
         image = torch.empty_like(number)
         for e in epoch.unique().tolist():

@@ -26,7 +26,9 @@ from typing import Any, Literal, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from lowvar.data.stream import Stream
 from lowvar.errors import UserError
+from lowvar.models import null_class
 from lowvar.process.denoiser import NetworkDenoiser
 from lowvar.train import checkpoints
 from lowvar.train.averaging import PowerAverages
@@ -42,11 +44,13 @@ from lowvar.train.noise_scale import NoiseScale
 from lowvar.train.norm_probe import squared_norm
 from lowvar.train.objectives import Losses, Objective
 from lowvar.train.optimum import OptimumBounds, optimum_bounds
+from lowvar.train.own_networks import OfNullClass, check_network, own_network, structure
 from lowvar.train.processes import plain_times, resolved_sigma_data
 from lowvar.train.records import Change, Record, Sampled, Saved, TargetRecord, Update, Validation
 from lowvar.train.snapshot import Parts, capture, restore
 from lowvar.train.spectrum import make_spectrum, restored, stored
 from lowvar.train.stable_target import StableTarget, memorisation
+from lowvar.train.streams import check_stream, known
 from lowvar.train.targets import GivenTarget
 from lowvar.train.together import gathered, of_the_main_process, summed, written
 from lowvar.train.tracking import (
@@ -75,10 +79,10 @@ _FREE = (  # settings that change no update: a run may go on with others
 
 
 class TrainingData(Protocol):
-    """What training needs of a data set: `lowvar.data.Data` has it."""
+    """What training needs of a data set: `lowvar.data.Data` and `StreamData` have it."""
 
     @property
-    def train(self) -> ImageSource: ...
+    def train(self) -> ImageSource | Stream: ...
     @property
     def calibration(self) -> ImageSource: ...
     @property
@@ -112,16 +116,17 @@ class Trainer:
     """A training run: `run()` yields its records, `ema_network()` is what comes out.
 
     Args:
-        data: splits `train` and `calibration`, with shape, levels and fingerprint.
+        data: splits `train` (or a stream) and `calibration`, with shape, levels and fingerprint.
         config: settings.
         folder: for `metrics.jsonl` and `checkpoints/`; None keeps nothing.
-        network: an own network, called as diffusers' UNet2DModel is; default: built from the config.
+        network: an own network, called as network(x, timestep), with class_labels=labels where the config says
+            conditional (`own_networks`); default: what the config says.
         resume: go on from the newest checkpoint in `folder` (from the start if there is none yet).
         device: "auto" (a GPU where there is one), "cpu" or "cuda".
 
     Raises:
-        UserError: if the data do not fit the network, the batch does not divide among the processes, or a checkpoint
-            belongs to other settings or data.
+        UserError: if the data, the head or the classes do not fit the network, the batch does not divide among the
+            processes, or a checkpoint belongs to other settings or data.
 
     Example:
         >>> from lowvar.data import load
@@ -151,7 +156,7 @@ class Trainer:
         self.folder = None if folder is None else Path(folder)
         check_trackers(config.trackers, self.folder)
         if config.sample_every:
-            check_pictures(data.shape, self.folder)
+            check_pictures(data.shape, self.folder, latent=getattr(data, "scaling_factor", None) is not None)
         log: dict[str, Any] = {"log_with": [*config.trackers], "project_dir": self.folder} if config.trackers else {}
         cpu = device == "cpu" or not torch.cuda.is_available()  # said outright: else processes on CPUs do not meet
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu, **log)
@@ -161,15 +166,18 @@ class Trainer:
                 f"batch_size {config.batch_size} does not divide among {parts} processes; give a multiple of {parts}"
             )
         self.schedule = make_schedule(config)
-        self.sigma_data = resolved_sigma_data(config, data.train)
+        if isinstance(data.train, Stream):
+            check_stream(config)
+        self._known = known(data)
+        self.sigma_data = resolved_sigma_data(config, self._known.train)
         self.objective: Objective = make_objective(config, data.levels, self.sigma_data)
         self.uncertainty = Uncertainty(seed=config.seed) if config.weighting == "uncertainty" else None
         self.times = make_times(config, self.schedule, self.sigma_data)
         self.plan = make_plan(config, data.train, self.schedule)
-        if config.strata == "cluster" and self.plan.labels is not None and parts > 1:  # rounding may differ
+        if config.clusters is not None and self.plan.labels is not None and parts > 1:  # rounding may differ
             shared = of_the_main_process(self.accelerator, {"labels": self.plan.labels})
             self.plan.labels = shared["labels"]
-        self.references = make_references(config, data.train)
+        self.references = make_references(config, self._known.train)
         size = 1 if self.plan.pairing.splits else self.plan.pairing.size
         if config.batch_size % (parts * size):
             raise UserError(
@@ -188,15 +196,22 @@ class Trainer:
             weighting=self.objective.weighting,
             sigma_data=self.sigma_data,
         )
-        self.spectrum = None if config.head_basis is None else make_spectrum(data, config.head_basis)
+        self.spectrum = None if config.head_basis is None else make_spectrum(self._known, config.head_basis)
         if self.spectrum is not None and parts > 1:  # eigenvectors may differ between machines
             self.spectrum = restored(of_the_main_process(self.accelerator, stored(self.spectrum)), self.spectrum)
         self.classes = classes_of(data, config.condition_dropout, config.seed) if config.conditional else None
+        classes = None if self.classes is None else self.classes.count
+        is_own = network is not None or config.network.source is not None
+        if network is None and config.network.source is not None:
+            network = own_network(config.network.source, config.network.weights, config.seed)
         if network is None:
-            classes = None if self.classes is None else self.classes.count
             network = build_network(
                 data.shape, config.network, config.network_head, config.seed, config.head_rank, classes
             )
+        else:
+            check_network(network, data.shape, config.network_head, config.head_rank, classes)
+        self._structure = structure(network) if is_own else None
+        self._null = null_class(network) if classes is None else None
         self._average = _copy(network)
         minimised = self.objective
         groups: list[dict[str, Any]] = [{"params": list(network.parameters())}]
@@ -213,7 +228,7 @@ class Trainer:
         self._average.to(self.accelerator.device)
         self._ema = EMAModel(self._network.parameters(), decay=config.ema, foreach=True)
         self.averages = PowerAverages.of() if config.posthoc_ema else None
-        drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in network.modules())
+        drops = is_own or any(isinstance(m, nn.Dropout) and m.p > 0 for m in network.modules())
         self.batch = BatchLoss(
             minimised, self._as_denoiser, self.classes, self.references, config.seed, drops, self.accelerator.device
         )
@@ -236,8 +251,9 @@ class Trainer:
 
     def _as_denoiser(self, network: nn.Module) -> NetworkDenoiser:
         c = self.config
+        called = network if self._null is None else OfNullClass(network, self._null)
         return NetworkDenoiser(
-            network, self.schedule, c.prediction, c.network_head, sigma_data=self.sigma_data, spectrum=self.spectrum
+            called, self.schedule, c.prediction, c.network_head, sigma_data=self.sigma_data, spectrum=self.spectrum
         )
 
     def _step(self) -> Update:
@@ -368,7 +384,7 @@ class Trainer:
     def optimum(self) -> OptimumBounds:
         """Bounds of the least error of any network on these data; they depend on the data alone."""
         return optimum_bounds(
-            self.data.train,
+            self._known.train,
             self.validation.batches(),
             self.schedule,
             self.validation.times,
@@ -388,11 +404,9 @@ class Trainer:
     def validate(self) -> Validation:
         """Validates the averaged weights and, with a folder, adds a line to `metrics.jsonl`."""
         a, since = self.accelerator, self._since
-        self._ema.copy_to(self._average.parameters())
-        self._average.eval()
         with a.autocast():
             values = self.validation.values(
-                self._as_denoiser(self._average),
+                self._as_denoiser(self._averaged()),
                 self.objective,
                 a.process_index,
                 a.num_processes,
@@ -423,16 +437,15 @@ class Trainer:
         since = self._since
         if self.references is None or not since.updates:
             return None
-        alone = since.alone / since.updates
-        return TargetRecord(since.ess / since.updates, alone, memorisation(alone, self.references.source))
+        alone, noun = since.alone / since.updates, "row" if len(self.data.shape) == 1 else "image"
+        return TargetRecord(since.ess / since.updates, alone, memorisation(alone, self.references.source, noun))
 
     def _draw(self, folder: Path) -> Path:
         """Draws a grid of samples from the averaged weights; the main process does, the others wait."""
         a, path = self.accelerator, folder / f"update-{self.update:07d}.png"
 
         def draw() -> None:
-            self._ema.copy_to(self._average.parameters())
-            denoiser = self._as_denoiser(self._average.eval())
+            denoiser = self._as_denoiser(self._averaged())
             classes = None if self.classes is None else self.classes.count
             with a.autocast():
                 picture = contact_sheet(draw_samples(denoiser, self.data.shape, self.config.seed, classes, a.device))
@@ -445,8 +458,15 @@ class Trainer:
 
     def ema_network(self) -> nn.Module:
         """A copy of the network with the averaged weights, in evaluation mode, on the CPU: what a run gives."""
+        return _copy(self._averaged()).eval()
+
+    def _averaged(self) -> nn.Module:
+        """The averaged weights, in evaluation mode; what is no weight (running statistics) as it is now."""
         self._ema.copy_to(self._average.parameters())
-        return _copy(self._average).eval()
+        now = self.accelerator.unwrap_model(self._network)
+        for kept, value in zip(self._average.buffers(), now.buffers(), strict=True):
+            kept.copy_(value)
+        return self._average.eval()
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
@@ -455,7 +475,8 @@ class Trainer:
         config = dataclasses.asdict(self.config)
         for free in _FREE:
             del config[free]
-        return {"data": self.data.fingerprint, "schedule": self.schedule.fingerprint, **config}
+        own = {} if self._structure is None else {"the network's structure": self._structure}
+        return {"data": self.data.fingerprint, "schedule": self.schedule.fingerprint, **own, **config}
 
     def _parts(self) -> Parts:
         a = self.accelerator
@@ -476,6 +497,7 @@ class Trainer:
             own |= {"uncertainty": {} if self.uncertainty is None else dict(self.uncertainty.state_dict())}
             own |= {"averages": {} if self.averages is None else self.averages.state()}
             own |= {"validation": {} if self._before is None else _kept_values(*self._before)}
+            own |= {"stream": self.plan.images.state() if isinstance(self.plan.images, Stream) else {}}
             own |= {"noise_scale": {} if self.noise_scale is None else self.noise_scale.state()}
             contents = tensors | own
         else:
@@ -509,6 +531,8 @@ class Trainer:
         if self.averages is not None:
             on_device = {k: v.to(self.accelerator.device) for k, v in kept.tensors["averages"].items()}
             self.averages = self.averages.restored(on_device)
+        if isinstance(self.plan.images, Stream):
+            self.plan.images = self.plan.images.restored(kept.tensors["stream"])
         if "validation" in kept.tensors:
             values = kept.tensors["validation"]
             self._before = int(values["update"]), values["values"]

@@ -15,11 +15,11 @@ Initial weights are a function of `seed` alone: torch's global generator is left
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import field
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import field, fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from lowvar.errors import UserError
@@ -37,7 +37,7 @@ _GROUPS = 8
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class NetworkConfig:
-    """Size of the network.
+    """The network: its size, or where it comes from.
 
     Attributes:
         width: channels at full resolution, a multiple of 8.
@@ -45,6 +45,9 @@ class NetworkConfig:
         layers: residual blocks a resolution.
         attention: attention at the lowest resolution of the way down and up (the middle block always has it).
         dropout: share of activations dropped in training.
+        source: an own network instead of one of these sizes (`lowvar.train.own_networks`): a folder that holds a
+            UNet2DModel, DiTTransformer2DModel or `lowvar.models.ResidualMLP`, or `module:function`.
+        weights: of a folder: `fresh` (random) or `kept`, what training begins with.
     """
 
     width: Annotated[int, Field(ge=8, multiple_of=8)] = 32
@@ -52,6 +55,22 @@ class NetworkConfig:
     layers: Annotated[int, Field(ge=1, le=6)] = 1
     attention: bool = field(default=False)
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    source: str | None = None
+    weights: Literal["fresh", "kept"] = "fresh"
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        """Refuses sizes beside a source, and weights without."""
+        sizes = [f for f in fields(self) if f.name not in ("source", "weights")]
+        given = [f.name for f in sizes if getattr(self, f.name) != f.default]
+        if self.source is not None and given:
+            raise ValueError(
+                f"network.{given[0]} is {getattr(self, given[0])} and network.source {self.source}, which has sizes of "
+                f"its own; leave {given[0]} out"
+            )
+        if self.source is None and self.weights != "fresh":
+            raise ValueError(f"network.weights is {self.weights}, and there is no network.source that holds weights")
+        return self
 
 
 def build_network(

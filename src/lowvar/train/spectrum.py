@@ -8,7 +8,7 @@ before they are used, so that what a folder or a checkpoint holds is what was tr
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from lowvar.process.head import Spectrum
 
 if TYPE_CHECKING:
     from lowvar.train.draws import ImageSource
-    from lowvar.train.loop import TrainingData
 
 __all__ = ["IMAGES", "PCA_DIMENSIONS", "make_spectrum", "restored", "stored"]
 
@@ -34,7 +33,16 @@ def _batches(images: ImageSource) -> Iterator[Tensor]:
         yield images.images(rows)
 
 
-def make_spectrum(data: TrainingData, basis: Literal["dct", "pca"]) -> Spectrum:
+class Looked(Protocol):
+    """What a spectrum needs of the data: `lowvar.data.Data` has it."""
+
+    @property
+    def train(self) -> ImageSource: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def make_spectrum(data: Looked, basis: Literal["dct", "pca"]) -> Spectrum:
     """The spectrum of the training split.
 
     Args:
@@ -56,7 +64,7 @@ def make_spectrum(data: TrainingData, basis: Literal["dct", "pca"]) -> Spectrum:
         raise UserError("basis dct is of images, and the data are rows of a table; give basis: pca")
     if basis == "pca" and d > PCA_DIMENSIONS:
         raise UserError(
-            f"basis pca is a matrix of {d} x {d} for images of {d} numbers, and the limit is {PCA_DIMENSIONS}; "
+            f"basis pca is a matrix of {d} x {d} for data of {d} numbers, and the limit is {PCA_DIMENSIONS}; "
             "give basis: dct"
         )
     try:
@@ -66,7 +74,7 @@ def make_spectrum(data: TrainingData, basis: Literal["dct", "pca"]) -> Spectrum:
             own = MatrixBasis(own.directions.float().contiguous(), own.event_shape, own.name)
         return Spectrum(own, twin.spectrum.float())
     except ValueError as error:
-        raise UserError(f"head basis needs images that differ ({error}); give another head or more data") from error
+        raise UserError(f"head basis needs data that differ ({error}); give another head or more data") from error
 
 
 def stored(spectrum: Spectrum) -> dict[str, Tensor]:

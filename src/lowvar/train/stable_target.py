@@ -90,12 +90,13 @@ class StableInfo:
         return self.ess < _ONE
 
 
-def memorisation(alone: float, source: Source) -> str | None:
+def memorisation(alone: float, source: Source, noun: str = "image") -> str | None:
     """A sentence where the references are all data and most targets are one datum; None elsewhere.
 
     Args:
         alone: share of such targets, in [0, 1].
         source: how the source stands to the references.
+        noun: what a datum is called.
 
     Example:
         >>> print(memorisation(0.71, "among"))
@@ -105,7 +106,7 @@ memorises them; watch the validation loss, and give fewer references if it rises
     if source != "among" or alone <= 0.5:
         return None
     return (
-        f"{alone:.0%} of the targets are one training image: with all data as references the network is shown the "
+        f"{alone:.0%} of the targets are one training {noun}: with all data as references the network is shown the "
         "denoiser that memorises them; watch the validation loss, and give fewer references if it rises"
     )
 

@@ -60,7 +60,7 @@ def check_trackers(names: Sequence[str], folder: Path | None) -> None:
             raise UserError(f"trackers names {name}, and the run has no folder for its files; give one")
 
 
-def check_pictures(shape: Sequence[int], folder: Path | None) -> None:
+def check_pictures(shape: Sequence[int], folder: Path | None, *, latent: bool = False) -> None:
     """Refuses grids of samples where there is no folder, or the data are no pictures.
 
     Raises:
@@ -70,6 +70,8 @@ def check_pictures(shape: Sequence[int], folder: Path | None) -> None:
         raise UserError(
             f"sample_every draws pictures of 1 or 3 channels, and the data have shape {tuple(shape)}; leave it out"
         )
+    if latent:
+        raise UserError("sample_every draws pictures, and the data are latents, which are none; leave it out")
     if folder is None:
         raise UserError("sample_every writes pictures, and the run has no folder for them; give one")
 
