@@ -197,6 +197,7 @@ class Method:
 SAME: dict[str, Any] = {"pairing": SameImagePairs()}
 CROSS: dict[str, Any] = {"pairing": CrossPairs(), "stratified": True}
 SOBOL: dict[str, Any] = {"pairing": SobolPoints(BATCH)}
+AUTO = "importance, gradient norms + stable + cross + stratified"
 METHODS: dict[str, Method] = {
     "plain": Method({}),
     "stratified": Method({"stratified": True}),
@@ -367,30 +368,53 @@ def report() -> None:
         "cells": found,
     }
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    names = list(dict.fromkeys(row["method"] for cell in found for row in cell["rows"]))
-    head = (
-        f"Gradient VRF at equal network evaluations with 95% intervals, batches of {BATCH}, {REPLICATES} replicate "
-        f"batches; in brackets the median time of a batch over plain's. Measured {results['date']} with torch "
-        f"{torch.__version__}; script `benchmarks/training.py`."
-    )
+    rows = {(c["cell"], c["moment"]): {r["method"]: r for r in c["rows"]} for c in found}
+    names = [c for c in CELLS if any((c, moment) in rows for moment in MOMENTS)]
     lines = [
-        head,
+        (
+            f"VRF of `auto` at equal network evaluations with 95% intervals, batches of {BATCH}, {REPLICATES} replicate "
+            f"batches; in brackets the median time of a batch over plain's. Measured {results['date']} with torch "
+            f"{torch.__version__}; script `benchmarks/training.py`."
+        ),
         "",
-        "| method | " + " | ".join(f"{c['cell']} {c['moment']}" for c in found) + " |",
-        "|---" * (len(found) + 1) + "|",
+        "| network | " + " | ".join(f"{moment}, {updates} updates" for moment, updates in MOMENTS.items()) + " |",
+        "|---" * (len(MOMENTS) + 1) + "|",
     ]
+
+    def of_auto(row: dict[str, Any] | None) -> str:
+        if row is None:
+            return ""
+        return f"{row['vrf']:.2f} [{row['low']:.2f}, {row['high']:.2f}] ({row['seconds_ratio']:.2f})"
+
     for name in names:
-        texts = []
-        for cell in found:
-            row = next((r for r in cell["rows"] if r["method"] == name), None)
-            if row is None:
-                texts.append("")
-                continue
-            texts.append(
-                f"{row['vrf']:.2f} [{row['low']:.2f}, {row['high']:.2f}] ({row['seconds_ratio']:.2f})"
-                + (" biased" if row["bias_low"] > 0 else "")
-            )
-        lines.append("| " + " | ".join([name, *texts]) + " |")
+        texts = [of_auto(rows.get((name, moment), {}).get(AUTO)) for moment in MOMENTS]
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    values = sorted(r[AUTO]["vrf"] for (_, moment), r in rows.items() if AUTO in r and moment != "start")
+    if values:
+        middle = (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
+        lines += ["", f"Over the {len(values)} trained networks: least {values[0]:.2f}, median {middle:.2f}."]
+    lines += [
+        "",
+        (
+            f"Every part, {', '.join(MOMENTS)}; `*`: the interval holds 1, `biased`: an expected gradient that is not "
+            "plain's (its interval is above 0). All intervals are in `benchmarks/results/training.json`."
+        ),
+        "",
+        "| method | " + " | ".join(names) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+
+    def short(row: dict[str, Any] | None) -> str:
+        if row is None:
+            return "–"
+        around = "*" if row["low"] < 1 < row["high"] else ""
+        return f"{row['vrf']:.2f}{around}" + (" biased" if row["bias_low"] > 0 else "")
+
+    for method in METHODS:
+        if method == "plain":
+            continue
+        cells = [" / ".join(short(rows.get((name, m), {}).get(method)) for m in MOMENTS) for name in names]
+        lines.append("| " + " | ".join([method + (" (`auto`)" if method == AUTO else ""), *cells]) + " |")
     TABLE.write_text("\n".join(lines) + "\n")
     print(f"{RESULTS}\n{TABLE}")
 
