@@ -372,8 +372,8 @@ def report() -> None:
     names = [c for c in CELLS if any((c, moment) in rows for moment in MOMENTS)]
     lines = [
         (
-            f"VRF of `auto` at equal network evaluations with 95% intervals, batches of {BATCH}, {REPLICATES} replicate "
-            f"batches; in brackets the median time of a batch over plain's. Measured {results['date']} with torch "
+            f"VRF of `auto` at equal network evaluations with 95% intervals, batches of {BATCH}, {REPLICATES} "
+            f"replicate batches; in brackets the median time of a batch over plain's. Measured {results['date']} with torch "
             f"{torch.__version__}; script `benchmarks/training.py`."
         ),
         "",
