@@ -373,8 +373,8 @@ def report() -> None:
     lines = [
         (
             f"VRF of `auto` at equal network evaluations with 95% intervals, batches of {BATCH}, {REPLICATES} "
-            f"replicate batches; in brackets the median time of a batch over plain's. Measured {results['date']} with torch "
-            f"{torch.__version__}; script `benchmarks/training.py`."
+            f"replicate batches; in brackets the median time of a batch over plain's. Measured {results['date']} with "
+            f"torch {torch.__version__}; script `benchmarks/training.py`."
         ),
         "",
         "| network | " + " | ".join(f"{moment}, {updates} updates" for moment, updates in MOMENTS.items()) + " |",
