@@ -33,6 +33,7 @@ __all__ = [
     "require_held",
     "sampler_fields",
     "translate",
+    "translated",
     "uses_covariance",
 ]
 
@@ -257,6 +258,18 @@ def translate(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         return {**fields, "sampler": "kernel", "variance": _VARIANCES[kind]}
     tau = 1.0 if "SDE" in name or str(config.get("algorithm_type", "")).startswith("sde") else 0.0
     return {**fields, "sampler": "multistep", "tau": tau}
+
+
+def translated(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config as `from_config` gets it: ours as it is, the fields of flow-matching and EDM schedulers as ours."""
+    if "beta_start" in config or "schedule" in config:
+        return config
+    name = str(config.get("_class_name", "FlowMatch" if "shift" in config else ""))
+    if not name.startswith(("FlowMatch", "EDM")):
+        return config
+    made = translate(name, config)
+    default = [k for k in config.get("_use_default_values", []) if k not in made]
+    return {**config, **made, "_use_default_values": default}
 
 
 def require_edm(name: str, config: Mapping[str, Any]) -> None:
