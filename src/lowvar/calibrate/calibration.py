@@ -11,7 +11,7 @@ schedule's logsnr would still be a table of this network but its levels would no
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lowvar.calibrate.conditional import ConditionalTable
 from lowvar.calibrate.convert import Converted
+from lowvar.calibrate.deficit import MarginalDeficit
 from lowvar.calibrate.estimator import HeadEstimator
 from lowvar.calibrate.heads import HEADS
 from lowvar.calibrate.stored import read, written
@@ -29,6 +30,7 @@ from lowvar.process.denoiser import CovarianceModel, Denoiser, WithCovariance
 from lowvar.process.mixture import MixtureTwin
 from lowvar.process.path import PathMoments
 from lowvar.process.schedule import Schedule
+from lowvar.process.solver import Solver
 from lowvar.process.twin import GaussianTwin
 
 __all__ = ["Calibration", "missing_covariance"]
@@ -62,9 +64,12 @@ class Calibration:
         paths: moments of its remainder along reverse paths, which choose that solver's coefficients and grid, or None.
         heads: trained heads by name (see `heads`).
         converted: C from a learned-range head, or None.
-        conditional: tables by class, by structure.
+        conditional: tables by class, by structure (see `of_class`).
         levels: grey levels of the data, where they have any.
         mean: correction of the denoiser's mean that everything else was measured with, or None (see `corrected`).
+        deficits: calibrated noise of solvers, one a solver and grid (see `deficit`).
+        guidance: scale of classifier-free guidance that `conditional` was measured under; everything else is of all
+            classes without guidance.
     """
 
     fingerprint: str
@@ -82,6 +87,8 @@ class Calibration:
     conditional: Mapping[Structure, ConditionalTable] = field(default_factory=dict)
     levels: int | None = None
     mean: MeanCorrection | None = None
+    deficits: tuple[MarginalDeficit, ...] = ()
+    guidance: float = 1.0
 
     @property
     def event_shape(self) -> torch.Size:
@@ -179,6 +186,58 @@ class Calibration:
         self.require(denoiser.schedule)
         done = self.mean is None or isinstance(denoiser, CorrectedDenoiser)
         return denoiser if done or self.mean is None else CorrectedDenoiser(denoiser, self.mean)
+
+    def deficit(self, solver: Solver, logsnr: Tensor) -> MarginalDeficit | None:
+        """What was measured that a solver's marginals lack on the grid of these levels (K + 1,); None: not measured.
+
+        Example:
+            >>> from lowvar.calibrate import calibrate, marginal_deficit
+            >>> from lowvar.process import CosineVP, GaussianTwin, Independent, PixelBasis, ReverseKernel
+            >>> twin = GaussianTwin(torch.zeros(2), PixelBasis((2,)), torch.tensor([1.0, 0.25]))
+            >>> denoiser, solver = twin.denoiser(CosineVP()), ReverseKernel(0.0, "small")
+            >>> data, grid = twin.sample(Independent(1).normal(range(64), (2,))), torch.tensor([1.0, 0.5, 0.0])
+            >>> calibration = calibrate(denoiser, lambda: [data], components=(), paths=0)
+            >>> found = marginal_deficit(denoiser, solver, grid, calibration.twin, n=64)
+            >>> calibration = calibration.with_deficit(found)
+            >>> calibration.deficit(solver, CosineVP().at(grid).logsnr) is found
+            True
+            >>> calibration.deficit(ReverseKernel(0.5, "small"), CosineVP().at(grid).logsnr) is None
+            True
+        """
+        return next((d for d in self.deficits if d.is_of(solver, logsnr)), None)
+
+    def with_deficit(self, deficit: MarginalDeficit) -> Calibration:
+        """With a deficit more, in the place of an older one of the same solver and grid.
+
+        Raises:
+            UserError: if it is in another basis than the twin's.
+        """
+        if not deficit.basis.same_as(self.twin.basis):
+            raise UserError(
+                f"this deficit was measured in another basis ({deficit.basis.name}) than the calibrated twin's "
+                f"({self.twin.basis.name}): measure it with `marginal_deficit(.., twin=calibration.twin)`"
+            )
+        others = [d for d in self.deficits if not d.is_of(deficit.solver, deficit.logsnr)]
+        return replace(self, deficits=(*others, deficit))
+
+    def of_class(self, label: int) -> Calibration:
+        """With the tables of a class in the place of those of all classes; twin, heads and grids stay as they are.
+
+        Raises:
+            UserError: if there are no tables by class, or none of this one.
+        """
+        if not self.conditional:
+            raise UserError("this calibration has no tables by class: make them by `lowvar calibrate --by-class`")
+        tables = dict(self.tables)
+        for structure, found in self.conditional.items():
+            if not 0 <= label < len(found.tables):
+                raise UserError(f"class is {label}; calibrated classes: 0 to {len(found.tables) - 1}")
+            tables[structure] = found.tables[label]
+        if "channel" in tables and "channel" not in self.conditional:
+            pixel = tables["pixel"].variance
+            channel = pixel.mean(tuple(range(2, pixel.ndim)), keepdim=True)
+            tables["channel"] = replace(tables["channel"], variance=channel, se=None)
+        return replace(self, tables=tables, conditional={})
 
     def path_grid(self, schedule: Schedule, steps: int) -> Tensor:
         """The grid of the twin's flow: the best `steps` evaluations by the statistics of its remainder.

@@ -1,7 +1,8 @@
 r"""A calibration on disk: numbers as lists in a scheduler's config, the rest as tensors in a file beside it.
 
-Everything above 64k numbers, every dense basis, trained heads and tables by class are tensors (float32); curves stay
-float64 in the fields, other numbers have 7 significant digits. Where a field is a tensor it says {"tensor": name}.
+Everything above 64k numbers, every dense basis, trained heads, tables by class and marginal deficits are tensors
+(float32); curves stay float64 in the fields, other numbers have 7 significant digits. Where a field is a tensor it says
+{"tensor": name}.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from lowvar.calibrate.conditional import ConditionalTable
 from lowvar.calibrate.convert import Converted
+from lowvar.calibrate.deficit import TENSORS as DEFICIT_TENSORS
+from lowvar.calibrate.deficit import MarginalDeficit
 from lowvar.calibrate.heads import read_head, write_head
 from lowvar.calibrate.table import CovarianceTable, Structure
 from lowvar.errors import UserError
@@ -90,8 +93,15 @@ def written(calibration: Calibration) -> tuple[dict[str, Any], dict[str, Tensor]
             structure: keep(f"conditional.{structure}", torch.stack([t.variance for t in table.tables]))
             for structure, table in calibration.conditional.items()
         }
+        fields["guidance"] = calibration.guidance
     if calibration.converted is not None:
         fields["converted"] = calibration.converted.to_json()
+    if calibration.deficits:
+        deficits = {}
+        for k, deficit in enumerate(calibration.deficits):
+            about, parts = deficit.to_json()
+            deficits[str(k)] = about | {name: keep(f"deficit.{k}.{name}", value) for name, value in parts.items()}
+        fields["deficits"] = deficits
     return fields, tensors
 
 
@@ -161,6 +171,11 @@ def _read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str,
         "conditional": conditional,
         "levels": fields.get("levels"),
         "mean": mean,
+        "guidance": float(fields.get("guidance", 1.0)),
+        "deficits": tuple(
+            MarginalDeficit.from_json(d, {k: get(d[k]) for k in DEFICIT_TENSORS}, basis)
+            for d in fields.get("deficits", {}).values()
+        ),
     }
 
 

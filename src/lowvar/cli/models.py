@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lowvar.calibrate import Calibration
+from lowvar.calibrate.deficit import describe
 from lowvar.data import Columns
 from lowvar.errors import UserError
-from lowvar.evaluation import check_steps
+from lowvar.evaluation import check_steps, deficit_of, resolve
 from lowvar.own_pipelines import class_number, null_class
 from lowvar.pipelines import ClassConditionalPipeline, TablePipeline, denoiser_of, network_of, open_pipeline
 from lowvar.process.denoiser import NetworkDenoiser
@@ -26,6 +27,7 @@ __all__ = [
     "Model",
     "default_samplers",
     "model_of",
+    "noise_ready",
     "open_model",
     "require_shape",
     "run_scheduler",
@@ -41,7 +43,8 @@ class Model:
     Attributes:
         pipeline: the diffusers pipeline.
         denoiser: its network with schedule and prediction.
-        calibration: of its scheduler, or None.
+        calibration: of its scheduler, or None; of a class, with the tables of that class where they were measured
+            under the same guidance.
         shape: (C, H, W) of the images it makes, (d,) of rows of a table.
     """
 
@@ -54,6 +57,16 @@ class Model:
     def columns(self) -> Columns | None:
         """Of a table; None for images."""
         return self.pipeline.columns if isinstance(self.pipeline, TablePipeline) else None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes of a conditional model, () of any other."""
+        pipeline = self.pipeline
+        if not isinstance(pipeline, ClassConditionalPipeline | TablePipeline):
+            return ()
+        if null_class(network_of(pipeline)) is None:
+            return ()
+        return tuple(pipeline.columns.classes if isinstance(pipeline, TablePipeline) else pipeline.classes)
 
     @property
     def about(self) -> dict[str, Any]:
@@ -121,6 +134,8 @@ def model_of(pipeline: Any, device: torch.device, label: str | None = None, guid
     calibration = getattr(pipeline.scheduler, "calibration", None)
     if calibration is not None:
         calibration.require(denoiser.schedule)
+        if number is not None and calibration.conditional and calibration.guidance == guidance:
+            calibration = calibration.of_class(number)
     return Model(pipeline, denoiser, calibration, _shape_of(network, pipeline))
 
 
@@ -165,13 +180,14 @@ USUAL = (
 
 
 def default_samplers(model: Model) -> list[str]:
-    """The usual samplers that the model has what it takes for, and those of all trained heads that it has."""
+    """The usual samplers that the model has what it takes for, and those of trained heads and noise that it holds."""
     held = () if model.calibration is None else model.calibration.state_covariances
     heads = [name for name in held if name != "convert" or model.denoiser.head == "range"]
+    kept = () if model.calibration is None else {d.solver for d in model.calibration.deficits}
     return [
         name
         for name, sampler in SAMPLERS.items()
-        if (name in USUAL or sampler.covariance in heads)
+        if (name in USUAL or sampler.covariance in heads or (sampler.noise and describe(sampler.solver) in kept))
         and (sampler.covariance is None or model.calibration is not None or sampler.covariance == "learned")
         and (sampler.covariance != "learned" or model.denoiser.head is not None)
         and (not (sampler.needs_twin or sampler.noise) or model.calibration is not None)
@@ -234,13 +250,39 @@ def scheduler_of(
     given = {"variance": covariance, "eta": eta, "tau": tau, "grid": grid}
     fields |= {name: value for name, value in given.items() if value is not None}
     fields["start_with_twin"] = True
-    made = ReverseVarianceScheduler.from_scheduler(model.pipeline.scheduler, **fields)
+    made = ReverseVarianceScheduler.from_scheduler(model.pipeline.scheduler, model.calibration, **fields)
     kernel = made.config["sampler"] == "kernel"
     if tau is not None and kernel:
         raise UserError("--tau belongs to adams-* and twin-* samplers; ddpm-* and ddim-* take --eta")
     if (eta is not None or covariance is not None) and not kernel:
         raise UserError("--eta and --covariance belong to ddpm-* and ddim-* samplers; adams-* and twin-* take --tau")
     return made
+
+
+def noise_ready(
+    model: Model, scheduler: ReverseVarianceScheduler, steps: int, *, batch_size: int, device: torch.device
+) -> tuple[ReverseVarianceScheduler, int]:
+    """A scheduler whose sampler adds calibrated noise, with that of its grid; any other as it is.
+
+    Args:
+        model: the model.
+        scheduler: of the model.
+        steps: reverse steps.
+        batch_size, device: of the network's evaluations.
+
+    Returns:
+        The scheduler, and chains that the noise was measured on now: 0 where it was kept.
+    """
+    named = SAMPLERS.get(scheduler.config["sampler"])
+    calibration = scheduler.calibration
+    if named is None or not named.noise or calibration is None:
+        return scheduler, 0
+    scheduler.set_timesteps(steps)
+    _, attached = resolve(named.name, model.denoiser, calibration)
+    found = deficit_of(attached, named.solver, scheduler.times, calibration, batch_size=batch_size, device=device)
+    if any(found is kept for kept in calibration.deficits):
+        return scheduler, 0
+    return ReverseVarianceScheduler.from_scheduler(scheduler, calibration.with_deficit(found)), found.n
 
 
 @torch.no_grad()

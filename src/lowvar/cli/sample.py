@@ -34,7 +34,8 @@ class Sample(Sampling):
     scheduler, unless one is named: ddpm-small, ddpm-large, ddpm-learned, ddim, adams-ode, adams-sde, unipc, dpmpp-2m;
     of a calibrated model twin-flow, twin-ode, twin-sde, and ddpm-NAME and ddim-NAME with NAME a covariance that it
     holds: analytic, isotropic, channel, pixel, basis, or one made by `lowvar calibrate --head`: npr, sn, ocm, lowrank,
-    convert. An unknown name lists all samplers.
+    convert; and ddim-noise, dpmpp-2m-noise, unipc-noise, whose noise on a grid is kept by `lowvar calibrate --noise` or
+    else measured first. An unknown name lists all samplers.
     """
 
     model: Path
@@ -79,13 +80,18 @@ class Sample(Sampling):
         begun = time.perf_counter()
         self._checked()
         from lowvar.calibrate.grids import is_calibrated
-        from lowvar.cli.models import open_model, scheduler_of
+        from lowvar.cli.models import noise_ready, open_model, scheduler_of
         from lowvar.cli.results import summarise
         from lowvar.evaluation import check_steps
 
         device = choose_device(self.device)
         model = open_model(self.model, device, self.label, self.guidance)
         self._files_fit(model)
+        if self.label is not None and model.calibration is not None and model.calibration.conditional:
+            console.note(
+                f"tables by class were calibrated with guidance {model.calibration.guidance:g}, not "
+                f"{self.guidance:g}: that of all classes is used; `lowvar calibrate --by-class --guidance` makes others"
+            )
         planned = self.steps == "auto" or self.adaptive or is_calibrated(self.grid or "")
         scheduler = scheduler_of(
             model,
@@ -101,6 +107,12 @@ class Sample(Sampling):
         check_steps(steps, model.denoiser.schedule)
         if plan is not None:
             scheduler = _on_grid(scheduler, plan.grid)
+        scheduler, chains = noise_ready(model, scheduler, steps, batch_size=self.batch_size, device=device)
+        if chains:
+            console.note(
+                f"the noise of {scheduler.config['sampler']} at {steps} steps is not kept in the model: measured on "
+                f"{chains} chains of {steps} evaluations; `lowvar calibrate --noise` keeps it"
+            )
         samples, nfe = self._draw(model, scheduler, steps, plan, device, console)
         shape = self._write(model, samples, console)
         names = ("sampler", "variance", "eta", "tau", "grid", "timestep_spacing")

@@ -24,6 +24,7 @@ __all__ = [
     "RULES",
     "allowed",
     "check",
+    "has_noise",
     "make_schedule",
     "named_samplers",
     "needs_calibration",
@@ -91,7 +92,12 @@ _VARIANCES = {
 def named_samplers() -> tuple[str, ...]:
     """The samplers of `lowvar.sample.SAMPLERS` that have a solver of their own."""
     own = (ReverseKernel, MultistepSolver)
-    return tuple(n for n, s in SAMPLERS.items() if not isinstance(s.solver, own) and not s.noise)
+    return tuple(n for n, s in SAMPLERS.items() if s.noise or not isinstance(s.solver, own))
+
+
+def has_noise(c: Mapping[str, Any]) -> bool:
+    """Whether the sampler adds noise that was calibrated for its grid."""
+    return c["sampler"] not in OWN and SAMPLERS[c["sampler"]].noise
 
 
 def allowed(name: str, value: Any, choices: Sequence[Any]) -> None:
@@ -146,7 +152,7 @@ def check(c: Mapping[str, Any]) -> None:
     if c["grid"] is None or isinstance(c["grid"], str):
         check_grid_name(c["grid"])
     needs = ""
-    if needs_twin(c):
+    if needs_twin(c) or has_noise(c):
         needs = f"sampler {c['sampler']!r}"
     elif uses_covariance(c):
         needs = f"variance {c['variance']!r}" if c["sampler"] == "kernel" else f"sampler {c['sampler']!r}"
@@ -200,7 +206,7 @@ def sampler_fields(name: str) -> dict[str, Any]:
     """The scheduler's fields for a sampler of `lowvar.sample.named.SAMPLERS`.
 
     Raises:
-        UserError: if the name is unknown or no scheduler holds it.
+        UserError: if the name is unknown.
 
     Example:
         >>> sampler_fields("ddim")
@@ -208,15 +214,10 @@ def sampler_fields(name: str) -> dict[str, Any]:
     """
     allowed("sampler", name, tuple(SAMPLERS))
     named = SAMPLERS[name]
-    if named.noise:
-        held = ", ".join(n for n, s in SAMPLERS.items() if not s.noise)
-        raise UserError(
-            f"sampler {name!r} runs in `lowvar evaluate` and `lowvar.sample` only; a pipeline's scheduler holds {held}"
-        )
     if isinstance(named.solver, MultistepSolver):
         fields = {k: getattr(named.solver, k) for k in ("predictor", "corrector", "tau", "decay")}
         return {"sampler": "twin" if named.needs_twin else "multistep", **fields}
-    if not isinstance(named.solver, ReverseKernel):
+    if named.noise or not isinstance(named.solver, ReverseKernel):
         fields = {"sampler": name, "eta": 1.0, "tau": 0.0}  # what a kernel or a multistep solver had is not its own
         return fields | ({} if named.covariance is None else {"variance": named.covariance})
     variance = named.covariance if named.solver.variance == "posterior" else named.solver.variance

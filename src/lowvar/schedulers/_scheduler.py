@@ -214,6 +214,11 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
 
     # ------------------------------------------------------------------------------------------------------- grids
 
+    @property
+    def times(self) -> Tensor:
+        """The grid of `set_timesteps`: decreasing times of the schedule that end at 0, (K + 1,) float64."""
+        return self._times
+
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -261,7 +266,7 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
 
     def _set(self, times: Tensor, device: str | torch.device | None) -> None:
         c = self.config
-        self._levels = self.schedule.at(times)
+        self._times, self._levels = times, self.schedule.at(times)
         self._evaluations = solver_of(c, self._covariance_head).evaluations(self._levels)
         self._steps = Steps(self.schedule, self._evaluations, device)
         self.timesteps = self._steps.timesteps

@@ -15,9 +15,9 @@ from lowvar.process.schedule import Level
 from lowvar.process.solver import Solver
 from lowvar.sample.named import SAMPLERS
 from lowvar.schedulers._chain import Recipe, TwinCovariance
-from lowvar.schedulers._fields import OWN, RULES, needs_twin, uses_covariance
+from lowvar.schedulers._fields import OWN, RULES, has_noise, needs_twin, uses_covariance
 
-__all__ = ["recipe_of", "solver_of"]
+__all__ = ["missing_noise", "recipe_of", "solver_of"]
 
 
 def solver_of(c: Mapping[str, Any], covariance_head: bool) -> Solver:
@@ -65,4 +65,22 @@ def recipe_of(
         else:
             assert isinstance(solver, MultistepSolver)
             solver = replace(solver, twin=held.twin)
+    if has_noise(c):
+        found = calibration().deficit(solver, levels.logsnr)
+        if found is None:
+            raise missing_noise(c["sampler"], len(levels) - 1)
+        solver = found.attach(solver)
     return Recipe(levels, solver, model)
+
+
+def missing_noise(name: str, steps: int) -> UserError:
+    """What is said where no noise was calibrated for a sampler on its grid.
+
+    Example:
+        >>> print(missing_noise("unipc-noise", 5))
+        sampler unipc-noise has no noise for this grid of 5 steps: `lowvar calibrate --noise unipc-noise@5` measures it
+    """
+    return UserError(
+        f"sampler {name} has no noise for this grid of {steps} steps: `lowvar calibrate --noise {name}@{steps}` "
+        "measures it"
+    )
