@@ -16,7 +16,14 @@ from lowvar.data import Columns
 from lowvar.errors import UserError
 from lowvar.evaluation import check_steps, deficit_of, resolve
 from lowvar.own_pipelines import class_number, null_class
-from lowvar.pipelines import ClassConditionalPipeline, TablePipeline, denoiser_of, network_of, open_pipeline
+from lowvar.pipelines import (
+    ClassConditionalPipeline,
+    ImagePipeline,
+    TablePipeline,
+    denoiser_of,
+    network_of,
+    open_pipeline,
+)
 from lowvar.process.denoiser import NetworkDenoiser
 from lowvar.process.discrete import DiscreteVP
 from lowvar.process.noise import NoiseSource
@@ -34,6 +41,9 @@ __all__ = [
     "save_model",
     "scheduler_of",
 ]
+
+
+OWN_PIPELINES = (ClassConditionalPipeline, ImagePipeline, TablePipeline)
 
 
 @dataclass(frozen=True)
@@ -209,6 +219,8 @@ def save_model(
 
     given = {"sampler": sampler, "grid": grid, "head": model.denoiser.head}
     fields = {name: value for name, value in given.items() if value is not None}
+    if isinstance(model.pipeline, OWN_PIPELINES):  # they call scale_model_input, which DDPMPipeline does not
+        fields["start_with_twin"] = "input"
     scheduler = ReverseVarianceScheduler.from_scheduler(model.pipeline.scheduler, calibration, **fields)
     pipeline = model.pipeline
     if isinstance(pipeline, diffusers.DDIMPipeline):  # it would turn any scheduler into a DDIMScheduler

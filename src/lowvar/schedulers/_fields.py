@@ -148,6 +148,7 @@ def check(c: Mapping[str, Any]) -> None:
     allowed("head", c["head"], (None, *HEADS))
     if (c["head"] == "basis") != (c["spectrum"] is not None):
         raise UserError(f"head is {c['head']!r}: head 'basis', and only it, needs the data's spectrum beside it")
+    allowed("start_with_twin", c["start_with_twin"], (False, True, "input"))
     allowed("time_shift_type", c["time_shift_type"], ("exponential", "linear"))
     if c["grid"] is None or isinstance(c["grid"], str):
         check_grid_name(c["grid"])

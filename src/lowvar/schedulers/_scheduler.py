@@ -19,6 +19,7 @@ from lowvar.process.head import COVARIANCE_HEADS, Spectrum
 from lowvar.process.noise import NoiseSource, TorchGenerators
 from lowvar.process.schedule import Schedule
 from lowvar.sample.named import SAMPLERS
+from lowvar.schedulers._begin import Begin
 from lowvar.schedulers._chain import Chain, Recipe
 from lowvar.schedulers._fields import (
     PREDICTIONS,
@@ -74,8 +75,9 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
             entropic, variance-matched, optimal) or a list of decreasing times in [0, 1].
         head: the network's variance head: None, range (Nichol & Dhariwal 2021), logvar, basis or lowrank
             (`lowvar.process.head`).
-        start_with_twin: of sampler twin-flow with grid path: begin at the grid's first level, at the state that `start`
-            makes of noise without an evaluation. A pipeline hands over the noise itself, and begins at t = 1.
+        start_with_twin: of sampler twin-flow with grid path: False begins at t = 1, as every pipeline can. True begins
+            at the grid's first level, at the state that `start` makes of noise without an evaluation. `input` begins
+            there in a pipeline that hands over the noise itself and calls `scale_model_input`, as most do.
         calibration: a `Calibration`, or the JSON fields of one as they stand in the config.
         spectrum: the `Spectrum` of head basis, or the JSON fields of one as they stand in the config.
         sigma_data: standard deviation of the data that an `edm` network was trained for.
@@ -127,7 +129,7 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         decay: float = 0.0,
         grid: str | list[float] | None = None,
         head: str | None = None,
-        start_with_twin: bool = False,
+        start_with_twin: bool | str = False,
         calibration: Any = None,
         sigma_data: float = 0.5,
         use_dynamic_shifting: bool = False,
@@ -280,6 +282,8 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         self._rows: Rows | None = None
         self._begin_index: int | None = None
         self._started = False
+        flows = c["sampler"] == "twin-flow" and c["start_with_twin"] == "input"
+        self._begin = Begin(lambda x: self._flowed(x / self.init_noise_sigma)) if flows else None
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Says which entry of `timesteps` the next chain begins with, as image-to-image pipelines do."""
@@ -317,16 +321,26 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
     # ------------------------------------------------------------------------------------------------------- steps
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """What the network is given for a state: the sample as it is, for EDM c_in times the sample."""
-        if self.schedule.family != "ve":
+        """What the network is given for a state: the sample as it is, for EDM c_in times the sample.
+
+        With `start_with_twin` `input`, at the first timestep: the state that the noise handed over stands for.
+        """
+        if self.schedule.family != "ve" and self._begin is None:
             return sample
-        return self._reader.scale(sample, self._expected if timestep is None else self._index(timestep))
+        k = self._expected if timestep is None else self._index(timestep)
+        if self._begin is not None and k == 0:
+            sample = self._begin.entry(sample)
+        return sample if self.schedule.family != "ve" else self._reader.scale(sample, k)
 
     def start(self, noise: Tensor) -> Tensor:
         """The state at the first timestep from standard normal noise (B, C, ..): what a pipeline's start stands for.
 
-        `init_noise_sigma` times the noise for most samplers; sampler twin-flow lets it flow along the twin.
+        `init_noise_sigma` times the noise for most samplers; sampler twin-flow lets it flow along the twin, here, or in
+        `scale_model_input` with `start_with_twin` `input`.
         """
+        return self._flowed(noise) if self._begin is None else self.init_noise_sigma * noise
+
+    def _flowed(self, noise: Tensor) -> Tensor:
         return self._made_recipe().solver.initial(noise, self.schedule.at(1.0), self._levels[0])
 
     def keep_head(self, head: Tensor) -> None:
@@ -364,11 +378,15 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         x = sample if sample.dtype in (torch.float32, torch.float64) else sample.float()
         kept, self._kept = self._kept, None
         if isinstance(timestep, Tensor) and timestep.numel() > 1:
+            if self._begin is not None:
+                raise UserError("start_with_twin is 'input', which takes one timestep for the whole batch; set it True")
             if self._rows is None:
                 self._rows = Rows(self._steps, self._made_recipe(), self._reader)
             previous, original = self._rows.step(model_output, timestep, x, _source(generator), index, kept)
         else:
             k, chain = self._index(timestep), self._made_chain()
+            if self._begin is not None and k == 0:
+                x = self._begin.state(sample).to(x.dtype)
             posterior, z = self._reader.read(x, k, model_output, kept), None
             source = _source(generator)
             if chain.recipe.draws(k):
@@ -402,6 +420,8 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
             >>> [round(v, 4) for v in x.flatten().tolist()]
             [0.9999, 0.0064]
         """
+        if self._begin is not None:
+            self._begin.is_image = True
         alpha, sigma = self._noising.level(timesteps, original_samples)
         return alpha * original_samples + sigma * noise
 
