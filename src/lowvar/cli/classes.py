@@ -29,8 +29,9 @@ def require_classes(model: Model, data: Data) -> None:
         raise UserError("--by-class is of models with classes, and this one has none; train one with --conditional")
     if data.calibration.labels is None:
         raise UserError("--by-class needs data with labels, and these have none; give data with classes")
-    names = data.classes or tuple(str(k) for k in range(int(data.calibration.labels.max()) + 1))
-    if (data.classes and names != model.classes) or len(names) > len(model.classes):
+    named = tuple(data.classes if data.columns is None else data.columns.classes)
+    names = named or tuple(str(k) for k in range(int(data.calibration.labels.max()) + 1))
+    if (named and named != model.classes) or len(names) > len(model.classes):
         raise UserError(
             f"the data's classes are {_some(names)}, and the model's are {_some(model.classes)}; give the data that it "
             "was trained on"
