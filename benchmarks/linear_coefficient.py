@@ -11,6 +11,7 @@ only Phi and the gain of the remainder change, and the weights of r are one quad
     none      beta = 0
     twin      beta = 1
     beta      beta(l) = Cov(x0_hat, D) / Var(D) at the level l, over noisy calibration data: the literal optimum
+    limited   beta(l) limited to [0, 1]: the twin may fade, and no more
     path      beta of the grid's own steps, Cov(dx0_hat, dD) / Var(dD) of the increments along the network's own paths
     kappa     beta = 1, and r_k stands for r(l) as kappa(l_k, l) r_k (order 1; `lowvar.process.path`)
 
@@ -30,7 +31,7 @@ import datetime as dt
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "linear_coefficient.json"
 TABLE = ROOT / "docs" / "results" / "linear_coefficient.md"
 STEPS, SEEDS = (3, 5, 8), (0, 1)
 FORMS = {
-    "order 1": (1, 0, ("none", "twin", "beta", "path", "kappa")),
-    "predictor-corrector": (2, 2, ("none", "twin", "beta", "path")),
+    "order 1": (1, 0, ("none", "twin", "beta", "limited", "path", "kappa")),
+    "predictor-corrector": (2, 2, ("none", "twin", "beta", "limited", "path")),
 }
 _FINE = 4001
 
@@ -262,9 +263,11 @@ def solvers(case: Case, schedule: Schedule, steps: int, kept: dict[str, Any]) ->
         "none": Coefficient.constant(0.0, d),
         "twin": Coefficient.constant(1.0, d),
         "beta": kept["beta"],
-        "path": path_beta(case.denoiser, case.twin, trailing(schedule, steps)),
+        "limited": replace(kept["beta"], value=kept["beta"].value.clamp(0, 1)),
         "kappa": Coefficient.constant(1.0, d),
     }
+    if any("path" in names for _, _, names in FORMS.values()):
+        coefficients["path"] = path_beta(case.denoiser, case.twin, trailing(schedule, steps))
     return {
         (form, name): WithCoefficient(
             MultistepSolver(case.twin, q, c), coefficients[name], kept["kappa"] if name == "kappa" else None
