@@ -386,7 +386,7 @@ def main() -> None:
     """Reads the arguments."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--mixture", type=int, default=8192, help="samples a cell of mixture8")
-    parser.add_argument("--digits", type=int, default=4096, help="samples a cell of digits; 0: leave them out")
+    parser.add_argument("--digits", type=int, default=2048, help="samples a cell of digits; 0: leave them out")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     sizes = {"mixture8": arguments.mixture, "digits": arguments.digits}
