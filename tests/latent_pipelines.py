@@ -13,7 +13,9 @@ import diffusers
 import torch
 from torch import Tensor
 
+from lowvar.calibrate import calibrate
 from lowvar.pipelines import keep_head
+from lowvar.process import DCTBasis, GaussianTwin, Independent, schedule_from_diffusers
 from lowvar.schedulers import ReverseVarianceScheduler
 
 torch.set_num_threads(1)
@@ -168,8 +170,32 @@ def about_stable_diffusion() -> dict[str, Any]:
         results.append(latents(image, call, steps=10, image=picture, strength=0.5))
     found["img2img"] = distance(results[1], results[0])
     image.scheduler = ReverseVarianceScheduler.from_scheduler(peer, sampler="heun", grid=None)
+    found |= about_begin(pipeline, call, image, picture)
     found["img2img heun"] = bool(torch.isfinite(latents(image, call, steps=10, image=picture, strength=0.5)).all())
     return found
+
+
+def about_begin(pipeline: Any, call: dict[str, Any], image: Any, picture: Tensor) -> dict[str, float]:
+    """twin-flow: noise handed over (`input`) against the state that `start` makes of it; image to image with both."""
+    stock = diffusers.DDPMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False
+    )
+    schedule = schedule_from_diffusers(stock.config)
+    shape = (4, 8, 8)
+    twin = GaussianTwin(torch.zeros(shape), DCTBasis(shape), torch.linspace(1.0, 0.1, 256).reshape(shape))
+    data = twin.sample(Independent(1).normal(range(32), shape))
+    calibration = calibrate(twin.denoiser(schedule), lambda: [data], replicates=1, components=(), paths=8)
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    noise = torch.cat([torch.randn(1, *shape, generator=g) for g in generators])
+    text, images = [], []
+    for mode in ("input", True):
+        fields = {"sampler": "twin-flow", "grid": "path", "start_with_twin": mode}
+        scheduler = ReverseVarianceScheduler.from_scheduler(stock, calibration, **fields)
+        scheduler.set_timesteps(4)
+        pipeline.scheduler = image.scheduler = scheduler
+        text.append(latents(pipeline, call | {"height": 8, "width": 8}, latents=scheduler.start(noise)))
+        images.append(latents(image, call, image=picture, strength=1.0))
+    return {"begin": distance(text[0], text[1]), "begin img2img": distance(images[0], images[1])}
 
 
 def about_pixart() -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowvar.process.denoiser import NetworkDenoiser
 from lowvar.process.kernel import ReverseKernel
-from lowvar.schedulers import ReverseVarianceScheduler
+from lowvar.schedulers import ReverseVarianceScheduler, _solvers
 
 torch.set_num_threads(1)
 SPACINGS = ("leading", "trailing", "linspace")
@@ -233,7 +233,7 @@ def test_planted_bugs_are_caught(bug: str, monkeypatch: pytest.MonkeyPatch) -> N
 
         monkeypatch.setattr(NetworkDenoiser, "interpret", wrong)
     elif bug == "large for small":
-        monkeypatch.setattr(ours, "_solver_without_twin", lambda: ReverseKernel(1.0, "large"))
+        monkeypatch.setattr(_solvers, "solver_of", lambda *_: ReverseKernel(1.0, "large"))
     else:
         ours.register_to_config(clip_sample=False)
     assert loop(ours, peer, 10, torch.float64, head)[0] > 1e-5

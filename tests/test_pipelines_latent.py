@@ -35,6 +35,12 @@ def test_image_to_image(found: dict[str, Any]) -> None:
     assert found["stable diffusion"]["img2img heun"]
 
 
+def test_twin_flow_begins_without_an_evaluation(found: dict[str, Any]) -> None:
+    """Guided noise that `scale_model_input` lets flow, as the state made beforehand; an image with noise as it is."""
+    assert found["stable diffusion"]["begin"] < 1e-5
+    assert found["stable diffusion"]["begin img2img"] < 1e-6
+
+
 def test_pixart(found: dict[str, Any]) -> None:
     """A learned variance that the pipeline cuts off is asked for, and `keep_head` brings it to the scheduler."""
     of = found["pixart"]

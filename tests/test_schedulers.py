@@ -379,7 +379,7 @@ def test_from_scheduler(scheduler: Any, fields: dict[str, Any]) -> None:
 def test_from_scheduler_takes_names_and_refuses_what_it_does_not_know() -> None:
     made = Scheduler.from_scheduler(diffusers.DDPMScheduler(), sampler="adams-sde", grid="trailing")
     assert made.config["sampler"] == "multistep"
-    solver = made._solver_without_twin()
+    solver = made._made_recipe().solver
     assert solver == SAMPLERS["adams-sde"].solver
     assert sampler_fields("ddpm-basis") == {"sampler": "kernel", "variance": "basis", "eta": 1.0}
     for scheduler, ours, says in [

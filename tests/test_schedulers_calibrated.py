@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lowvar.calibrate import Calibration, calibrate
+from lowvar.calibrate import Calibration, calibrate, marginal_deficit
 from lowvar.calibrate.grids import calibrated_grid
 from lowvar.errors import UserError
-from lowvar.process.basis import DCTBasis
+from lowvar.process.basis import DCTBasis, PixelBasis
 from lowvar.process.corrected import MeanCorrection
 from lowvar.process.covariance import Diagonal
 from lowvar.process.denoiser import Denoiser, NetworkDenoiser, WithCovariance
@@ -29,8 +29,9 @@ from lowvar.process.noise import Independent
 from lowvar.process.path import spread_groups
 from lowvar.process.solver import Solver
 from lowvar.process.twin import GaussianTwin
+from lowvar.sample.named import SAMPLERS
 from lowvar.sample.trajectory import trajectory
-from lowvar.schedulers import CALIBRATION_FILE, ReverseVarianceScheduler
+from lowvar.schedulers import CALIBRATION_FILE, ReverseVarianceScheduler, sampler_fields
 
 torch.set_num_threads(1)
 SHAPE = (2, 4, 4)
@@ -200,6 +201,89 @@ def test_another_batch_is_another_chain(calibration: Calibration) -> None:
     fresh = scheduler.step(network(y[:1], s), s, y[:1]).prev_sample
     scheduler.set_timesteps(4)
     assert torch.equal(fresh, scheduler.step(network(y[:1], s), s, y[:1]).prev_sample)
+
+
+NOISY = [name for name, sampler in SAMPLERS.items() if sampler.noise]
+
+
+@pytest.fixture(scope="module")
+def with_noise(calibration: Calibration) -> Calibration:
+    """With noise of every solver that takes it, on 4 and on 6 steps: more than is missing, and another for each."""
+    for name in NOISY:
+        for steps in (4, 6):
+            grid = make_grid("trailing", SCHEDULE, steps)
+            solver = SAMPLERS[name].solver
+            found = marginal_deficit(denoiser(), solver, grid, calibration.twin, n=128, dtype=torch.float64)
+            more = torch.linspace(0.1, 0.4, 32, dtype=torch.float64).reshape(SHAPE) * (1 + len(calibration.deficits))
+            variance = torch.cat([found.variance[:-1] + more, found.variance[-1:]])
+            calibration = calibration.with_deficit(replace(found, variance=variance))
+    return calibration
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_calibrated_noise_is_that_of_the_trajectory(name: str, with_noise: Calibration) -> None:
+    """Solver and grid find their own of all that are kept; on float32 states it is on their side."""
+    scheduler = ReverseVarianceScheduler(**FIELDS, **sampler_fields(name), calibration=with_noise)
+    solver, source = SAMPLERS[name].solver, Independent(7)
+    for steps in (6, 4):
+        grid = make_grid("trailing", SCHEDULE, steps)
+        kept = with_noise.deficit(solver, SCHEDULE.at(grid).logsnr)
+        assert kept is not None
+        for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+            x = Independent(8).normal(range(3), SHAPE, dtype=dtype)
+            wanted = [s.x for s, _ in trajectory(denoiser(), kept.attach(solver), grid, x, source)][-1]
+            plain = [s.x for s, _ in trajectory(denoiser(), solver, grid, x, source)][-1]
+            here = chain(scheduler, steps, x, source)
+            torch.testing.assert_close(here, wanted, rtol=0, atol=tolerance)
+            assert not torch.allclose(here, plain, atol=1e-2)
+    assert torch.equal(scheduler.times, grid)
+
+
+def test_calibrated_noise_is_kept_in_the_file(with_noise: Calibration, tmp_path: Path) -> None:
+    scheduler = ReverseVarianceScheduler(**FIELDS, **sampler_fields("unipc-noise"), calibration=with_noise)
+    scheduler.save_pretrained(tmp_path)
+    kept = load_file(tmp_path / CALIBRATION_FILE)
+    assert kept["deficit.0.variance"].shape == (4, *SHAPE)
+    assert sum(name.startswith("deficit.") for name in kept) == 3 * 2 * len(NOISY)
+    loaded: Any = ReverseVarianceScheduler.from_pretrained(tmp_path)
+    assert [(d.solver, d.n) for d in loaded.calibration.deficits] == [(d.solver, d.n) for d in with_noise.deficits]
+    x = Independent(8).normal(range(2), SHAPE)
+    there, here = (chain(s, 4, x, Independent(7)) for s in (scheduler, loaded))
+    assert torch.allclose(there, here, atol=1e-5)
+    save_file({name: value for name, value in kept.items() if name != "deficit.1.shift"}, tmp_path / CALIBRATION_FILE)
+    with pytest.raises(UserError, match="incomplete"):
+        ReverseVarianceScheduler.from_pretrained(tmp_path)
+
+
+def test_calibrated_noise_of_another_grid_or_solver_is_refused(with_noise: Calibration) -> None:
+    x = torch.zeros(1, *SHAPE)
+    scheduler = ReverseVarianceScheduler(**FIELDS, **sampler_fields("ddim-noise"), calibration=with_noise)
+    scheduler.set_timesteps(5)
+    with pytest.raises(UserError, match="calibrate --noise ddim-noise@5"):
+        scheduler.step(x, scheduler.timesteps[0], x)
+    other = replace(with_noise, deficits=with_noise.deficits[:2])  # those of DDIM
+    scheduler = ReverseVarianceScheduler(**FIELDS, **sampler_fields("unipc-noise"), calibration=other)
+    scheduler.set_timesteps(4)
+    with pytest.raises(UserError, match="no noise for this grid of 4 steps"):
+        scheduler.start(x)
+    scheduler = ReverseVarianceScheduler(**FIELDS, **sampler_fields("unipc-noise"), calibration=with_noise)
+    scheduler.set_timesteps(4)
+    scheduler.set_begin_index(2)
+    with pytest.raises(UserError, match="from the first timestep"):
+        scheduler.step(x, scheduler.timesteps[2], x)
+
+
+def test_a_deficit_takes_the_place_of_an_older_one(calibration: Calibration) -> None:
+    solver, grid = SAMPLERS["ddim-noise"].solver, make_grid("trailing", SCHEDULE, 4)
+    first, second = (marginal_deficit(denoiser(), solver, grid, calibration.twin, n=n) for n in (32, 64))
+    longer = marginal_deficit(denoiser(), solver, make_grid("trailing", SCHEDULE, 5), calibration.twin, n=32)
+    held = calibration.with_deficit(first).with_deficit(longer).with_deficit(second)
+    assert [d.n for d in held.deficits] == [32, 64]
+    assert held.deficit(solver, SCHEDULE.at(grid).logsnr) is second
+    assert calibration.deficits == ()
+    pixels = GaussianTwin(calibration.twin.mean, PixelBasis(SHAPE), calibration.twin.spectrum)
+    with pytest.raises(UserError, match="another basis"):
+        calibration.with_deficit(marginal_deficit(denoiser(), solver, grid, pixels, n=32))
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

@@ -66,8 +66,8 @@ def test_the_solvers_are_all_there() -> None:
     assert {"dpmpp-2m", "unipc", "sa", "heun"} <= set(OTHERS)
     with pytest.raises(UserError, match="'unipc' has a stochasticity of its own"):
         Scheduler(sampler="unipc", eta=0.0)
-    with pytest.raises(UserError, match="runs in `lowvar evaluate`"):
-        sampler_fields("ddim-noise")
+    with pytest.raises(UserError, match="'ddim-noise' needs a calibration"):
+        Scheduler(**sampler_fields("ddim-noise"))
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

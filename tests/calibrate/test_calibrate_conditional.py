@@ -181,3 +181,23 @@ def test_probes_do_not_depend_on_the_batch() -> None:
     torch.testing.assert_close(together.trace()[:2], alone.trace())
     a, b = together.trace() / together.trace().mean(), later.trace() / later.trace().mean()
     assert float((a - b).abs().max()) > 1e-3, "new probes at another level"
+
+
+def test_a_calibration_of_one_class(classes: Classes) -> None:
+    """Its tables are the class's, whatever reads them; twin and curves stay; it is kept with its guidance."""
+    pooled, tables, _ = classes
+    held = replace(pooled, conditional=tables, guidance=2.0)
+    again = Calibration.from_json(*held.to_json())
+    assert again.guidance == 2.0
+    for k in range(4):
+        one, other = held.of_class(k), again.of_class(k)
+        assert one.twin is pooled.twin
+        assert one.conditional == {}
+        for structure, table in tables.items():
+            assert one.table(structure) is table.tables[k]
+            torch.testing.assert_close(other.table(structure).variance, table.tables[k].variance, rtol=1e-6, atol=0)
+    assert not torch.equal(held.of_class(1).table("pixel").variance, pooled.table("pixel").variance)
+    with pytest.raises(UserError, match="0 to 3"):
+        held.of_class(4)
+    with pytest.raises(UserError, match="no tables by class"):
+        pooled.of_class(0)

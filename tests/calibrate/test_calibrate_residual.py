@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lowvar.calibrate import Calibration, CovarianceTable, analytic_variance, calibrate, standardised_residuals
-from lowvar.calibrate.calibration import default_logsnr
 from lowvar.calibrate.grids import calibrated_grid
+from lowvar.calibrate.measurement import default_logsnr
 from lowvar.calibrate.residual import residual_moments
 from lowvar.errors import UserError
 from lowvar.process import (

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowvar.calibrate import calibrate
-from lowvar.calibrate.calibration import default_logsnr
+from lowvar.calibrate.measurement import default_logsnr
 from lowvar.calibrate.shrinkage import RELATIVE_FLOOR, shrink
 from lowvar.process import CosineVP, Independent
 from lowvar.testing import anisotropic_gaussian

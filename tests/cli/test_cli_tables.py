@@ -98,6 +98,33 @@ def test_evaluation_scores_rows_in_their_coordinates(lowvar, folder: Path, tmp_p
     assert all(np.isfinite(row["value"]) for row in done.json["rows"])
 
 
+def test_tables_by_class_of_a_table(lowvar, folder: Path, tmp_path: Path) -> None:
+    """A conditional model of rows: guided tables of its classes, and a pipeline that begins without an evaluation."""
+    data = ["--data", folder / "wine.csv"]
+    words = ["train", *data, "--conditional", "--config", folder / "config.yaml", "--updates", 2, "--batch-size", 8]
+    done = lowvar(*words, "--out", tmp_path / "RUN")
+    assert done.status == 0, done.err
+    words = ["calibrate", "--model", tmp_path / "RUN", *data, "--by-class", "--guidance", 2, "--choose", 0]
+    done = lowvar(*words, "--n", 16, "--replicates", 1, "--steps", 2, "--out", tmp_path / "CAL", "--json")
+    assert done.status == 0, done.err
+    assert done.json["by_class"]["classes"] == ["class_0", "class_1", "class_2"]
+    assert sum(done.json["by_class"]["images"]) == 16
+    words = ["sample", "--model", tmp_path / "CAL", "--label", "class_1", "--guidance", 2, "--sampler", "ddpm-basis"]
+    done = lowvar(*words, "--steps", 3, "--n", 4, "--out", tmp_path / "s.npz")
+    assert done.status == 0, done.err
+    pipeline = open_pipeline(tmp_path / "CAL")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.scheduler.config["start_with_twin"] == "input"
+    made = pipeline(5, torch.Generator().manual_seed(1), 3, class_labels=1, guidance_scale=2.0)
+    assert bool(torch.isfinite(made.samples).all())
+    renamed = (folder / "wine.csv").read_text().replace("class_1", "other")
+    (tmp_path / "other.csv").write_text(renamed)
+    words = ["calibrate", "--model", tmp_path / "RUN", "--data", tmp_path / "other.csv", "--by-class"]
+    done = lowvar(*words, "--out", tmp_path / "no")
+    assert done.status == 2
+    assert "give the data that it was trained on" in done.sentence
+
+
 def test_what_makes_no_sense_for_tables_is_refused(lowvar, folder: Path, tmp_path: Path) -> None:
     def refused(*words: object) -> str:
         done = lowvar(*words)

@@ -1,7 +1,7 @@
 """Estimators of the mean and covariance of x_0 given x_t for a given denoiser and data; one paper a file."""
 
 from lowvar.calibrate.analytic import analytic_variance
-from lowvar.calibrate.calibration import Calibration, calibrate, default_logsnr
+from lowvar.calibrate.calibration import Calibration
 from lowvar.calibrate.claims import Claims
 from lowvar.calibrate.conditional import ConditionalTable, calibrate_classes
 from lowvar.calibrate.convert import Converted, ConvertReport, convert
@@ -14,6 +14,7 @@ from lowvar.calibrate.heads import HEADS, add_head, make_head
 from lowvar.calibrate.jacobian import JacobianTrace
 from lowvar.calibrate.lowrank import LowRank
 from lowvar.calibrate.mean import MeanFit, fit_mean
+from lowvar.calibrate.measurement import calibrate, default_logsnr
 from lowvar.calibrate.mixture import fit_mixture
 from lowvar.calibrate.npr import NPR
 from lowvar.calibrate.ocm import OCM

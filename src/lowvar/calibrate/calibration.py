@@ -5,46 +5,35 @@ tables (isotropic, channel, pixel, basis), and the Gaussian twin whose basis the
 by class where there are any; and the fingerprint of the schedule it was made for, because a table read against another
 schedule's logsnr would still be a table of this network but its levels would not be those the network was asked at.
 
-`to_json` gives numbers as lists (they go into a scheduler's config) and everything above 64k numbers, and every dense
-basis, as tensors (they go into a safetensors file beside it).
+`calibrate` measures it (`lowvar.calibrate.measurement`); how it is kept on disk is in `lowvar.calibrate.stored`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowvar.calibrate.analytic import analytic_variance
 from lowvar.calibrate.conditional import ConditionalTable
 from lowvar.calibrate.convert import Converted
+from lowvar.calibrate.deficit import MarginalDeficit
 from lowvar.calibrate.estimator import HeadEstimator
-from lowvar.calibrate.heads import HEADS, read_head, write_head
-from lowvar.calibrate.mean import fit_mean
-from lowvar.calibrate.mixture import COMPONENTS, fit_mixture
-from lowvar.calibrate.path import LEVELS, PATHS, path_moments
-from lowvar.calibrate.residual import ResidualMoments, residual_moments
-from lowvar.calibrate.shrinkage import shrink
+from lowvar.calibrate.heads import HEADS
+from lowvar.calibrate.stored import read, written
 from lowvar.calibrate.table import CovarianceTable, Structure
-from lowvar.calibrate.twin import fit_twin
 from lowvar.errors import UserError
-from lowvar.process.basis import Basis, DCTBasis, MatrixBasis, PixelBasis
 from lowvar.process.corrected import CorrectedDenoiser, MeanCorrection
-from lowvar.process.covariance import BasisDiagonal
 from lowvar.process.denoiser import CovarianceModel, Denoiser, WithCovariance
 from lowvar.process.mixture import MixtureTwin
-from lowvar.process.noise import Independent, NoiseSource
 from lowvar.process.path import PathMoments
 from lowvar.process.schedule import Schedule
+from lowvar.process.solver import Solver
 from lowvar.process.twin import GaussianTwin
 
-__all__ = ["JSON_LIMIT", "Calibration", "calibrate", "default_logsnr", "missing_covariance"]
-
-JSON_LIMIT = 65536
-_PATHS = ("logsnr", "moments", "variance", "size")
+__all__ = ["Calibration", "missing_covariance"]
 
 
 def missing_covariance(name: str, held: Sequence[str]) -> UserError:
@@ -58,18 +47,6 @@ def missing_covariance(name: str, held: Sequence[str]) -> UserError:
     if name == "convert":
         hint = "; make it of a network with head 'range' by `lowvar calibrate --head convert`"
     return UserError(f"covariance is {name!r}; calibrated here: {', '.join(held)}{hint}")
-
-
-def default_logsnr(schedule: Schedule, knots: int = 49) -> Tensor:
-    """Equally spaced logsnr from the schedule's noisiest level (not below -12) to its t_min, (knots,).
-
-    Example:
-        >>> from lowvar.process.schedule import Flow
-        >>> default_logsnr(Flow(), 3).shape
-        torch.Size([3])
-    """
-    low = max(float(schedule.logsnr(1.0)), -12.0)
-    return torch.linspace(low, float(schedule.logsnr(schedule.t_min)), knots, dtype=torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +64,12 @@ class Calibration:
         paths: moments of its remainder along reverse paths, which choose that solver's coefficients and grid, or None.
         heads: trained heads by name (see `heads`).
         converted: C from a learned-range head, or None.
-        conditional: tables by class, by structure.
+        conditional: tables by class, by structure (see `of_class`).
         levels: grey levels of the data, where they have any.
         mean: correction of the denoiser's mean that everything else was measured with, or None (see `corrected`).
+        deficits: calibrated noise of solvers, one a solver and grid (see `deficit`).
+        guidance: scale of classifier-free guidance that `conditional` was measured under; everything else is of all
+            classes without guidance.
     """
 
     fingerprint: str
@@ -107,6 +87,8 @@ class Calibration:
     conditional: Mapping[Structure, ConditionalTable] = field(default_factory=dict)
     levels: int | None = None
     mean: MeanCorrection | None = None
+    deficits: tuple[MarginalDeficit, ...] = ()
+    guidance: float = 1.0
 
     @property
     def event_shape(self) -> torch.Size:
@@ -205,6 +187,58 @@ class Calibration:
         done = self.mean is None or isinstance(denoiser, CorrectedDenoiser)
         return denoiser if done or self.mean is None else CorrectedDenoiser(denoiser, self.mean)
 
+    def deficit(self, solver: Solver, logsnr: Tensor) -> MarginalDeficit | None:
+        """What was measured that a solver's marginals lack on the grid of these levels (K + 1,); None: not measured.
+
+        Example:
+            >>> from lowvar.calibrate import calibrate, marginal_deficit
+            >>> from lowvar.process import CosineVP, GaussianTwin, Independent, PixelBasis, ReverseKernel
+            >>> twin = GaussianTwin(torch.zeros(2), PixelBasis((2,)), torch.tensor([1.0, 0.25]))
+            >>> denoiser, solver = twin.denoiser(CosineVP()), ReverseKernel(0.0, "small")
+            >>> data, grid = twin.sample(Independent(1).normal(range(64), (2,))), torch.tensor([1.0, 0.5, 0.0])
+            >>> calibration = calibrate(denoiser, lambda: [data], components=(), paths=0)
+            >>> found = marginal_deficit(denoiser, solver, grid, calibration.twin, n=64)
+            >>> calibration = calibration.with_deficit(found)
+            >>> calibration.deficit(solver, CosineVP().at(grid).logsnr) is found
+            True
+            >>> calibration.deficit(ReverseKernel(0.5, "small"), CosineVP().at(grid).logsnr) is None
+            True
+        """
+        return next((d for d in self.deficits if d.is_of(solver, logsnr)), None)
+
+    def with_deficit(self, deficit: MarginalDeficit) -> Calibration:
+        """With a deficit more, in the place of an older one of the same solver and grid.
+
+        Raises:
+            UserError: if it is in another basis than the twin's.
+        """
+        if not deficit.basis.same_as(self.twin.basis):
+            raise UserError(
+                f"this deficit was measured in another basis ({deficit.basis.name}) than the calibrated twin's "
+                f"({self.twin.basis.name}): measure it with `marginal_deficit(.., twin=calibration.twin)`"
+            )
+        others = [d for d in self.deficits if not d.is_of(deficit.solver, deficit.logsnr)]
+        return replace(self, deficits=(*others, deficit))
+
+    def of_class(self, label: int) -> Calibration:
+        """With the tables of a class in the place of those of all classes; twin, heads and grids stay as they are.
+
+        Raises:
+            UserError: if there are no tables by class, or none of this one.
+        """
+        if not self.conditional:
+            raise UserError("this calibration has no tables by class: make them by `lowvar calibrate --by-class`")
+        tables = dict(self.tables)
+        for structure, found in self.conditional.items():
+            if not 0 <= label < len(found.tables):
+                raise UserError(f"class is {label}; calibrated classes: 0 to {len(found.tables) - 1}")
+            tables[structure] = found.tables[label]
+        if "channel" in tables and "channel" not in self.conditional:
+            pixel = tables["pixel"].variance
+            channel = pixel.mean(tuple(range(2, pixel.ndim)), keepdim=True)
+            tables["channel"] = replace(tables["channel"], variance=channel, se=None)
+        return replace(self, tables=tables, conditional={})
+
     def path_grid(self, schedule: Schedule, steps: int) -> Tensor:
         """The grid of the twin's flow: the best `steps` evaluations by the statistics of its remainder.
 
@@ -217,65 +251,8 @@ class Calibration:
         return self.paths.grid(schedule, steps)
 
     def to_json(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """JSON-ready fields, and the tensors that do not belong there (float32; curves stay float64 in the fields)."""
-        tensors: dict[str, Tensor] = {}
-
-        def put(name: str, value: Tensor) -> Any:
-            if value.numel() <= JSON_LIMIT:
-                return _short(value.tolist())
-            tensors[name] = value.float().contiguous()
-            return {"tensor": name}
-
-        tables = {}
-        for structure, table in self.tables.items():
-            tables[structure] = {"variance": put(f"variance.{structure}", table.variance)}
-            if table.se is not None:
-                tables[structure]["se"] = put(f"se.{structure}", table.se)
-
-        def keep(name: str, value: Tensor) -> Any:
-            tensors[name] = value.detach().cpu().float().contiguous()
-            return {"tensor": name}
-
-        basis = self.twin.basis
-        if isinstance(basis, MatrixBasis):
-            tensors["basis"] = basis.directions.float().contiguous()
-        fields = {
-            "fingerprint": self.fingerprint,
-            "event_shape": list(self.event_shape),
-            "n": self.n,
-            "levels": self.levels,
-            "logsnr": self.logsnr.tolist(),
-            "mmse": self.mmse.tolist(),
-            "mmse_se": self.mmse_se.tolist(),
-            "analytic": self.analytic.tolist(),
-            "tables": tables,
-            "twin": {
-                "basis": basis.name,
-                "mean": put("twin.mean", self.twin.mean),
-                "spectrum": put("twin.spectrum", self.twin.spectrum),
-            },
-        }
-        if self.mixture is not None:
-            parts = {name: put(f"mixture.{name}", getattr(self.mixture, name)) for name in ("mean", "spectrum")}
-            fields["mixture"] = {"weight": self.mixture.weight.tolist(), **parts}
-        if self.paths is not None:
-            fields["paths"] = {k: put(f"paths.{k}", getattr(self.paths, k)) for k in _PATHS}
-        if self.mean is not None:
-            fields["mean"] = {
-                "logsnr": self.mean.logsnr.tolist(),
-                "clip": self.mean.clip,
-                "coefficient": put("mean.coefficient", self.mean.coefficient),
-            }
-        if self.heads:
-            fields["heads"] = {name: write_head(head, keep) for name, head in self.heads.items()}
-        if self.conditional:
-            fields["conditional"] = {
-                structure: keep(f"conditional.{structure}", torch.stack([t.variance for t in table.tables]))
-                for structure, table in self.conditional.items()
-            }
-        if self.converted is not None:
-            fields["converted"] = self.converted.to_json()
-        return fields, tensors
+        """JSON-ready fields, and the tensors that do not belong there (see `lowvar.calibrate.stored`)."""
+        return written(self)
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibration:
@@ -284,178 +261,4 @@ class Calibration:
         Raises:
             UserError: if a part is missing or does not fit.
         """
-        try:
-            return cls._read(fields, tensors)
-        except (KeyError, TypeError, IndexError, RuntimeError) as error:
-            raise UserError(
-                f"the calibration is incomplete ({error}): make it again with `lowvar calibrate`"
-            ) from error
-
-    @classmethod
-    def _read(cls, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibration:
-        def get(value: Any) -> Tensor:
-            value = tensors[value["tensor"]] if isinstance(value, Mapping) else value
-            return torch.as_tensor(value, dtype=torch.float64)
-
-        shape = tuple(fields["event_shape"])
-        name = fields["twin"]["basis"]
-        basis: Basis
-        if name == "dct":
-            basis = DCTBasis(shape)
-        elif name == "pixel":
-            basis = PixelBasis(shape)
-        else:
-            basis = MatrixBasis(tensors["basis"].double(), shape, name)
-        logsnr = get(fields["logsnr"])
-        tables: dict[Structure, CovarianceTable] = {}
-        for structure, table in fields["tables"].items():
-            se = get(table["se"]) if "se" in table else None
-            own = basis if structure == "basis" else None
-            tables[structure] = CovarianceTable(structure, logsnr, get(table["variance"]), shape, own, se)
-        twin = GaussianTwin(get(fields["twin"]["mean"]), basis, get(fields["twin"]["spectrum"]))
-        mixture = paths = None
-        if "mixture" in fields:
-            parts = [get(fields["mixture"][k]) for k in ("weight", "mean", "spectrum")]
-            mixture = MixtureTwin(parts[0], parts[1], parts[2], basis)
-        if "paths" in fields:
-            paths = PathMoments(*(get(fields["paths"][k]) for k in _PATHS))
-        mean = None
-        if "mean" in fields and mixture is not None:
-            part = fields["mean"]
-            mean = MeanCorrection(mixture, get(part["logsnr"]), get(part["coefficient"]), part["clip"])
-        mmse, mmse_se, analytic = (get(fields[k]) for k in ("mmse", "mmse_se", "analytic"))
-        heads = {name: read_head(name, head, get, twin) for name, head in fields.get("heads", {}).items()}
-        converted = Converted.from_json(fields["converted"], tables["pixel"]) if "converted" in fields else None
-        conditional = {
-            structure: ConditionalTable(tuple(replace(tables[structure], variance=v, se=None) for v in get(values)))
-            for structure, values in fields.get("conditional", {}).items()
-        }
-        n = int(fields["n"])
-        measured = (logsnr, mmse, mmse_se, analytic, tables, twin, n)
-        more = (mixture, paths, heads, converted, conditional, fields.get("levels"), mean)
-        return cls(fields["fingerprint"], *measured, *more)
-
-
-def _short(numbers: Any) -> Any:
-    """Nested lists with 7 significant digits: float32's, which is more than any calibration knows."""
-    return [_short(v) for v in numbers] if isinstance(numbers, list) else float(f"{numbers:.7g}")
-
-
-def _tables(moments: ResidualMoments, twin: GaussianTwin) -> dict[Structure, CovarianceTable]:
-    """Tables of all structures; pixels and directions are shrunk towards the twin's posterior variance."""
-    basis = twin.basis
-    logsnr, shape = moments.level.logsnr, tuple(basis.event_shape)
-    axes = tuple(range(2, moments.pixel.ndim))
-    tables: dict[Structure, CovarianceTable] = {
-        "isotropic": CovarianceTable("isotropic", logsnr, moments.mmse, shape, None, moments.mmse_se)
-    }
-    if axes and shape[0] > 1:
-        channel = moments.pixel.mean(axes, keepdim=True)
-        tables["channel"] = CovarianceTable("channel", logsnr, channel, shape)
-    reference = twin.posterior(torch.zeros_like(moments.pixel), moments.level).covariance
-    assert isinstance(reference, BasisDiagonal)
-    along = reference.variance
-    pixel, pixel_se = shrink(moments.pixel, moments.pixel_se, basis.squared_mix(along))
-    tables["pixel"] = CovarianceTable("pixel", logsnr, pixel, shape, None, pixel_se)
-    if moments.basis is not None and moments.basis_se is not None:
-        rotated, rotated_se = shrink(moments.basis, moments.basis_se, along)
-        tables["basis"] = CovarianceTable("basis", logsnr, rotated, shape, basis, rotated_se)
-    return tables
-
-
-def calibrate(
-    denoiser: Denoiser,
-    batches: Callable[[], Iterable[Tensor]],
-    *,
-    twin_batches: Callable[[], Iterable[Tensor]] | None = None,
-    basis: Literal["auto", "pca", "dct"] = "auto",
-    logsnr: Tensor | None = None,
-    replicates: int = 2,
-    noise: NoiseSource | None = None,
-    bound: float | None = None,
-    components: Sequence[int] = COMPONENTS,
-    paths: int = PATHS,
-    levels: int | None = None,
-    correct: bool = False,
-    progress: Callable[[int], object] | None = None,
-) -> Calibration:
-    """Calibrates a denoiser on data it was not trained on.
-
-    Args:
-        denoiser: the denoiser, with the clipping it will be used with.
-        batches: makes one pass over the calibration images, batches (b, *event_shape).
-        twin_batches: makes one pass over the images whose moments the twin takes (default the same); the training
-            images may be used here, a mean and a covariance are not over-fitted by the network.
-        basis: the twin's and the table's basis; `auto` is PCA up to d = 1024, the DCT above.
-        logsnr: knots (default `default_logsnr`).
-        replicates: noises an image and knot.
-        noise: source of the noise.
-        bound: b of data in [-b, b], for the analytic estimate and a corrected mean.
-        components: numbers of components the mixture twin may have; none: the Gaussian twin is the mixture. They are
-            fitted to `twin_batches` and compared on `batches` (where both are
-            the same: three quarters and the rest).
-        paths: reverse paths for the statistics of the remainder, `LEVELS` evaluations each; 0: none.
-        levels: grey levels of the data, on which it depends where likelihood grids end.
-        correct: fit a correction of the mean first (`lowvar.calibrate.fit_mean`; as many evaluations as the tables) and
-            measure everything else on the corrected denoiser. Off by default: it lowers the denoising error and never
-            moves an exact denoiser, but few-step samples do not gain on every score (docs, "Solvers").
-        progress: called with the number of evaluations of paths made; the passes over `batches` tell their own.
-
-    Returns:
-        The calibration.
-
-    Raises:
-        ValueError: if there are no data.
-
-    Example:
-        >>> from lowvar.process import CosineVP, GaussianTwin, PixelBasis
-        >>> schedule = CosineVP()
-        >>> twin = GaussianTwin(torch.zeros(2), PixelBasis((2,)), torch.tensor([1.0, 0.25]))
-        >>> data = twin.sample(Independent(1).normal(range(64), (2,)))
-        >>> calibration = calibrate(twin.denoiser(schedule), lambda: [data])
-        >>> sorted(calibration.tables)
-        ['basis', 'isotropic', 'pixel']
-    """
-    schedule = denoiser.schedule
-    twin = fit_twin((batches if twin_batches is None else twin_batches)(), basis)
-    level = schedule.level(default_logsnr(schedule) if logsnr is None else logsnr)
-    source = Independent(0) if noise is None else noise
-    mixture = mean = None
-    if correct:
-        mixture = _mixture(batches, twin_batches, twin, components)
-        mean = fit_mean(denoiser, mixture, batches(), level, source, replicates, bound).correction
-        denoiser = CorrectedDenoiser(denoiser, mean)
-    moments = residual_moments(denoiser, batches(), level, source, twin.basis, replicates)
-    mixture = _mixture(batches, twin_batches, twin, components) if mixture is None else mixture
-    like = next(iter(batches()))
-    place = {"dtype": like.dtype, "device": like.device}
-    table = path_moments(denoiser, mixture, paths, LEVELS, noise, progress=progress, **place) if paths else None
-    return Calibration(
-        schedule.fingerprint,
-        level.logsnr,
-        moments.mmse,
-        moments.mmse_se,
-        analytic_variance(moments.noise_power, level, bound),
-        _tables(moments, twin),
-        twin,
-        moments.n,
-        mixture,
-        table,
-        levels=levels,
-        mean=mean,
-    )
-
-
-def _mixture(
-    batches: Callable[[], Iterable[Tensor]],
-    twin_batches: Callable[[], Iterable[Tensor]] | None,
-    twin: GaussianTwin,
-    components: Sequence[int],
-) -> MixtureTwin:
-    if not components:
-        return MixtureTwin.of(twin)
-    if twin_batches is not None:
-        return fit_mixture(twin_batches(), batches(), twin, components)
-    return fit_mixture(
-        (x[: -(-3 * len(x) // 4)] for x in batches()), (x[-(len(x) // 4) :] for x in batches()), twin, components
-    )
+        return cls(**read(fields, tensors))

@@ -46,7 +46,10 @@ from lowvar.process.solver import Solver, State
 from lowvar.process.twin import GaussianTwin
 from lowvar.process.with_noise import WithNoise
 
-__all__ = ["MarginalDeficit", "describe", "marginal_deficit", "shrink"]
+__all__ = ["TENSORS", "MarginalDeficit", "describe", "marginal_deficit", "shrink"]
+
+TENSORS = ("variance", "shift", "measured")
+"""What a deficit holds by step and direction."""
 
 
 def shrink(value: Tensor, se: Tensor) -> Tensor:
@@ -92,6 +95,11 @@ class MarginalDeficit:
     measured: Tensor
     n: int
 
+    def is_of(self, solver: Solver | str, logsnr: Tensor) -> bool:
+        """Whether it was measured for this solver (or what `describe` writes of it) on these levels, (K + 1,)."""
+        same = self.solver == (solver if isinstance(solver, str) else describe(solver))
+        return same and len(logsnr) == len(self.logsnr) and torch.allclose(self.logsnr, logsnr, rtol=1e-5, atol=1e-5)
+
     def attach(self, solver: Solver, *, centre: bool = False) -> WithNoise:
         """The solver with this noise.
 
@@ -112,7 +120,7 @@ class MarginalDeficit:
         Infinite levels (clean data, pure noise) are the strings "inf" and "-inf".
         """
         levels = [v if abs(v) < float("inf") else str(v) for v in self.logsnr.tolist()]
-        tensors = {name: getattr(self, name).float().contiguous() for name in ("variance", "shift", "measured")}
+        tensors = {name: getattr(self, name).float().contiguous() for name in TENSORS}
         return {"solver": self.solver, "logsnr": levels, "basis": self.basis.name, "n": self.n}, tensors
 
     @classmethod
@@ -126,7 +134,7 @@ class MarginalDeficit:
             if fields["basis"] != basis.name:
                 raise UserError(f"the deficit was measured in basis {fields['basis']!r}, the twin's is {basis.name!r}")
             logsnr = torch.tensor([float(v) for v in fields["logsnr"]], dtype=torch.float64)
-            parts = [tensors[name].double() for name in ("variance", "shift", "measured")]
+            parts = [tensors[name].double() for name in TENSORS]
             return cls(fields["solver"], logsnr, basis, *parts, n=int(fields["n"]))
         except KeyError as error:
             raise UserError(f"the deficit is incomplete ({error}): calibrate the noise again") from error

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowvar.cli.console import Console, score_table
 from lowvar.cli.folders import check_free, new_folder
-from lowvar.cli.options import DataFlags, MaybeText, Sampling, at_least, choose_device, parse_names
+from lowvar.cli.options import DataFlags, MaybeText, Sampling, at_least, choose_device
 from lowvar.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,12 +20,11 @@ if TYPE_CHECKING:
     from lowvar.calibrate import Calibration
     from lowvar.cli.models import Model
     from lowvar.data import Data
+    from lowvar.evaluation import Cell
 
 __all__ = ["Calibrate"]
 
 CANDIDATES = ("ddpm-basis", "unipc-basis", "adams-ode", "twin-ode", "twin-flow")
-_ROUNDS = 8
-_LEAST = 6  # images a head needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,23 +57,37 @@ class Calibrate(DataFlags, Sampling):
     """directions of --head lowrank, 0 to 16"""
     head_draws: int = 32768
     """noisy images that a head learns from"""
+    noise: MaybeText = None
+    """samplers whose missing noise is measured on their grid and kept: ddim-noise, dpmpp-2m-noise, unipc-noise, each
+    with its number of steps, as in unipc-noise@5,unipc-noise@10 (without a number: --steps)"""
+    by_class: bool = False
+    """also measure a table for each class, of a model trained with --conditional and labelled data; `lowvar sample
+    --label` uses it"""
+    guidance: float = 1.0
+    """scale of classifier-free guidance that --by-class measures under, the same as in `lowvar sample --guidance`"""
 
     def run(self, console: Console) -> dict[str, Any]:
         """See the base class."""
         begun = time.perf_counter()
-        heads = self._checked()
+        heads, noisy = self._checked()
+        from lowvar.cli.classes import calibrate_by_class, require_classes
+        from lowvar.cli.heads import learn_heads, require_heads
         from lowvar.cli.measure import calibrate_on, mmse_figure
         from lowvar.cli.models import fitting, open_model, save_model
+        from lowvar.cli.noise import measure_noise
         from lowvar.cli.results import about_data, summarise, write_run
         from lowvar.evaluation import check_steps
         from lowvar.sample import SAMPLERS
 
         device = choose_device(self.device)
         model = open_model(self.model, device)
-        check_steps(self.steps, model.denoiser.schedule)
+        for steps in (self.steps, *(cell.steps for cell in noisy)):
+            check_steps(steps, model.denoiser.schedule)
         data = self.load(self.seed)
         data = fitting(model, data)
-        self._heads_fit(heads, model, data)
+        require_heads(heads, model, data, min(self.n, len(data.calibration)))
+        if self.by_class:
+            require_classes(model, data)
         calibration = calibrate_on(
             model.denoiser,
             data,
@@ -83,9 +98,39 @@ class Calibrate(DataFlags, Sampling):
             batch_size=self.batch_size,
             device=device,
         )
-        calibration, learned = self._learn(heads, model, calibration, data, device, console)
+        found: dict[str, Any] = {}
+        if heads:
+            images = data.calibration.images(range(min(self.n, len(data.calibration)))).to(device)
+            calibration, found["heads"] = learn_heads(
+                heads,
+                model,
+                calibration,
+                images,
+                basis=self.head_basis,
+                rank=self.rank,
+                draws=self.head_draws,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                console=console,
+            )
+        if noisy:
+            calibration, found["noise"] = measure_noise(noisy, model, calibration, self.batch_size, device, console)
+        if self.by_class:
+            calibration, found["by_class"] = calibrate_by_class(
+                model,
+                calibration,
+                data,
+                guidance=self.guidance,
+                most=self.n,
+                replicates=self.replicates,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                device=device,
+                console=console,
+            )
         residuals, bounds = self._measure(model, calibration, data, device, console)
-        recommended, scores, grids = self._compare(model, calibration, data, device, console)
+        candidates = self._candidates(model, calibration, noisy)
+        recommended, scores, grids = self._compare(candidates, model, calibration, data, device, console)
         summary = summarise(
             self,
             self.seed,
@@ -101,14 +146,14 @@ class Calibrate(DataFlags, Sampling):
             fingerprint=calibration.fingerprint,
             network=model.about,
             data=about_data(data),
-            **({"heads": learned} if heads else {}),
+            **found,
             **scores,
         )
         figures = {
             "mmse": mmse_figure(calibration, model.denoiser),
             "standardised": residuals,
             "budget": bounds,
-            "about": {name: SAMPLERS[name].about for name in CANDIDATES},
+            "about": {name: SAMPLERS[name].about for name in candidates},
         }
         with new_folder(self.out, overwrite=self.overwrite) as folder:
             save_model(model, folder, calibration, sampler=recommended["sampler"], grid=recommended["grid"])
@@ -117,83 +162,27 @@ class Calibrate(DataFlags, Sampling):
         console.result(str(self.out / "report.html"))
         return summary
 
-    def _checked(self) -> list[str]:
-        """Names of the heads, after a look at all flags; nothing heavy is imported before."""
+    def _checked(self) -> tuple[list[str], list[Cell]]:
+        """Names of the heads and noisy samplers, after a look at all flags; nothing heavy is imported before."""
         for flag in ("n", "replicates", "batch_size", "steps", "head_draws"):
             at_least(f"--{flag.replace('_', '-')}", getattr(self, flag))
         at_least("--choose", self.choose, 0)
         check_free(self.out, overwrite=self.overwrite)
-        if self.head is None:
-            return []
-        from lowvar.calibrate import HEADS
+        if not (math.isfinite(self.guidance) and self.guidance >= 0):
+            raise UserError(f"--guidance is {self.guidance:g}; give a number from 0, for example 2")
+        if self.guidance != 1 and not self.by_class:
+            raise UserError(f"--guidance is {self.guidance:g}, and there is no class to guide to; give --by-class")
+        heads: list[str] = []
+        noisy: list[Cell] = []
+        if self.head is not None:
+            from lowvar.cli.heads import parse_heads
 
-        names, known = parse_names("--head", self.head), (*HEADS, "convert")
-        for name in names:
-            if name not in known:
-                raise UserError(f"--head is {name!r}; allowed: {', '.join(known)}")
-        if "lowrank" in names and not 0 <= self.rank <= 16:
-            raise UserError(f"--rank is {self.rank}; allowed: 0 to 16")
-        return names
+            heads = parse_heads(self.head, self.rank)
+        if self.noise is not None:
+            from lowvar.cli.noise import parse_noise
 
-    def _heads_fit(self, heads: list[str], model: Model, data: Data) -> None:
-        """Refuses heads that this model or data cannot have, before anything is computed."""
-        if "convert" in heads and model.denoiser.head != "range":
-            raise UserError("--head convert reads a network's learned-range head, and this network has none")
-        found = min(self.n, len(data.calibration))
-        if heads and found < _LEAST:
-            from lowvar.report.nouns import nouns_of
-
-            many = nouns_of(data.shape, data.scaling_factor).many
-            raise UserError(f"a head needs at least {_LEAST} calibration {many} and there are {found}; raise --n")
-
-    def _learn(
-        self,
-        heads: list[str],
-        model: Model,
-        calibration: Calibration,
-        data: Data,
-        device: torch.device,
-        console: Console,
-    ) -> tuple[Calibration, dict[str, Any]]:
-        """The calibration with its heads, and what each gained."""
-        if not heads:
-            return calibration, {}
-        import dataclasses
-
-        import torch
-
-        from lowvar.calibrate import FitConfig, add_head, convert
-        from lowvar.process.noise import Independent
-
-        images = data.calibration.images(torch.arange(min(self.n, len(data.calibration)))).to(device)
-        basis = calibration.twin.basis.name if self.head_basis == "auto" else self.head_basis
-        pool = max(1, self.head_draws // _ROUNDS)
-        config = FitConfig(rounds=_ROUNDS, pool=pool, chunk=self.batch_size)
-        found: dict[str, Any] = {}
-        for k, name in enumerate(heads):
-            noise = Independent(self.seed + 100 + k)
-            if name == "convert":
-                table = calibration.table("pixel")
-                converted, report = convert(model.denoiser, table, images, noise, chunk=self.batch_size)
-                calibration = dataclasses.replace(calibration, converted=converted)
-                about = {"basis": "pixel"}
-            else:
-                with console.progress(_ROUNDS, f"training {name}") as bar:
-                    calibration, report = add_head(
-                        calibration,
-                        model.denoiser,
-                        images,
-                        name,
-                        noise,
-                        basis=basis,
-                        rank=self.rank,
-                        config=config,
-                        progress=lambda _, bar=bar: bar.update(),
-                    )
-                about = {"basis": basis, **({"rank": self.rank} if name == "lowrank" else {})}
-            found[name] = about | {"note": str(report)} | vars(report)
-            console.result(f"{name}: {report}")
-        return calibration, found
+            noisy = parse_noise(self.noise, self.steps)
+        return heads, noisy
 
     def _measure(
         self, model: Model, calibration: Calibration, data: Data, device: torch.device, console: Console
@@ -213,8 +202,22 @@ class Calibrate(DataFlags, Sampling):
             bounds = budget(model.denoiser, calibration, data, variances, steps=steps, bar=bar, **settings)
         return residuals, bounds
 
+    def _candidates(self, model: Model, calibration: Calibration, noisy: Sequence[Cell]) -> list[str]:
+        """Samplers that are compared: the usual ones, both kernels with each head, and noise that was measured here."""
+        from lowvar.sample import SAMPLERS
+
+        held = [name for name in calibration.state_covariances if name != "convert" or model.denoiser.head == "range"]
+        heads = [name for name, sampler in SAMPLERS.items() if sampler.covariance in held]
+        return [*CANDIDATES, *heads, *(cell.sampler for cell in noisy if cell.steps == self.steps)]
+
     def _compare(
-        self, model: Model, calibration: Calibration, data: Data, device: torch.device, console: Console
+        self,
+        candidates: Sequence[str],
+        model: Model,
+        calibration: Calibration,
+        data: Data,
+        device: torch.device,
+        console: Console,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """The recommended sampler, the scores it rests on, and images to show."""
         import torch
@@ -228,7 +231,7 @@ class Calibrate(DataFlags, Sampling):
         if not self.choose:
             return recommended, {}, grids
         scorer = Scorer(data, metrics=("frechet", "energy"))
-        cells = [Cell(name, self.steps) for name in CANDIDATES]
+        cells = [Cell(name, self.steps) for name in candidates]
         with console.progress(self.choose * self.steps * len(cells), "comparing") as bar:
             found = evaluate(
                 model.denoiser,

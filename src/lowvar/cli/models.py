@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from lowvar.calibrate import Calibration
+from lowvar.calibrate.deficit import describe
 from lowvar.data import ArrayImages, Columns, Data
 from lowvar.errors import UserError
-from lowvar.evaluation import check_steps
+from lowvar.evaluation import check_steps, deficit_of, resolve
 from lowvar.own_pipelines import class_number, null_class
 from lowvar.pipelines import (
     ClassConditionalPipeline,
+    ImagePipeline,
     LatentPipeline,
     TablePipeline,
     denoiser_of,
@@ -34,12 +36,16 @@ __all__ = [
     "default_samplers",
     "fitting",
     "model_of",
+    "noise_ready",
     "open_model",
     "require_shape",
     "run_scheduler",
     "save_model",
     "scheduler_of",
 ]
+
+
+OWN_PIPELINES = (ClassConditionalPipeline, ImagePipeline, LatentPipeline, TablePipeline)
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,8 @@ class Model:
     Attributes:
         pipeline: the diffusers pipeline.
         denoiser: its network with schedule and prediction.
-        calibration: of its scheduler, or None.
+        calibration: of its scheduler, or None; of a class, with the tables of that class where they were measured
+            under the same guidance.
         shape: (C, H, W) of the images it makes, (d,) of rows of a table.
     """
 
@@ -72,6 +79,16 @@ class Model:
     def bound(self) -> float | None:
         """b of what it makes, in [-b, b]; None for latents."""
         return 1.0 if self.scaling_factor is None else None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes of a conditional model, () of any other."""
+        pipeline = self.pipeline
+        if not isinstance(pipeline, ClassConditionalPipeline | LatentPipeline | TablePipeline):
+            return ()
+        if null_class(network_of(pipeline)) is None:
+            return ()
+        return tuple(pipeline.columns.classes if isinstance(pipeline, TablePipeline) else pipeline.classes)
 
     @property
     def about(self) -> dict[str, Any]:
@@ -141,6 +158,8 @@ def model_of(pipeline: Any, device: torch.device, label: str | None = None, guid
     calibration = getattr(pipeline.scheduler, "calibration", None)
     if calibration is not None:
         calibration.require(denoiser.schedule)
+        if number is not None and calibration.conditional and calibration.guidance == guidance:
+            calibration = calibration.of_class(number)
     return Model(pipeline, denoiser, calibration, _shape_of(network, pipeline))
 
 
@@ -205,13 +224,14 @@ USUAL = (
 
 
 def default_samplers(model: Model) -> list[str]:
-    """The usual samplers that the model has what it takes for, and those of all trained heads that it has."""
+    """The usual samplers that the model has what it takes for, and those of trained heads and noise that it holds."""
     held = () if model.calibration is None else model.calibration.state_covariances
     heads = [name for name in held if name != "convert" or model.denoiser.head == "range"]
+    kept = () if model.calibration is None else {d.solver for d in model.calibration.deficits}
     return [
         name
         for name, sampler in SAMPLERS.items()
-        if (name in USUAL or sampler.covariance in heads)
+        if (name in USUAL or sampler.covariance in heads or (sampler.noise and describe(sampler.solver) in kept))
         and (sampler.covariance is None or model.calibration is not None or sampler.covariance == "learned")
         and (sampler.covariance != "learned" or model.denoiser.head is not None)
         and (not (sampler.needs_twin or sampler.noise) or model.calibration is not None)
@@ -233,6 +253,8 @@ def save_model(
 
     given = {"sampler": sampler, "grid": grid, "head": model.denoiser.head}
     fields = {name: value for name, value in given.items() if value is not None}
+    if isinstance(model.pipeline, OWN_PIPELINES):  # they call scale_model_input, which DDPMPipeline does not
+        fields["start_with_twin"] = "input"
     scheduler = ReverseVarianceScheduler.from_scheduler(model.pipeline.scheduler, calibration, **fields)
     pipeline = model.pipeline
     if isinstance(pipeline, diffusers.DDIMPipeline):  # it would turn any scheduler into a DDIMScheduler
@@ -274,13 +296,39 @@ def scheduler_of(
     given = {"variance": covariance, "eta": eta, "tau": tau, "grid": grid}
     fields |= {name: value for name, value in given.items() if value is not None}
     fields["start_with_twin"] = True
-    made = ReverseVarianceScheduler.from_scheduler(model.pipeline.scheduler, **fields)
+    made = ReverseVarianceScheduler.from_scheduler(model.pipeline.scheduler, model.calibration, **fields)
     kernel = made.config["sampler"] == "kernel"
     if tau is not None and kernel:
         raise UserError("--tau belongs to adams-* and twin-* samplers; ddpm-* and ddim-* take --eta")
     if (eta is not None or covariance is not None) and not kernel:
         raise UserError("--eta and --covariance belong to ddpm-* and ddim-* samplers; adams-* and twin-* take --tau")
     return made
+
+
+def noise_ready(
+    model: Model, scheduler: ReverseVarianceScheduler, steps: int, *, batch_size: int, device: torch.device
+) -> tuple[ReverseVarianceScheduler, int]:
+    """A scheduler whose sampler adds calibrated noise, with that of its grid; any other as it is.
+
+    Args:
+        model: the model.
+        scheduler: of the model.
+        steps: reverse steps.
+        batch_size, device: of the network's evaluations.
+
+    Returns:
+        The scheduler, and chains that the noise was measured on now: 0 where it was kept.
+    """
+    named = SAMPLERS.get(scheduler.config["sampler"])
+    calibration = scheduler.calibration
+    if named is None or not named.noise or calibration is None:
+        return scheduler, 0
+    scheduler.set_timesteps(steps)
+    _, attached = resolve(named.name, model.denoiser, calibration)
+    found = deficit_of(attached, named.solver, scheduler.times, calibration, batch_size=batch_size, device=device)
+    if any(found is kept for kept in calibration.deficits):
+        return scheduler, 0
+    return ReverseVarianceScheduler.from_scheduler(scheduler, calibration.with_deficit(found)), found.n
 
 
 @torch.no_grad()

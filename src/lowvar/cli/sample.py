@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lowvar.cli.console import Console
 from lowvar.cli.folders import check_free, new_file
 from lowvar.cli.options import MaybeFloat, MaybeInt, MaybePath, MaybeText, Sampling, at_least, choose_device
+from lowvar.cli.pictures import write_png
 from lowvar.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ class Sample(Sampling):
     scheduler, unless one is named: ddpm-small, ddpm-large, ddpm-learned, ddim, adams-ode, adams-sde, unipc, dpmpp-2m;
     of a calibrated model twin-flow, twin-ode, twin-sde, and ddpm-NAME and ddim-NAME with NAME a covariance that it
     holds: analytic, isotropic, channel, pixel, basis, or one made by `lowvar calibrate --head`: npr, sn, ocm, lowrank,
-    convert. An unknown name lists all samplers.
+    convert; and ddim-noise, dpmpp-2m-noise, unipc-noise, whose noise on a grid is kept by `lowvar calibrate --noise` or
+    else measured first. An unknown name lists all samplers.
     """
 
     model: Path
@@ -76,6 +78,53 @@ class Sample(Sampling):
     def run(self, console: Console) -> dict[str, Any]:
         """See the base class."""
         begun = time.perf_counter()
+        self._checked()
+        from lowvar.calibrate.grids import is_calibrated
+        from lowvar.cli.models import noise_ready, open_model, scheduler_of
+        from lowvar.cli.results import summarise
+        from lowvar.evaluation import check_steps
+
+        device = choose_device(self.device)
+        model = open_model(self.model, device, self.label, self.guidance)
+        self._files_fit(model)
+        if self.label is not None and model.calibration is not None and model.calibration.conditional:
+            console.note(
+                f"tables by class were calibrated with guidance {model.calibration.guidance:g}, not "
+                f"{self.guidance:g}: that of all classes is used; `lowvar calibrate --by-class --guidance` makes others"
+            )
+        planned = self.steps == "auto" or self.adaptive or is_calibrated(self.grid or "")
+        scheduler = scheduler_of(
+            model,
+            self.sampler,
+            covariance=self.covariance,
+            eta=self.eta,
+            tau=self.tau,
+            grid=None if planned else self.grid,
+        )
+        plan = self._plan(model, scheduler) if planned else None
+        steps = self.steps if plan is None else plan.steps
+        assert isinstance(steps, int)
+        check_steps(steps, model.denoiser.schedule)
+        if plan is not None:
+            scheduler = _on_grid(scheduler, plan.grid)
+        scheduler, chains = noise_ready(model, scheduler, steps, batch_size=self.batch_size, device=device)
+        if chains:
+            console.note(
+                f"the noise of {scheduler.config['sampler']} at {steps} steps is not kept in the model: measured on "
+                f"{chains} chains of {steps} evaluations; `lowvar calibrate --noise` keeps it"
+            )
+        samples, nfe = self._draw(model, scheduler, steps, plan, device, console)
+        shape = self._write(model, samples, console)
+        names = ("sampler", "variance", "eta", "tau", "grid", "timestep_spacing")
+        settings = {name: scheduler.config[name] for name in names}
+        figures: dict[str, Any] = {"scheduler": settings, "steps": steps, "nfe": nfe, "n": self.n}
+        if plan is not None:
+            settings["grid"] = self._grid_name(scheduler)
+            figures |= {"times": plan.grid.tolist(), "path_kl": plan.path_kl, "adaptive": self.adaptive}
+        return summarise(self, self.seed, begun, device, **figures, shape=shape, samples=str(self.out))
+
+    def _checked(self) -> None:
+        """A look at all flags, before anything heavy is imported but what knows the names of grids."""
         at_least("--n", self.n)
         at_least("--batch-size", self.batch_size)
         at_least("--levels", 2 if self.levels is None else self.levels, 2)
@@ -96,21 +145,17 @@ class Sample(Sampling):
         for path in (self.out, self.png, self.csv):
             if path is not None:
                 check_free(path, overwrite=self.overwrite)
-        import numpy as np
-
-        from lowvar.calibrate.grids import check_grid, is_calibrated
-        from lowvar.cli.models import open_model, run_scheduler, scheduler_of
-        from lowvar.evaluation import check_steps
-        from lowvar.process.noise import Independent
-
-        device = choose_device(self.device)
         if self.grid is not None:
+            from lowvar.calibrate.grids import check_grid
+
             check_grid(self.grid)
         if not (math.isfinite(self.guidance) and self.guidance >= 0):
             raise UserError(f"--guidance is {self.guidance:g}; give a number from 0, for example 2")
         if self.guidance != 1 and self.label is None:
             raise UserError(f"--guidance is {self.guidance:g}, and there is no class to guide to; give --label")
-        model = open_model(self.model, device, self.label, self.guidance)
+
+    def _files_fit(self, model: Model) -> None:
+        """Refuses files that the model's samples cannot be written to."""
         if self.png is not None and model.columns is not None:
             raise UserError("--png draws images, and the model makes rows of a table; give --csv instead")
         if self.png is not None and model.scaling_factor is not None:
@@ -119,26 +164,29 @@ class Sample(Sampling):
             )
         if self.csv is not None and model.columns is None:
             raise UserError("--csv writes rows of a table, and the model makes images; give --png instead")
-        planned = self.steps == "auto" or self.adaptive or is_calibrated(self.grid or "")
-        scheduler = scheduler_of(
-            model,
-            self.sampler,
-            covariance=self.covariance,
-            eta=self.eta,
-            tau=self.tau,
-            grid=None if planned else self.grid,
-        )
-        plan = self._plan(model, scheduler) if planned else None
-        steps = self.steps if plan is None else plan.steps
-        assert isinstance(steps, int)
-        check_steps(steps, model.denoiser.schedule)
-        if plan is not None:
-            scheduler = _on_grid(scheduler, plan.grid)
-        nfe: float = steps * model.denoiser.nfe
+
+    def _draw(
+        self,
+        model: Model,
+        scheduler: ReverseVarianceScheduler,
+        steps: int,
+        plan: Plan | None,
+        device: torch.device,
+        console: Console,
+    ) -> tuple[Tensor, float]:
+        """The samples, and evaluations a sample.
+
+        Raises:
+            UserError: if some are not finite.
+        """
+        from lowvar.cli.models import run_scheduler
+        from lowvar.process.noise import Independent
+
         if self.adaptive:
             assert plan is not None
             samples, nfe = self._adaptive(model, scheduler, plan, device, console)
         else:
+            nfe = steps * model.denoiser.nfe
             with console.progress(self.n * steps, "sampling") as bar:
                 samples = run_scheduler(
                     model,
@@ -150,13 +198,19 @@ class Sample(Sampling):
                     device=device,
                     progress=bar.update,
                 )
-        array = samples.numpy()
-        bad = int((~np.isfinite(array)).reshape(len(array), -1).any(1).sum())
+        bad = int((~samples.isfinite()).flatten(1).any(1).sum())
         if bad:
             raise UserError(
                 f"{bad} of {self.n} samples are not finite: the sampler diverged in {steps} steps; "
                 "give more --steps or another --sampler"
             )
+        return samples, nfe
+
+    def _write(self, model: Model, samples: Tensor, console: Console) -> list[int]:
+        """Writes what was asked for; the shape of a sample as it is written."""
+        import numpy as np
+
+        array = samples.numpy()
         more: dict[str, Any] = {}
         if model.columns is not None:
             array, more = model.columns.numbers(samples).numpy(), {"columns": np.array(model.columns.names)}
@@ -176,15 +230,7 @@ class Sample(Sampling):
             with new_file(self.png, overwrite=self.overwrite) as file:
                 write_png(file, samples)
             console.result(str(self.png))
-        from lowvar.cli.results import summarise
-
-        names = ("sampler", "variance", "eta", "tau", "grid", "timestep_spacing")
-        settings = {name: scheduler.config[name] for name in names}
-        figures: dict[str, Any] = {"scheduler": settings, "steps": steps, "nfe": nfe, "n": self.n}
-        if plan is not None:
-            settings["grid"] = self._grid_name(scheduler)
-            figures |= {"times": plan.grid.tolist(), "path_kl": plan.path_kl, "adaptive": self.adaptive}
-        return summarise(self, self.seed, begun, device, **figures, shape=list(array.shape[1:]), samples=str(self.out))
+        return list(array.shape[1:])
 
     def _grid_name(self, scheduler: ReverseVarianceScheduler) -> str:
         if self.grid is not None:
@@ -263,31 +309,3 @@ def _on_grid(scheduler: ReverseVarianceScheduler, grid: Tensor) -> ReverseVarian
     from lowvar.schedulers import ReverseVarianceScheduler
 
     return ReverseVarianceScheduler.from_scheduler(scheduler, grid=grid.tolist())
-
-
-def write_png(file: Any, samples: Any, most: int = 64, scale: int = 4) -> None:
-    """The first samples (n, C, H, W) in [-1, 1] as a picture, nearly square, small images enlarged without smoothing.
-
-    Args:
-        file: open for binary writing.
-        samples: float tensor.
-        most: how many are shown.
-        scale: smallest factor by which images under 64 pixels are enlarged.
-    """
-    import torch
-    from PIL import Image
-
-    x = samples[:most]
-    n, c, h, w = x.shape
-    columns = math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    factor = max(1, scale if max(h, w) < 64 else 1)
-    pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    h, w, gap = h * factor, w * factor, 2
-    sheet = torch.full((c, rows * (h + gap) + gap, columns * (w + gap) + gap), 255, dtype=torch.uint8)
-    for i, image in enumerate(pixels):
-        top, left = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
-        sheet[:, top : top + h, left : left + w] = image
-    array = sheet.permute(1, 2, 0).numpy() if c == 3 else sheet[0].numpy()
-    Image.fromarray(array).save(file, format="PNG")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowvar.evaluation.cells import Cell, Drawn, check_cell, check_steps, draw, resolve, sampling_grid
+from lowvar.evaluation.cells import Cell, Drawn, check_cell, check_steps, deficit_of, draw, resolve, sampling_grid
 from lowvar.evaluation.peers import PEERS, Peer, make_peer, peer_named, run_peer
 from lowvar.evaluation.runs import MIXTURE_ALONE, TWIN_ALONE, Evaluation, evaluate, recommend
 
@@ -16,6 +16,7 @@ __all__ = [
     "Peer",
     "check_cell",
     "check_steps",
+    "deficit_of",
     "draw",
     "evaluate",
     "make_peer",

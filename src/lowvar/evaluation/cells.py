@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lowvar.calibrate import Calibration, marginal_deficit
+from lowvar.calibrate import Calibration, MarginalDeficit, marginal_deficit
 from lowvar.calibrate.grids import FAMILIES, calibrated_grid, is_calibrated
 from lowvar.errors import UserError
 from lowvar.evaluation.peers import Spacing, make_peer, peer_named, run_peer
@@ -25,9 +25,10 @@ from lowvar.process.kernel import ReverseKernel
 from lowvar.process.multistep import MultistepSolver
 from lowvar.process.noise import Independent, NoiseSource
 from lowvar.process.schedule import Schedule
+from lowvar.process.solver import Solver
 from lowvar.sample import SAMPLERS, NamedSampler, generate, named_sampler
 
-__all__ = ["Cell", "Drawn", "check_cell", "check_steps", "draw", "resolve", "sampling_grid", "teaching"]
+__all__ = ["Cell", "Drawn", "check_cell", "check_steps", "deficit_of", "draw", "resolve", "sampling_grid", "teaching"]
 
 _PREFIX = "diffusers:"
 
@@ -241,7 +242,7 @@ def draw(
     solver = sampler.solver
     if sampler.noise:
         assert calibration is not None, "named_sampler refuses a sampler that needs a twin and has none"
-        deficit = marginal_deficit(attached, solver, grid, calibration.twin, batch_size=batch_size, device=device)
+        deficit = deficit_of(attached, solver, grid, calibration, batch_size=batch_size, device=device)
         solver = deficit.attach(solver)
     samples = generate(
         attached,
@@ -256,6 +257,29 @@ def draw(
         progress=progress,
     )
     return Drawn(cell, samples, name, solver.nfe(cell.steps) * denoiser.nfe, time.perf_counter() - begun)
+
+
+def deficit_of(
+    denoiser: Denoiser,
+    solver: Solver,
+    grid: Tensor,
+    calibration: Calibration,
+    *,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+) -> MarginalDeficit:
+    """What the solver's marginals lack on a grid: as the calibration keeps it, else measured (2,048 chains).
+
+    Args:
+        denoiser: what the solver runs on, as `resolve` returns it.
+        solver, grid: the solver and its times.
+        calibration: holds the twin, and what was measured before.
+        batch_size, device: of the network's evaluations.
+    """
+    kept = calibration.deficit(solver, denoiser.schedule.at(grid).logsnr)
+    if kept is not None:
+        return kept
+    return marginal_deficit(denoiser, solver, grid, calibration.twin, batch_size=batch_size, device=device)
 
 
 def check_cell(cell: Cell, denoiser: NetworkDenoiser, calibration: Calibration | None) -> None:

@@ -7,7 +7,7 @@ evaluation) and the floor (data against data, at the same n).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,18 +127,63 @@ def evaluate(
             )
     for cell in cells:
         check_cell(cell, denoiser, calibration)
-    shape = data.shape
-    rows: list[dict[str, Any]] = []
-    notes: list[str] = []
-    replicates: dict[tuple[str, str], Replicates] = {}
-    shown: dict[str, Tensor] = {}
+    table = _Table(scorer, keep, done)
+    if calibration is not None:
+        for name, samples in _alone(calibration, n, noise):
+            limited = samples if denoiser.clip is None else samples.clamp(-denoiser.clip, denoiser.clip)
+            table.add(Drawn(Cell(name, 0), limited, "none", 0, 0.0))
+    for cell in cells:
+        table.add(
+            draw(
+                denoiser,
+                cell,
+                n,
+                data.shape,
+                calibration=calibration,
+                noise=noise,
+                batch_size=batch_size,
+                device=device,
+                progress=progress,
+            )
+        )
+    floor = scorer.floor(n)
+    return Evaluation(
+        table.rows,
+        {metric: interval.value for metric, interval in floor.items()},
+        [_row(metric, interval) for metric, interval in floor.items()],
+        recommend(table.rows, scorer.metrics[0]),
+        table.notes,
+        scorer.description | {"n": n, "floor_n": min(n, len(data.train))},
+        table.replicates,
+        table.shown,
+    )
 
-    def score(drawn: Drawn) -> None:
+
+class _Table:
+    """Scores as they come in; see `Evaluation` for what it collects.
+
+    Args:
+        scorer: scores.
+        keep: first samples of each cell that are kept to be shown.
+        done: called with each cell's samples and rows.
+    """
+
+    def __init__(self, scorer: Scorer, keep: int, done: Callable[[Drawn, list[dict[str, Any]]], object] | None) -> None:
+        self._scorer, self._keep, self._done = scorer, keep, done
+        self.rows: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self.replicates: dict[tuple[str, str], Replicates] = {}
+        self.shown: dict[str, Tensor] = {}
+
+    def add(self, drawn: Drawn) -> None:
+        """Scores a cell; one with values that are not finite gets a note and no row."""
         cell, samples = drawn.cell, drawn.samples
-        shown[cell.label] = samples[:keep]
+        self.shown[cell.label] = samples[: self._keep]
         bad = int((~torch.isfinite(samples)).flatten(1).any(1).sum())
         if bad:
-            notes.append(f"{cell.label} diverged: {bad} of {len(samples)} samples are not finite, so it has no row")
+            self.notes.append(
+                f"{cell.label} diverged: {bad} of {len(samples)} samples are not finite, so it has no row"
+            )
             return
         columns = {
             "sampler": cell.sampler,
@@ -148,48 +193,21 @@ def evaluate(
             "seconds": round(drawn.seconds, 3),
         }
         new = []
-        for metric, found in scorer.replicates(samples).items():
-            replicates[cell.label, metric] = found
+        for metric, found in self._scorer.replicates(samples).items():
+            self.replicates[cell.label, metric] = found
             new.append(columns | _row(metric, found.interval()))
-        rows.extend(new)
-        if done is not None:
-            done(drawn, new)
+        self.rows.extend(new)
+        if self._done is not None:
+            self._done(drawn, new)
 
-    if calibration is not None:
-        z = noise.normal(range(n), shape, draw=0)
-        twin = calibration.twin.sample(z)
-        twin = twin if denoiser.clip is None else twin.clamp(-denoiser.clip, denoiser.clip)
-        score(Drawn(Cell(TWIN_ALONE, 0), twin, "none", 0, 0.0))
-        if calibration.mixture is not None and calibration.mixture.components > 1:
-            mixture = calibration.mixture.sample(noise.uniform(range(n), (1,), draw=_COMPONENT)[:, 0], z)
-            mixture = mixture if denoiser.clip is None else mixture.clamp(-denoiser.clip, denoiser.clip)
-            score(Drawn(Cell(MIXTURE_ALONE, 0), mixture, "none", 0, 0.0))
-    for cell in cells:
-        score(
-            draw(
-                denoiser,
-                cell,
-                n,
-                shape,
-                calibration=calibration,
-                noise=noise,
-                batch_size=batch_size,
-                device=device,
-                progress=progress,
-            )
-        )
-    floor = scorer.floor(n)
-    description = scorer.description | {"n": n, "floor_n": min(n, len(data.train))}
-    return Evaluation(
-        rows,
-        {metric: interval.value for metric, interval in floor.items()},
-        [_row(metric, interval) for metric, interval in floor.items()],
-        recommend(rows, scorer.metrics[0]),
-        notes,
-        description,
-        replicates,
-        shown,
-    )
+
+def _alone(calibration: Calibration, n: int, noise: NoiseSource) -> Iterator[tuple[str, Tensor]]:
+    """Samples of the twins, which no network had a part in: the Gaussian's, and the mixture's where it is one."""
+    z = noise.normal(range(n), tuple(calibration.event_shape), draw=0)
+    yield TWIN_ALONE, calibration.twin.sample(z)
+    mixture = calibration.mixture
+    if mixture is not None and mixture.components > 1:
+        yield MIXTURE_ALONE, mixture.sample(noise.uniform(range(n), (1,), draw=_COMPONENT)[:, 0], z)
 
 
 def _row(metric: str, interval: Interval) -> dict[str, Any]:

@@ -9,7 +9,7 @@ once the posterior there is known, the noise comes before: the network is asked 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,11 @@ class WithNoise(Solver):
                 raise ValueError(f"the noise of {wanted[0]} steps has shape {wanted}, got {tuple(value.shape)}")
         if self.solver.nfe(wanted[0]) != wanted[0]:
             raise ValueError(f"calibrated noise is for solvers of one evaluation a step, and {self.solver} has more")
+
+    def to(self, like: Tensor) -> WithNoise:
+        """With the noise in the dtype and on the device of `like`: steps then copy nothing."""
+        shift = None if self.shift is None else self.shift.to(like)
+        return replace(self, variance=self.variance.to(like), shift=shift)
 
     @property
     def order(self) -> int:

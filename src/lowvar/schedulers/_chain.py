@@ -29,6 +29,7 @@ from lowvar.process.posterior import Posterior
 from lowvar.process.schedule import Level
 from lowvar.process.solver import Solver, State
 from lowvar.process.twin import GaussianTwin
+from lowvar.process.with_noise import WithNoise
 
 __all__ = ["Chain", "Recipe", "TwinCovariance"]
 
@@ -95,6 +96,8 @@ class Recipe:
         if self._place != (x.device, x.dtype):
             self._place, self._plans, self._noise, self._tables = (x.device, x.dtype), {}, {}, {}
             self._spare = None
+            if isinstance(self.solver, WithNoise):
+                self.solver = self.solver.to(x)
 
     def spare(self, x: Tensor, noise: _Noise) -> Tensor | None:
         """A buffer for a transform of the noise, kept from step to step."""
@@ -105,7 +108,16 @@ class Recipe:
         return self._spare
 
     def plan(self, begin: int, x: Tensor) -> Any:
-        """The solver's plan of the grid from level `begin` on."""
+        """The solver's plan of the grid from level `begin` on.
+
+        Raises:
+            UserError: if the solver's noise was calibrated for the whole grid.
+        """
+        if begin and isinstance(self.solver, WithNoise):
+            raise UserError(
+                "calibrated noise belongs to a chain from the first timestep: to begin later, as image-to-image does, "
+                "take the sampler without it"
+            )
         if begin not in self._plans:
             plan = self.solver.prepare(self.levels[begin:])
             self._plans[begin] = plan.to(x) if isinstance(plan, MultistepPlan | FlowPlan) else plan

@@ -24,6 +24,7 @@ __all__ = [
     "RULES",
     "allowed",
     "check",
+    "has_noise",
     "make_schedule",
     "named_samplers",
     "needs_calibration",
@@ -33,6 +34,7 @@ __all__ = [
     "require_held",
     "sampler_fields",
     "translate",
+    "translated",
     "uses_covariance",
 ]
 
@@ -90,7 +92,12 @@ _VARIANCES = {
 def named_samplers() -> tuple[str, ...]:
     """The samplers of `lowvar.sample.SAMPLERS` that have a solver of their own."""
     own = (ReverseKernel, MultistepSolver)
-    return tuple(n for n, s in SAMPLERS.items() if not isinstance(s.solver, own) and not s.noise)
+    return tuple(n for n, s in SAMPLERS.items() if s.noise or not isinstance(s.solver, own))
+
+
+def has_noise(c: Mapping[str, Any]) -> bool:
+    """Whether the sampler adds noise that was calibrated for its grid."""
+    return c["sampler"] not in OWN and SAMPLERS[c["sampler"]].noise
 
 
 def allowed(name: str, value: Any, choices: Sequence[Any]) -> None:
@@ -141,11 +148,12 @@ def check(c: Mapping[str, Any]) -> None:
     allowed("head", c["head"], (None, *HEADS))
     if (c["head"] == "basis") != (c["spectrum"] is not None):
         raise UserError(f"head is {c['head']!r}: head 'basis', and only it, needs the data's spectrum beside it")
+    allowed("start_with_twin", c["start_with_twin"], (False, True, "input"))
     allowed("time_shift_type", c["time_shift_type"], ("exponential", "linear"))
     if c["grid"] is None or isinstance(c["grid"], str):
         check_grid_name(c["grid"])
     needs = ""
-    if needs_twin(c):
+    if needs_twin(c) or has_noise(c):
         needs = f"sampler {c['sampler']!r}"
     elif uses_covariance(c):
         needs = f"variance {c['variance']!r}" if c["sampler"] == "kernel" else f"sampler {c['sampler']!r}"
@@ -199,7 +207,7 @@ def sampler_fields(name: str) -> dict[str, Any]:
     """The scheduler's fields for a sampler of `lowvar.sample.named.SAMPLERS`.
 
     Raises:
-        UserError: if the name is unknown or no scheduler holds it.
+        UserError: if the name is unknown.
 
     Example:
         >>> sampler_fields("ddim")
@@ -207,15 +215,10 @@ def sampler_fields(name: str) -> dict[str, Any]:
     """
     allowed("sampler", name, tuple(SAMPLERS))
     named = SAMPLERS[name]
-    if named.noise:
-        held = ", ".join(n for n, s in SAMPLERS.items() if not s.noise)
-        raise UserError(
-            f"sampler {name!r} runs in `lowvar evaluate` and `lowvar.sample` only; a pipeline's scheduler holds {held}"
-        )
     if isinstance(named.solver, MultistepSolver):
         fields = {k: getattr(named.solver, k) for k in ("predictor", "corrector", "tau", "decay")}
         return {"sampler": "twin" if named.needs_twin else "multistep", **fields}
-    if not isinstance(named.solver, ReverseKernel):
+    if named.noise or not isinstance(named.solver, ReverseKernel):
         fields = {"sampler": name, "eta": 1.0, "tau": 0.0}  # what a kernel or a multistep solver had is not its own
         return fields | ({} if named.covariance is None else {"variance": named.covariance})
     variance = named.covariance if named.solver.variance == "posterior" else named.solver.variance
@@ -257,6 +260,18 @@ def translate(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         return {**fields, "sampler": "kernel", "variance": _VARIANCES[kind]}
     tau = 1.0 if "SDE" in name or str(config.get("algorithm_type", "")).startswith("sde") else 0.0
     return {**fields, "sampler": "multistep", "tau": tau}
+
+
+def translated(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config as `from_config` gets it: ours as it is, the fields of flow-matching and EDM schedulers as ours."""
+    if "beta_start" in config or "schedule" in config:
+        return config
+    name = str(config.get("_class_name", "FlowMatch" if "shift" in config else ""))
+    if not name.startswith(("FlowMatch", "EDM")):
+        return config
+    made = translate(name, config)
+    default = [k for k in config.get("_use_default_values", []) if k not in made]
+    return {**config, **made, "_use_default_values": default}
 
 
 def require_edm(name: str, config: Mapping[str, Any]) -> None:

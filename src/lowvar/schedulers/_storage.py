@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lowvar.calibrate.calibration import JSON_LIMIT
+from lowvar.calibrate.stored import JSON_LIMIT
 from lowvar.errors import UserError
 from lowvar.process.basis import Basis, DCTBasis, MatrixBasis, PixelBasis
 from lowvar.process.head import Spectrum
