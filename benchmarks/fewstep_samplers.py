@@ -1,6 +1,6 @@
 r"""The rows of the few-step benchmark: our samplers, diffusers' schedulers as peers, and DPM-Solver-v3.
 
-`OWN` is the one list of our samplers. A row of ours is known by a hash of its declaration and of `VERSION`: where
+`OWN` is the one list of our samplers. A row of ours is known by a hash of its declaration and of its version: where
 either changes, its cells are run again and the peers' are not.
 
 Every diffusers peer has its default spacing and its best one, chosen on a pilot with seeds of its own; DPM-Solver-v3
@@ -45,8 +45,8 @@ __all__ = [
     "with_memory",
 ]
 
-VERSION = "1"  # of our samplers, where their declaration does not show a change
 DEFAULT = "twin-flow"  # what `lowvar calibrate` writes
+VERSIONS = {DEFAULT: "2"}  # of our samplers, where their declaration does not show a change; "1" where none is given
 OWN = (DEFAULT, "twin-ode", "adams-ode", "adams-sde", "unipc-basis", "ddpm-basis")
 PLAIN = ("adams-ode", "adams-sde")  # our own predictor-corrector without the twin
 
@@ -110,7 +110,7 @@ def key(name: str, spacing: str | None) -> str:
     """What a cell's file is called by beside sampler and NFE: a peer's spacing, the hash of one of ours."""
     if not is_own(name):
         return spacing or "default"
-    text = f"{SAMPLERS[name]!r}|{VERSION}" if name in SAMPLERS else name
+    text = f"{SAMPLERS[name]!r}|{VERSIONS.get(name, '1')}" if name in SAMPLERS else name
     text = re.sub(r"0x[0-9a-f]+", "", text)  # addresses of objects without a representation of their own
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

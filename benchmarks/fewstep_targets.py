@@ -49,7 +49,7 @@ __all__ = ["CACHE", "TARGETS", "ImageTarget", "Mixture", "Target", "replicates_a
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path(os.environ.get("LOWVAR_BENCHMARKS", ROOT / "build" / "benchmarks")) / "fewstep"
 TWIN_EVENTS, CALIBRATION_EVENTS, REFERENCE_EVENTS = 20_000, 1024, 10_000
-CALIBRATED = "1"  # of what `calibrate` measures: another word makes the images' calibrations anew
+CALIBRATED = "2"  # of what `calibrate` measures: another word makes the images' calibrations anew
 _DATA_SEED = 77_000  # of a mixture's draws: reference, floor, calibration, twin are its next four numbers
 
 

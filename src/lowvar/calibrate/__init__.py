@@ -18,7 +18,7 @@ from lowvar.calibrate.measurement import calibrate, default_logsnr
 from lowvar.calibrate.mixture import fit_mixture
 from lowvar.calibrate.npr import NPR
 from lowvar.calibrate.ocm import OCM
-from lowvar.calibrate.path import path_moments
+from lowvar.calibrate.path import path_moments, remainder_share
 from lowvar.calibrate.residual import residual_moments, standardised_residuals
 from lowvar.calibrate.shrinkage import shrink
 from lowvar.calibrate.sn import SN
@@ -61,6 +61,7 @@ __all__ = [
     "make_head",
     "marginal_deficit",
     "path_moments",
+    "remainder_share",
     "residual_moments",
     "shrink",
     "standardised_residuals",

@@ -7,7 +7,7 @@ twin's posterior variance (see `shrinkage`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -17,7 +17,7 @@ from lowvar.calibrate.analytic import analytic_variance
 from lowvar.calibrate.calibration import Calibration
 from lowvar.calibrate.mean import fit_mean
 from lowvar.calibrate.mixture import COMPONENTS, fit_mixture
-from lowvar.calibrate.path import LEVELS, PATHS, path_moments
+from lowvar.calibrate.path import LEVELS, PATHS, SHARED, path_moments, remainder_share
 from lowvar.calibrate.residual import ResidualMoments, residual_moments
 from lowvar.calibrate.shrinkage import shrink
 from lowvar.calibrate.table import CovarianceTable, Structure
@@ -98,12 +98,13 @@ def calibrate(
         components: numbers of components the mixture twin may have; none: the Gaussian twin is the mixture. They are
             fitted to `twin_batches` and compared on `batches` (where both are
             the same: three quarters and the rest).
-        paths: reverse paths for the statistics of the remainder, `LEVELS` evaluations each; 0: none.
+        paths: reverse paths for the statistics of the remainder, `LEVELS` evaluations each, and half as many of each
+            of the first `SHARED` images for the share of it that is kept; 0: none.
         levels: grey levels of the data, on which it depends where likelihood grids end.
         correct: fit a correction of the mean first (`lowvar.calibrate.fit_mean`; as many evaluations as the tables) and
-            measure everything else on the corrected denoiser. Off by default: it lowers the denoising error and never
-            moves an exact denoiser, but few-step samples do not gain on every score (docs, "Solvers").
-        progress: called with the number of evaluations of paths made; the passes over `batches` tell their own.
+            measure everything else on the corrected denoiser. Off by default: tables are then those of the network as
+            it is; `twin-flow` has its own share of the remainder either way.
+        progress: called with the number of evaluations made for the paths; the passes over `batches` tell their own.
 
     Returns:
         The calibration.
@@ -133,7 +134,10 @@ def calibrate(
     mixture = _mixture(batches, twin_batches, twin, components) if mixture is None else mixture
     like = next(iter(batches()))
     place = {"dtype": like.dtype, "device": like.device}
-    table = path_moments(denoiser, mixture, paths, LEVELS, noise, progress=progress, **place) if paths else None
+    table = None
+    if paths:
+        share = None if correct else remainder_share(denoiser, mixture, _first(batches(), SHARED, progress), noise)
+        table = path_moments(denoiser, mixture, paths, LEVELS, noise, share=share, progress=progress, **place)
     return Calibration(
         schedule.fingerprint,
         level.logsnr,
@@ -148,6 +152,18 @@ def calibrate(
         levels=levels,
         mean=mean,
     )
+
+
+def _first(batches: Iterable[Tensor], most: int, progress: Callable[[int], object] | None) -> Iterator[Tensor]:
+    """The first images, with the evaluations that `remainder_share` makes of them told."""
+    left = most
+    for batch in batches:
+        yield batch[:left]
+        if progress is not None:
+            progress(len(batch[:left]) * (LEVELS // 2))
+        left -= len(batch[:left])
+        if left <= 0:
+            return
 
 
 def _mixture(

@@ -80,6 +80,8 @@ def written(calibration: Calibration) -> tuple[dict[str, Any], dict[str, Tensor]
         fields["mixture"] = {"weight": calibration.mixture.weight.tolist(), **parts}
     if calibration.paths is not None:
         fields["paths"] = {k: put(f"paths.{k}", getattr(calibration.paths, k)) for k in _PATHS}
+        if calibration.paths.share is not None:
+            fields["paths"]["share"] = put("paths.share", calibration.paths.share)
     if calibration.mean is not None:
         fields["mean"] = {
             "logsnr": calibration.mean.logsnr.tolist(),
@@ -143,7 +145,8 @@ def _read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str,
         parts = [get(fields["mixture"][k]) for k in ("weight", "mean", "spectrum")]
         mixture = MixtureTwin(parts[0], parts[1], parts[2], basis)
     if "paths" in fields:
-        paths = PathMoments(*(get(fields["paths"][k]) for k in _PATHS))
+        share = get(fields["paths"]["share"]) if "share" in fields["paths"] else None
+        paths = PathMoments(*(get(fields["paths"][k]) for k in _PATHS), share=share)
     mean = None
     if "mean" in fields and mixture is not None:
         part = fields["mean"]

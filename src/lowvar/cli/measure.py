@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowvar.calibrate import Calibration, calibrate, standardised_residuals
-from lowvar.calibrate.path import LEVELS, PATHS
+from lowvar.calibrate.path import LEVELS, PATHS, SHARED
 from lowvar.cli.console import Progress
 from lowvar.data import Data, Images
 from lowvar.process.denoiser import NetworkDenoiser
@@ -66,7 +66,8 @@ def calibrate_on(
         batch_size, device: of the network's evaluations.
     """
     n = min(most, len(data.calibration))
-    with progress(n * _KNOTS * replicates + PATHS * LEVELS, "calibrating") as bar:
+    paths = PATHS * LEVELS + min(n, SHARED) * (LEVELS // 2)
+    with progress(n * _KNOTS * replicates + paths, "calibrating") as bar:
         first = iter([bar])  # the pass that asks the network; others read the images only
         return calibrate(
             denoiser,

@@ -18,6 +18,9 @@ a number. Relative to sqrt(c) and summed over directions it is the weight of an 
 steps are taken as uncorrelated, and the best K levels are the cheapest chain of K arrows (dynamic programming, as
 Watson et al. 2021 do for the likelihood): the exact minimum over all grids on the L levels.
 
+Of r itself only a share a(l) may be worth keeping (`lowvar.process.corrected`: a regression on images, where M is one
+on paths of the network); M and kappa are then those of a r, and a is kept beside them.
+
 Directions are pooled in groups of similar variance c, so that the statistics have one size whatever the dimension.
 `lowvar.calibrate.path_moments` measures them.
 """
@@ -65,6 +68,7 @@ class PathMoments:
         moments: M, mean over a group's directions, (G, L, L) float64.
         variance: c of the groups, (G,) float64.
         size: directions a group, (G,).
+        share: a, the share of the network's remainder that r is, (G, L); None is 1.
 
     Raises:
         ValueError: if shapes do not fit.
@@ -81,10 +85,13 @@ class PathMoments:
     moments: Tensor
     variance: Tensor
     size: Tensor
+    share: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Checks shapes."""
         L, G = len(self.logsnr), len(self.variance)
+        if self.share is not None and self.share.shape != (G, L):
+            raise ValueError(f"shares are {tuple(self.share.shape)} for {G} groups at {L} levels")
         if self.moments.shape != (G, L, L) or L < 2:
             raise ValueError(f"moments are {tuple(self.moments.shape)} for {G} groups at {L} levels, at least 2")
 
@@ -95,7 +102,10 @@ class PathMoments:
         return torch.where(size > 0, self.moments / size.clamp_min(1e-300), torch.zeros_like(self.moments))
 
     def trust(self, at: float, to: Tensor) -> Tensor:
-        """kappa from logsnr `at` (the nearest level measured) to the later logsnr `to` (n,), shape (n, G)."""
+        """Multiples of the network's remainder: a kappa from logsnr `at` to the later `to` (n,), shape (n, G).
+
+        kappa is that of the level measured next to `at`, a is linear in logsnr.
+        """
         low, high = float(self.logsnr[0]), float(self.logsnr[-1])
         at = min(max(at, low), high)  # a chain may begin at -inf
         a = int((self.logsnr - at).abs().argmin())
@@ -104,7 +114,14 @@ class PathMoments:
         left = place.floor().long().clamp(max=len(self.logsnr) - 2)
         weight = (place - left)[:, None]
         row = self.kappa[:, a].T  # (L, G)
-        return row[left] * (1 - weight) + row[left + 1] * weight
+        return (row[left] * (1 - weight) + row[left + 1] * weight) * self._kept((at - low) / step)
+
+    def _kept(self, place: float) -> Tensor:
+        """a at a place among the levels, (G,)."""
+        if self.share is None:
+            return torch.ones_like(self.variance, dtype=torch.float64)
+        left = min(int(place), len(self.logsnr) - 2)
+        return torch.lerp(self.share[:, left].double(), self.share[:, left + 1].double(), place - left)
 
     @cached_property
     def _arrows(self) -> tuple[Tensor, Tensor]:
