@@ -48,6 +48,8 @@ from lowvar.gradients.rebar import REBAR
 from lowvar.gradients.relax import RELAX
 from lowvar.gradients.score import Score
 from lowvar.gradients.straight_through import StraightThrough
+from lowvar.gradients.variates import Regression, Taylor
+from lowvar.gradients.weighted import Learned, Optimal
 
 __all__ = [
     "ARM",
@@ -67,16 +69,20 @@ __all__ = [
     "Expectation",
     "GumbelSoftmax",
     "Info",
+    "Learned",
     "LeaveOneOut",
     "MeasureValued",
     "MovingAverage",
     "MultiSample",
     "Noise",
+    "Optimal",
     "Pathwise",
+    "Regression",
     "Score",
     "Sites",
     "State",
     "StraightThrough",
+    "Taylor",
     "controlled",
     "lagged",
     "without_validation",
