@@ -33,6 +33,7 @@ Huot, S. Staton, V. Mansinghka, "ADEV: sound automatic differentiation of expect
 from lowvar.gradients.antithetic import Antithetic
 from lowvar.gradients.arm import ARM
 from lowvar.gradients.baselines import Baseline, Constant, LeaveOneOut, MovingAverage
+from lowvar.gradients.chain import ChainGradient, ReverseChain, Roulette, reverse_chain
 from lowvar.gradients.controlled import Controlled, ControlState, controlled, lagged
 from lowvar.gradients.dice import DiCE
 from lowvar.gradients.disarm import DisARM
@@ -58,6 +59,7 @@ __all__ = [
     "Antithetic",
     "Baseline",
     "Branch",
+    "ChainGradient",
     "Constant",
     "ControlState",
     "Controlled",
@@ -78,6 +80,8 @@ __all__ = [
     "Optimal",
     "Pathwise",
     "Regression",
+    "ReverseChain",
+    "Roulette",
     "Score",
     "Sites",
     "State",
@@ -85,5 +89,6 @@ __all__ = [
     "Taylor",
     "controlled",
     "lagged",
+    "reverse_chain",
     "without_validation",
 ]
