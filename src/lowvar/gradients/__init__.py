@@ -35,6 +35,7 @@ from lowvar.gradients.arm import ARM
 from lowvar.gradients.baselines import Baseline, Constant, LeaveOneOut, MovingAverage
 from lowvar.gradients.chain import ChainGradient, ReverseChain, Roulette, reverse_chain
 from lowvar.gradients.controlled import Controlled, ControlState, controlled, lagged
+from lowvar.gradients.diagnostics import Automatic, Comparison, Diagnosis, automatic, compare, diagnose
 from lowvar.gradients.dice import DiCE
 from lowvar.gradients.disarm import DisARM
 from lowvar.gradients.enumeration import Enumerate
@@ -44,7 +45,7 @@ from lowvar.gradients.gumbel_softmax import GumbelSoftmax
 from lowvar.gradients.measure_valued import MeasureValued
 from lowvar.gradients.multisample import MultiSample
 from lowvar.gradients.pathwise import Pathwise
-from lowvar.gradients.program import Sites
+from lowvar.gradients.program import Sites, swapped
 from lowvar.gradients.rebar import REBAR
 from lowvar.gradients.relax import RELAX
 from lowvar.gradients.score import Score
@@ -57,13 +58,16 @@ __all__ = [
     "REBAR",
     "RELAX",
     "Antithetic",
+    "Automatic",
     "Baseline",
     "Branch",
     "ChainGradient",
+    "Comparison",
     "Constant",
     "ControlState",
     "Controlled",
     "DiCE",
+    "Diagnosis",
     "DisARM",
     "Draw",
     "Enumerate",
@@ -87,8 +91,12 @@ __all__ = [
     "State",
     "StraightThrough",
     "Taylor",
+    "automatic",
+    "compare",
     "controlled",
+    "diagnose",
     "lagged",
     "reverse_chain",
+    "swapped",
     "without_validation",
 ]

@@ -31,7 +31,7 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from lowvar.gradients.estimator import Estimator, Record, SiteState
-from lowvar.gradients.program import Plan, Sites, _number, traced
+from lowvar.gradients.program import Plan, Sites, _number, refuse_steps, traced
 from lowvar.gradients.worlds import Worlds, grow
 from lowvar.process.noise import NoiseSource
 
@@ -142,9 +142,11 @@ class Expectation:
             data: tensors (or pytrees of them) with data along the first axis.
 
         Raises:
-            ValueError: if the program is not one (see `Sites`).
+            ValueError: if the program is not one (see `Sites`), or a cost is a step function of a pathwise site.
         """
-        found = traced(self.program, theta, pytree.tree_map(lambda x: x[0], tuple(data)))
+        row = pytree.tree_map(lambda x: x[0], tuple(data))
+        found = traced(self.program, theta, row)
+        refuse_steps(self.program, theta, row, found)
         return State(found.plan, grow([site.branches for site in found.plan.sites]), found.starts)
 
     def noises(self, source: NoiseSource, state: State, *, step: int = 0, data: Sequence[Any] = ()) -> Noises:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from lowvar.process.noise import Independent
 
 __all__ = ["CostPlan", "Plan", "SitePlan", "Sites"]
 
+Choose = Callable[[str, Distribution, Any], Estimator]
 StepEstimator = Estimator | Sequence[Estimator] | Callable[[int], Estimator]
 
 
@@ -99,14 +100,19 @@ class Sites:
         self.distributions: dict[str, Distribution] = {}
 
     def sample(
-        self, name: str, distribution: Distribution, estimator: Estimator, *, parents: Iterable[str] | None = None
+        self,
+        name: str,
+        distribution: Distribution,
+        estimator: Estimator | Literal["auto"],
+        *,
+        parents: Iterable[str] | None = None,
     ) -> Tensor:
         """A sample site.
 
         Args:
             name: the site's name, used once in a program.
             distribution: what it draws from, with the shape of one sample.
-            estimator: how its gradient is estimated.
+            estimator: how its gradient is estimated; "auto" is for `automatic`, which puts one in its place.
             parents: names of the sites that the distribution depends on; None: all before it.
 
         Returns:
@@ -117,7 +123,8 @@ class Sites:
         """
         k = len(self.sites)
         if not isinstance(estimator, Estimator):
-            raise ValueError(f"site {name!r} has estimator {estimator!r}; give an Estimator, such as Pathwise()")
+            hint = "choose with automatic(program, theta)" if estimator == "auto" else "such as Pathwise()"
+            raise ValueError(f"site {name!r} has estimator {estimator!r}; give an Estimator, {hint}")
         if self._plan is None:
             site = self._found(name, distribution, estimator, parents)
             noise: Mapping[str, Tensor] = self._noise.get(name) or _traced(site, k)
@@ -231,6 +238,42 @@ class Sites:
         return x
 
 
+class _Swapped:
+    """The `s` of a program with other estimators."""
+
+    def __init__(self, inner: Sites, choose: Choose) -> None:
+        self._inner, self._choose = inner, choose
+
+    def sample(
+        self, name: str, distribution: Distribution, estimator: Any, *, parents: Iterable[str] | None = None
+    ) -> Tensor:
+        return self._inner.sample(name, distribution, self._choose(name, distribution, estimator), parents=parents)
+
+    def cost(self, name: str, value: Tensor | float, *, parents: Iterable[str] | None = None) -> None:
+        self._inner.cost(name, value, parents=parents)
+
+    markov = Sites.markov
+
+
+def swapped(program: Callable[..., Any], choose: Choose) -> Callable[..., Any]:
+    """The program with the estimators that `choose(site, distribution, given)` names.
+
+    Example:
+        >>> from torch.distributions import Bernoulli
+        >>> from lowvar.gradients import Enumerate, Expectation, Score
+        >>> def program(theta, s):
+        ...     s.cost("sum", s.sample("b", Bernoulli(logits=theta), Score()).sum())
+        >>> exact = swapped(program, lambda name, d, given: Enumerate())
+        >>> len(Expectation(exact).init(torch.zeros(2)).worlds.choices)
+        4
+    """
+
+    def other(theta: Any, s: Sites, *data: Any) -> Any:
+        return program(theta, _Swapped(s, choose), *data)
+
+    return other
+
+
 @dataclass(frozen=True)
 class _Found:
     """A trace: the plan, states before any batch, values and distributions."""
@@ -249,6 +292,69 @@ def traced(program: Callable[..., Any], theta: Any, data: Sequence[Any]) -> _Fou
     return _Found(Plan(tuple(s.sites), tuple(c for c, _ in s.costs)), s.starts, s)
 
 
+class _Watched(Sites):
+    """Sites whose values carry a leaf of value 0, to see whether costs pass a gradient to them."""
+
+    def sample(
+        self,
+        name: str,
+        distribution: Distribution,
+        estimator: Estimator | Literal["auto"],
+        *,
+        parents: Iterable[str] | None = None,
+    ) -> Tensor:
+        value = super().sample(name, distribution, estimator, parents=parents)
+        if not value.is_floating_point():
+            return value
+        self.values[name] = leaf = torch.zeros_like(value).requires_grad_()
+        return value + leaf
+
+
+def refuse_steps(program: Callable[..., Any], theta: Any, data: Sequence[Any], found: _Found) -> None:
+    """Refuses a cost that changes with a pathwise site without a derivative in it (rounding, arg max, detach).
+
+    Looks at three draws; where a derivative is 0 in all, at whether the cost changes with this site's noise alone.
+    Sites with later ones that are not pathwise are left out, as these carry a gradient of their own.
+    """
+    sites = found.plan.sites
+    plain = {s.name for s in sites if s.estimator == "Pathwise"}
+    watched = [
+        (k, site)
+        for k, site in enumerate(sites)
+        if site.name in plain and all(s.name in plain for s in sites[k + 1 :] if site.name in s.ancestors)
+    ]
+    if not watched:
+        return
+
+    def run(seeds: Mapping[str, int]) -> Sites:
+        noise = {site.name: _traced(site, k, seeds.get(site.name, 0)) for k, site in enumerate(sites)}
+        s = _Watched(None, noise, None, {})
+        with torch.enable_grad():
+            program(theta, s, *data)
+        return s
+
+    seen: set[tuple[str, str]] = set()
+    for seed in range(3):
+        s = run({site.name: seed for site in sites})
+        for cost, value in s.costs:
+            names = [site.name for _, site in watched if site.name in cost.ancestors]
+            if names and value.requires_grad:
+                leaves = [s.values[name] for name in names]
+                slopes = torch.autograd.grad(value, leaves, allow_unused=True, retain_graph=True)
+                seen |= {(cost.name, n) for n, g in zip(names, slopes, strict=True) if g is not None and bool(g.any())}
+    for _, site in watched:
+        missing = [c.name for c in found.plan.costs if site.name in c.ancestors and (c.name, site.name) not in seen]
+        if not missing:
+            continue
+        draws = [{c.name: float(v.detach()) for c, v in run({site.name: seed}).costs} for seed in range(3)]
+        for name in missing:
+            if len({draw[name] for draw in draws}) > 1:
+                raise ValueError(
+                    f"cost {name!r} changes with site {site.name!r} and has no derivative in it (rounded, compared or "
+                    "detached?), so Pathwise would be wrong there; use Score or MeasureValued"
+                )
+
+
 def _reference(d: Distribution) -> Tensor:
     """A tensor with the distribution's dtype and device."""
     inner = getattr(d, "base_dist", None)
@@ -261,10 +367,10 @@ def _reference(d: Distribution) -> Tensor:
     return d.mean
 
 
-def _traced(site: SitePlan, k: int) -> dict[str, Tensor]:
+def _traced(site: SitePlan, k: int, seed: int = 0) -> dict[str, Tensor]:
     where = {"dtype": site.dtype, "device": site.device}
     return {
-        name: getattr(Independent(0), noise.kind)([0], noise.shape, draw=_number(k, j), **where)[0]
+        name: getattr(Independent(seed), noise.kind)([0], noise.shape, draw=_number(k, j), **where)[0]
         for j, (name, noise) in enumerate(site.noise.items())
     }
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from lowvar.gradients.enumeration import Enumerate
 from lowvar.gradients.estimator import Estimator, Noise
 from lowvar.gradients.expectation import Expectation, Noises, State, without_validation
 from lowvar.gradients.pathwise import Pathwise
-from lowvar.gradients.program import Sites
+from lowvar.gradients.program import Sites, swapped
 from lowvar.testing.problems import PROBLEMS, Problem
 from lowvar.testing.quadrature import hermite, legendre, tanh_sinh
 
@@ -82,24 +82,7 @@ class Certificate:
         return self.bias <= tolerance * (1 + size)
 
 
-class _Swapped:
-    """The `s` of a program with other estimators."""
-
-    def __init__(self, inner: Sites, choose: Callable[[Distribution, Estimator], Estimator]) -> None:
-        self._inner, self._choose = inner, choose
-
-    def sample(
-        self, name: str, distribution: Distribution, estimator: Estimator, *, parents: Iterable[str] | None = None
-    ) -> Tensor:
-        return self._inner.sample(name, distribution, self._choose(distribution, estimator), parents=parents)
-
-    def cost(self, name: str, value: Tensor | float, *, parents: Iterable[str] | None = None) -> None:
-        self._inner.cost(name, value, parents=parents)
-
-    markov = Sites.markov
-
-
-def _exact(d: Distribution, given: Estimator) -> Estimator:
+def _exact(name: str, d: Distribution, given: Estimator) -> Estimator:
     return Enumerate() if is_discrete(d) else Pathwise()
 
 
@@ -111,8 +94,15 @@ class _Jumps(Sites):
         self.jumps: dict[str, dict[str, Tensor]] = {}
 
     def sample(
-        self, name: str, distribution: Distribution, estimator: Estimator, *, parents: Iterable[str] | None = None
+        self,
+        name: str,
+        distribution: Distribution,
+        estimator: Estimator | Literal["auto"],
+        *,
+        parents: Iterable[str] | None = None,
     ) -> Tensor:
+        if not isinstance(estimator, Estimator):
+            raise ValueError(f"site {name!r} has estimator {estimator!r}; give an Estimator")
         self.jumps[name] = {k: v.detach() for k, v in estimator.breaks(distribution).items()}
         return super().sample(name, distribution, estimator, parents=parents)
 
@@ -259,10 +249,7 @@ def exact_gradient(
     """
     rule = Rule() if rule is None else rule
 
-    def exact(theta: Any, s: Sites, *row: Any) -> Any:
-        return program(theta, _Swapped(s, _exact), *row)
-
-    E = Expectation(exact)
+    E = Expectation(swapped(program, _exact))
     rows = pytree.tree_map(lambda x: x[None], tuple(data))
     state = E.init(theta, rows)
     nodes, weight = _nodes(E, theta, state, rule, data)
