@@ -48,6 +48,11 @@ class Antithetic(Estimator):
         """The inner one's."""
         return self.inner.orders
 
+    @property
+    def smooth(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The inner one's."""
+        return self.inner.smooth
+
     def noise(self, d: Distribution) -> dict[str, Noise]:
         """The inner one's."""
         return self.inner.noise(d)

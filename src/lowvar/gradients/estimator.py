@@ -105,11 +105,13 @@ class Estimator(ABC):
         label: "unbiased" or "biased".
         source: paper.
         orders: derivatives for which it holds: 1, or 0 for any.
+        smooth: whether costs have to be differentiable in the site's value.
     """
 
     label: ClassVar[Label]
     source: ClassVar[str]
     orders: ClassVar[int] = 1
+    smooth: ClassVar[bool] = False
 
     @abstractmethod
     def noise(self, d: Distribution) -> dict[str, Noise]:

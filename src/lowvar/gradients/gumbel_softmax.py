@@ -52,6 +52,7 @@ class GumbelSoftmax(OneBranch, Stateless):
 
     label: ClassVar[Label] = "biased"
     source: ClassVar[str] = "Jang, Gu & Poole 2017"
+    smooth: ClassVar[bool] = True
 
     temperature: float = 0.5
 

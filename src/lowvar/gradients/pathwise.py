@@ -43,6 +43,7 @@ class Pathwise(OneBranch, Stateless):
 
     label: ClassVar[Label] = "unbiased"
     source: ClassVar[str] = "Kingma & Welling 2014"
+    smooth: ClassVar[bool] = True
     orders: ClassVar[int] = 0
 
     def noise(self, d: Distribution) -> dict[str, Noise]:

@@ -47,6 +47,7 @@ class REBAR(Stateless):
 
     label: ClassVar[Label] = "unbiased"
     source: ClassVar[str] = "Tucker et al. 2017"
+    smooth: ClassVar[bool] = True
 
     eta: float = 1.0
     temperature: float = 0.5

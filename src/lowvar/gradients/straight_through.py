@@ -39,6 +39,7 @@ class StraightThrough(OneBranch, Stateless):
 
     label: ClassVar[Label] = "biased"
     source: ClassVar[str] = "Bengio, Leonard & Courville 2013"
+    smooth: ClassVar[bool] = True
 
     def noise(self, d: Distribution) -> dict[str, Noise]:
         """That of the sample."""
