@@ -170,46 +170,60 @@ class Expectation:
         plan, worlds = state.plan, state.worlds
         groups = list(dict.fromkeys(cost.ancestors for cost in plan.costs))
         seen: list[Sites] = []
+        many, plate = len(worlds.choices) > 1, _count(data)
+        # one sample a datum: a level of vmap less; without data it stays, as only it makes integers fit to be an index
+        alone = self.n == 1 and plate is not None
+        device = plan.sites[0].device if plan.sites else None
+        choice = torch.tensor(worlds.choices, device=device) if many else None
+        names = [(site.name, name) for site in plan.sites for name in site.noise]
+        rows, spec = pytree.tree_flatten(tuple(data))
+        keys: list[tuple[str, str]] = []
 
-        def one(
-            _: Tensor, noise: Noises, choice: Tensor | None, row: Sequence[Any]
-        ) -> tuple[Tensor, Tensor, dict[str, Record]]:
-            s = Sites(plan, noise, None if choice is None else choice.unbind(0), state.sites)
-            self.program(theta, s, *row)
+        def one(choice: Tensor | None, rows: Sequence[Tensor], _: Tensor, *noise: Tensor) -> tuple[Tensor, ...]:
+            given: dict[str, dict[str, Tensor]] = {site.name: {} for site in plan.sites}
+            for (site, name), e in zip(names, noise, strict=True):
+                given[site][name] = e
+            s = Sites(plan, given, None if choice is None else choice.unbind(0), state.sites)
+            self.program(theta, s, *pytree.tree_unflatten(rows, spec))
             if len(s.sites) != len(plan.sites) or len(s.costs) != len(plan.costs):
                 raise ValueError("the program left out a site or a cost that init saw: they may not depend on values")
             seen[:] = [s]
+            keys[:] = [(site, key) for site, record in s.records.items() for key in record]
             parts = [value for _, value in s.costs]
             dtype = reduce(torch.promote_types, [value.dtype for value in parts])
             each = torch.stack([value.to(dtype) for value in parts])
-            return each, each.detach(), s.records
+            return (each, *(s.records[site][key] for site, key in keys))  # flat: vmap walks through what it is given
 
         run: Callable[..., Any] = one
-        many, plate = len(worlds.choices) > 1, _count(data)
+        each_noise = [noises[site][name] for site, name in names]
+        lead = (*(() if plate is None else (plate,)), *(() if alone else (self.n,)))
+        samples = (0,) * (1 + len(names))
         if many:
-            run = vmap(run, in_dims=(None, None, 0, None))
-        run = vmap(run, in_dims=(0, 0, None, None))
+            run = vmap(run, in_dims=(0, None, None, *[None] * len(names)))
+        if alone:
+            each_noise = [x.squeeze(1) for x in each_noise]
+        else:
+            run = vmap(run, in_dims=(None, None, *samples))
         if plate is not None:
-            run = vmap(run, in_dims=(0, 0, None, 0))
-        device = plan.sites[0].device if plan.sites else None
-        choice = torch.tensor(worlds.choices, device=device) if many else None
-        number = torch.zeros(
-            (self.n,) if plate is None else (plate, self.n)
-        )  # a site without noise has samples as well
+            run = vmap(run, in_dims=(None, 0, *samples))
         # torch.compile cannot follow the switch: call `without_validation()` around compiled code
         with nullcontext() if torch.compiler.is_compiling() else without_validation():
-            each, values, records = run(number, noises, choice, tuple(data))
+            found = run(choice, rows, torch.zeros(lead), *each_noise)  # zeros: programs without noise have samples too
 
         def shaped(x: Tensor) -> Tensor:  # (n, data, worlds, ...)
             x = x.unsqueeze(0) if plate is None else x
+            x = x.unsqueeze(1) if alone else x
             x = x if many else x.unsqueeze(2)
             return x.transpose(0, 1)
 
-        each, values = shaped(each), shaped(values)
-        records = {site: {k: shaped(v) for k, v in own.items()} for site, own in records.items()}
+        each = shaped(found[0])
+        values = each.detach()
+        records: dict[str, dict[str, Tensor]] = {site.name: {} for site in plan.sites}
+        for (site, key), x in zip(keys, found[1:], strict=True):
+            records[site][key] = shaped(x)
         which = [[c for c, cost in enumerate(plan.costs) if cost.ancestors == group] for group in groups]
-        surrogate = torch.stack([each[..., w].sum(-1) for w in which], -1)
-        value = torch.stack([values[..., w].sum(-1) for w in which], -1)
+        surrogate = torch.stack([each[..., w].sum(-1) for w in which], -1) if len(groups) < len(plan.costs) else each
+        value = surrogate.detach()
         surrogate, value, sites, auxiliary = _assembled(
             surrogate, value, records, groups, plan, worlds, seen[0].estimators, state.sites
         )

@@ -151,10 +151,10 @@ class Sites:
         return value
 
     def _pick(self, k: int, draw: Draw) -> Tensor:
-        if draw.values.shape[0] == 1:
+        if draw.values.shape[0] == 1 or self._choice is None:
             return draw.values[0]
-        if self._choice is None:
-            return draw.values[0]
+        if draw.values.shape[0] == 2:  # cheaper than a gather under vmap
+            return torch.where(self._choice[k] == 0, draw.values[0], draw.values[1])
         return draw.values.index_select(0, self._choice[k].reshape(1))[0]
 
     def _found(self, name: str, d: Distribution, estimator: Estimator, parents: Iterable[str] | None) -> SitePlan:
