@@ -48,7 +48,7 @@ from lowvar.gradients import (
     diagnose,
 )
 from lowvar.process import Independent
-from lowvar.testing import Rule, exact_moments
+from lowvar.testing import QuadratureRule, exact_moments
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gradients.json"
@@ -80,7 +80,7 @@ def gaussian() -> list[Row]:
                 s.cost("f", f(s.sample("x", Normal(theta[0], theta[1]), rule)))
 
             theta = torch.tensor([1.0, 0.7], dtype=torch.float64)
-            found = exact_moments(program, theta, n=n, rule=Rule(60, 40))
+            found = exact_moments(program, theta, n=n, rule=QuadratureRule(60, 40))
             cost = n * len(Expectation(program, n).init(theta).worlds.choices)
             variance = float(found.variance.sum())
             rows.append({"f": label, "estimator": name, "variance": variance, "cost": cost, "bias": found.bias})

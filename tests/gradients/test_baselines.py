@@ -23,7 +23,7 @@ from lowvar.gradients import (
     Taylor,
 )
 from lowvar.process import Independent
-from lowvar.testing import PROBLEMS, Certificate, Rule, certify, exact_moments
+from lowvar.testing import PROBLEMS, Certificate, QuadratureRule, certify, exact_moments
 
 BITS = [p for p in PROBLEMS if p.name in ("1 bits", "2 bits", "two dependent bits", "normal")]
 
@@ -73,7 +73,7 @@ def test_unbiased(baseline: Baseline, n: int) -> None:
 def _square(baseline: Baseline, n: int = 1) -> Certificate:
     """(x - 3)^2 of a normal number."""
     (problem,) = (p for p in PROBLEMS if p.name == "normal")
-    return exact_moments(problem.program(Score(baseline)), problem.theta, n=n, rule=Rule(normal=20))
+    return exact_moments(problem.program(Score(baseline)), problem.theta, n=n, rule=QuadratureRule(normal=20))
 
 
 def test_taylor_of_the_cost_itself_leaves_no_variance() -> None:

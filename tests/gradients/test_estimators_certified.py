@@ -32,7 +32,7 @@ from lowvar.gradients import (
     StraightThrough,
 )
 from lowvar.process import Independent
-from lowvar.testing import PROBLEMS, Rule, certify, exact_moments
+from lowvar.testing import PROBLEMS, QuadratureRule, certify, exact_moments
 
 BY_NAME = {problem.name: problem for problem in PROBLEMS}
 SMALL = [p for p in PROBLEMS if p.name in ("1 bits", "normal, bit, normal", "3 one-hot classes")]
@@ -96,13 +96,13 @@ def test_relaxations_are_unbiased(estimator: Estimator, problem: str) -> None:
 def test_relaxations_of_two_bits_are_unbiased(estimator: Estimator) -> None:
     """Non-separable costs of two elements, four numbers to integrate: quadrature limits this to 1e-6."""
     problem = BY_NAME["2 bits"]
-    certificate = exact_moments(problem.program(estimator), problem.theta, rule=Rule(smooth=18))
+    certificate = exact_moments(problem.program(estimator), problem.theta, rule=QuadratureRule(smooth=18))
     assert certificate.holds(1e-6)
 
 
 def test_relaxations_of_dependent_sites_are_unbiased() -> None:
     problem = BY_NAME["two dependent bits"]
-    certificate = exact_moments(problem.program(REBAR(0.6, 1.0)), problem.theta, rule=Rule(smooth=14))
+    certificate = exact_moments(problem.program(REBAR(0.6, 1.0)), problem.theta, rule=QuadratureRule(smooth=14))
     assert certificate.holds(2e-6)
 
 
@@ -115,7 +115,7 @@ def test_measure_valued_is_unbiased_and_needs_no_derivative() -> None:
         s.cost("positive", 1 / (1 + torch.exp(-3 * x.detach())))
 
     smooth, truth = f64(0.4, 0.8), None
-    certificate = exact_moments(step, smooth, truth=_by_differences(smooth), rule=Rule(smooth=80))
+    certificate = exact_moments(step, smooth, truth=_by_differences(smooth), rule=QuadratureRule(smooth=80))
     assert truth is None
     assert certificate.holds(1e-9)
 
@@ -184,7 +184,7 @@ V, DELTA = SIGMA**2, MU - K
 
 def _normal(estimator: Estimator) -> tuple[float, float]:
     problem = BY_NAME["normal"]
-    certificate = exact_moments(problem.program(estimator), problem.theta, rule=Rule(60))
+    certificate = exact_moments(problem.program(estimator), problem.theta, rule=QuadratureRule(60))
     assert certificate.holds()
     return float(certificate.variance["mu"]), float(certificate.variance["sigma"])
 

@@ -18,7 +18,7 @@ from torch.distributions import Normal
 from torch.func import grad
 
 from lowvar.gradients import DiCE, Estimator, MeasureValued, MultiSample, Pathwise, Score, Sites
-from lowvar.testing import Rule, exact_moments
+from lowvar.testing import QuadratureRule, exact_moments
 
 
 def f64(*values: float) -> Tensor:
@@ -73,7 +73,7 @@ CASES = [
 ]
 
 
-def held(case: Case, estimator: Estimator, rule: Rule) -> None:
+def held(case: Case, estimator: Estimator, rule: QuadratureRule) -> None:
     def program(theta: Mapping[str, Tensor], s: Sites) -> None:
         x = s.sample("x", Normal(theta["mean"], theta["log_scale"].exp()), estimator)
         s.cost("f", case.function(x))
@@ -86,14 +86,14 @@ def held(case: Case, estimator: Estimator, rule: Rule) -> None:
 @pytest.mark.parametrize("estimator", [Pathwise(), Score(), DiCE()], ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_optax_in_three_dimensions(case: Case, estimator: Estimator) -> None:
-    held(case, estimator, Rule(normal=6))
+    held(case, estimator, QuadratureRule(normal=6))
 
 
 @pytest.mark.parametrize("estimator", [MeasureValued(), MultiSample(2)], ids=lambda e: type(e).__name__)
 def test_optax_in_one_dimension(estimator: Estimator) -> None:
     """The first dimension of the weighted cases, where all estimators can be integrated."""
     for mean, log_scale, w in ((1.0, -1.0, 4.0), (1.0, 0.1, 10.0), (3.0, -2.0, 3.0)):
-        held(weighted_quadratic((mean,), (log_scale,), (w,)), estimator, Rule(60, 6))
+        held(weighted_quadratic((mean,), (log_scale,), (w,)), estimator, QuadratureRule(60, 6))
 
 
 def test_optax_cosines() -> None:
@@ -119,6 +119,6 @@ def test_optax_cosines() -> None:
     ):
         m, s = grad(lambda a, b, kind=kind: expected(kind, a, b), argnums=(0, 1))(f64(*mean), f64(*log_scale))
         case = Case(kind, mean, log_scale, functions[kind], tuple(m.tolist()), tuple(s.tolist()))
-        held(case, Pathwise(), Rule(normal=70))
+        held(case, Pathwise(), QuadratureRule(normal=70))
         if len(mean) == 1:
-            held(case, MeasureValued(), Rule(120))
+            held(case, MeasureValued(), QuadratureRule(120))

@@ -14,7 +14,7 @@ from lowvar.gradients import Pathwise, Sites
 from lowvar.gradients.distributions import noise_of, sample
 from lowvar.gradients.implicit import gamma_cdf, gamma_quantile, von_mises_cdf
 from lowvar.process import Independent
-from lowvar.testing import Rule, exact_moments
+from lowvar.testing import QuadratureRule, exact_moments
 
 
 def f64(*values: float) -> Tensor:
@@ -58,7 +58,7 @@ def test_von_mises_cdf() -> None:
         assert torch.allclose(mine, torch.tensor(vonmises.cdf(x.numpy(), kappa)), atol=1e-9)
 
 
-def moments(d: Any, f: Any, theta: Tensor, truth: Tensor, rule: Rule, tolerance: float) -> None:
+def moments(d: Any, f: Any, theta: Tensor, truth: Tensor, rule: QuadratureRule, tolerance: float) -> None:
     def program(theta: Tensor, s: Sites) -> None:
         s.cost("f", f(s.sample("x", d(theta), Pathwise())))
 
@@ -70,10 +70,10 @@ def test_gamma() -> None:
     """d E[x^2] / da = 2 a + 1, and E[x^2] = a (a + 1) / r^2."""
     a, r = 1.7, 1.3
     truth = f64((2 * a + 1) / r**2, -2 * a * (a + 1) / r**3)
-    moments(lambda th: td.Gamma(th[0], th[1]), lambda x: x**2, f64(a, r), truth, Rule(80), 1e-8)
+    moments(lambda th: td.Gamma(th[0], th[1]), lambda x: x**2, f64(a, r), truth, QuadratureRule(80), 1e-8)
     a = 0.4
     truth = f64((2 * a + 1) / r**2, -2 * a * (a + 1) / r**3)
-    moments(lambda th: td.Gamma(th[0], th[1]), lambda x: x**2, f64(a, r), truth, Rule(80), 1e-8)
+    moments(lambda th: td.Gamma(th[0], th[1]), lambda x: x**2, f64(a, r), truth, QuadratureRule(80), 1e-8)
 
 
 def test_beta() -> None:
@@ -85,7 +85,7 @@ def test_beta() -> None:
 
     theta = f64(1.7, 0.8)
     truth = torch.func.grad(second)(theta)
-    moments(lambda th: td.Beta(th[0], th[1]), lambda x: x**2, theta, truth, Rule(50), 1e-8)
+    moments(lambda th: td.Beta(th[0], th[1]), lambda x: x**2, theta, truth, QuadratureRule(50), 1e-8)
 
 
 def test_dirichlet() -> None:
@@ -95,7 +95,7 @@ def test_dirichlet() -> None:
         return a[0] * a[1] / (a.sum() * (a.sum() + 1))
 
     theta = f64(1.7, 0.8, 1.2)
-    moments(td.Dirichlet, lambda x: x[0] * x[1], theta, torch.func.grad(product)(theta), Rule(26), 1e-6)
+    moments(td.Dirichlet, lambda x: x[0] * x[1], theta, torch.func.grad(product)(theta), QuadratureRule(26), 1e-6)
 
 
 def test_student_t() -> None:
@@ -106,7 +106,7 @@ def test_student_t() -> None:
 
     theta = f64(6.5, 0.4, 1.2)
     truth = torch.func.grad(second)(theta)
-    moments(lambda th: td.StudentT(*th), lambda x: x**2, theta, truth, Rule(80, 10), 1e-6)
+    moments(lambda th: td.StudentT(*th), lambda x: x**2, theta, truth, QuadratureRule(80, 10), 1e-6)
 
 
 def test_von_mises() -> None:
@@ -117,7 +117,7 @@ def test_von_mises() -> None:
 
     theta = f64(0.6, 2.3)
     truth = torch.func.grad(cosine)(theta)
-    moments(lambda th: td.VonMises(th[0], th[1]), torch.cos, theta, truth, Rule(100), 1e-9)
+    moments(lambda th: td.VonMises(th[0], th[1]), torch.cos, theta, truth, QuadratureRule(100), 1e-9)
 
 
 def test_mixture_of_normals() -> None:
@@ -132,7 +132,7 @@ def test_mixture_of_normals() -> None:
 
     theta = f64(0.3, -0.4, -0.8, 0.9, 0.7, 1.1)
     truth = torch.func.grad(cube)(theta)
-    moments(mixture, lambda x: x**3, theta, truth, Rule(60, 160), 1e-8)
+    moments(mixture, lambda x: x**3, theta, truth, QuadratureRule(60, 160), 1e-8)
 
 
 @pytest.mark.parametrize(
@@ -176,5 +176,5 @@ def test_multivariate_normal_and_independent() -> None:
         return (theta[0] * theta[1] + 0.6) * theta[0]
 
     theta = f64(0.4, -0.9)
-    certificate = exact_moments(program, theta, rule=Rule(normal=4), truth=torch.func.grad(exact)(theta))
+    certificate = exact_moments(program, theta, rule=QuadratureRule(normal=4), truth=torch.func.grad(exact)(theta))
     assert certificate.holds()

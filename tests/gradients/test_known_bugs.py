@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Distribution
 from torch.func import grad
 
-from lowvar.gradients import REBAR, RELAX, Draw, Enumerate, Expectation, LeaveOneOut, MovingAverage, Score, Sites
+from lowvar.gradients import REBAR, RELAX, Enumerate, Expectation, LeaveOneOut, MovingAverage, Score, SiteDraw, Sites
 from lowvar.gradients.baselines import Recordless, StatelessBaseline, Subtracted
-from lowvar.gradients.estimator import Estimator, Record, SiteState, zero
+from lowvar.gradients.estimator import Estimator, SiteRecord, SiteState, zero
 from lowvar.gradients.relaxed import conditional, free, hard
-from lowvar.testing import PROBLEMS, Certificate, Rule, certify, exact_moments
+from lowvar.testing import PROBLEMS, Certificate, QuadratureRule, certify, exact_moments
 
 ONE = [problem for problem in PROBLEMS if problem.name == "1 bits"]
-RULE = Rule(30)
+RULE = QuadratureRule(30)
 
 
 def f64(*values: float) -> Tensor:
@@ -44,12 +44,12 @@ def control(z: Tensor) -> Tensor:
 class DroppedCondition(RELAX):
     """z~ is differentiated as if it did not depend on the logits (relax#6)."""
 
-    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> Draw:
+    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> SiteDraw:
         right = super().draw(d, noise, state)
         assert isinstance(d, Bernoulli)
         b, logits = hard(d, noise), d.logits
         slope = grad(lambda phi: self.control(free(d, phi, b, noise["v"])).sum())(logits.detach())
-        return Draw(right.values, {**right.record, "term": (slope.detach() * zero(logits)).sum()})
+        return SiteDraw(right.values, {**right.record, "term": (slope.detach() * zero(logits)).sum()})
 
 
 def test_dropped_derivative_of_the_conditional_sample() -> None:
@@ -77,7 +77,7 @@ def test_dropped_derivative_of_the_conditional_sample() -> None:
 class Mixing(RELAX):
     """One control variate for all n samples: the mean of theirs."""
 
-    def surrogate(self, record: Record, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
+    def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         mixed = {**record, "control": record["control"].mean(0, keepdim=True).expand_as(record["control"])}
         return super().surrogate(mixed, live, costs, state)
 
@@ -90,7 +90,7 @@ def test_relax_that_mixes_samples() -> None:
     def program(theta: Tensor, s: Sites, rule: Estimator) -> None:
         s.cost("f", 0.4 + 1.7 * s.sample("b", Bernoulli(logits=theta), rule))
 
-    theta, rule = torch.tensor(0.8, dtype=torch.float64), Rule(7)
+    theta, rule = torch.tensor(0.8, dtype=torch.float64), QuadratureRule(7)
     right, wrong = (
         exact_moments(lambda th, s, e=e: program(th, s, e), theta, n=2, rule=rule)
         for e in (RELAX(control), Mixing(control))
@@ -102,7 +102,7 @@ def test_relax_that_mixes_samples() -> None:
 class Unrelaxed(REBAR):
     """REBAR whose relaxed branch is detached: grad c(z) is missing."""
 
-    def surrogate(self, record: Record, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
+    def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         cut = torch.cat([live[..., :1, :], live[..., 1:2, :].detach(), live[..., 2:, :]], -2)
         return super().surrogate(record, cut, costs, state)
 
@@ -117,7 +117,7 @@ def test_a_detached_branch_of_rebar() -> None:
 class Stopped(Enumerate):
     """Enumeration whose branches are detached: what depends on theta directly has no gradient."""
 
-    def surrogate(self, record: Record, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
+    def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         return super().surrogate(record, live.detach(), costs, state)
 
 
@@ -136,10 +136,10 @@ class OwnMean(Recordless, StatelessBaseline):
 
     fits = True
 
-    def subtracted(self, record: Record, costs: Tensor, state: SiteState) -> Subtracted:
+    def subtracted(self, record: SiteRecord, costs: Tensor, state: SiteState) -> Subtracted:
         return Subtracted(costs.mean(0, keepdim=True).expand_as(costs), torch.zeros_like(costs))
 
-    def predict(self, record: Record, others: Record, costs: Tensor, state: SiteState) -> Subtracted:
+    def predict(self, record: SiteRecord, others: SiteRecord, costs: Tensor, state: SiteState) -> Subtracted:
         return Subtracted(costs.mean(0, keepdim=True), torch.zeros_like(costs[:1]))
 
 
@@ -156,7 +156,7 @@ def test_a_mean_that_includes_the_sample(n: int) -> None:
 class Leaking(MovingAverage):
     """A moving average that is updated before it is used."""
 
-    def subtracted(self, record: Record, costs: Tensor, state: SiteState) -> Subtracted:
+    def subtracted(self, record: SiteRecord, costs: Tensor, state: SiteState) -> Subtracted:
         return super().subtracted(record, costs, super().updated(state, record, costs))
 
 
@@ -185,7 +185,7 @@ def test_a_moving_average_that_includes_the_cost() -> None:
 class NoDirect(Score):
     """The score of the cost without the cost's own derivative: a KL in closed form gets no gradient."""
 
-    def surrogate(self, record: Record, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
+    def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         return super().surrogate(record, live.detach(), costs, state)
 
 

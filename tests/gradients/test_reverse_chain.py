@@ -87,7 +87,7 @@ def chain_of(theta: Tensor, steps: int, eta: float = 1.0, end: float = 0.0) -> R
 
 
 def spread(draws: int) -> tuple[Tensor, Tensor]:
-    """Noise and weights that integrate every quadratic function of `draws` normal numbers exactly."""
+    """BaseNoise and weights that integrate every quadratic function of `draws` normal numbers exactly."""
     eye = torch.eye(draws, dtype=torch.float64)
     rows = torch.cat([torch.zeros(1, draws, dtype=torch.float64), eye, -eye])
     weight = torch.cat([torch.tensor([1.0 - draws], dtype=torch.float64), torch.full((2 * draws,), 0.5).double()])

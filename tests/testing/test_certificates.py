@@ -10,9 +10,18 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Distribution, Normal
 
-from lowvar.gradients import Draw, Enumerate, Expectation, Pathwise, Score, Sites
-from lowvar.gradients.estimator import Estimator, Label, Noise, OneBranch, Record, SiteState, Stateless, zero
-from lowvar.testing import PROBLEMS, Rule, certify, exact_gradient, exact_moments
+from lowvar.gradients import Enumerate, Expectation, Pathwise, Score, SiteDraw, Sites
+from lowvar.gradients.estimator import (
+    BaseNoise,
+    Estimator,
+    GradientLabel,
+    OneBranch,
+    SiteRecord,
+    SiteState,
+    Stateless,
+    zero,
+)
+from lowvar.testing import PROBLEMS, QuadratureRule, certify, exact_gradient, exact_moments
 from lowvar.testing.quadrature import hermite, legendre, tanh_sinh
 
 
@@ -70,7 +79,7 @@ def test_data_are_handed_on() -> None:
 class Halved(Score):
     """Wrong: half the score."""
 
-    def surrogate(self, record: Record, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
+    def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         return live[..., 0, :] + 0.5 * costs[..., 0, :] * zero(record["log_prob"])[..., None]
 
 
@@ -80,16 +89,16 @@ class Detached(OneBranch, Stateless):
     label = "unbiased"
     source = "none"
 
-    def noise(self, d: Distribution) -> dict[str, Noise]:
-        return {"u": Noise("uniform", d.batch_shape, "constant")}
+    def noise(self, d: Distribution) -> dict[str, BaseNoise]:
+        return {"u": BaseNoise("uniform", d.batch_shape, "constant")}
 
     def breaks(self, d: Distribution) -> dict[str, Tensor]:
         return {"u": (1 - d.mean.detach())[..., None]}
 
-    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> Draw:
-        return Draw((noise["u"] > 1 - d.mean).to(d.mean.dtype)[None], {})
+    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> SiteDraw:
+        return SiteDraw((noise["u"] > 1 - d.mean).to(d.mean.dtype)[None], {})
 
-    def surrogate(self, record: Record, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
+    def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         return live[..., 0, :]
 
 
@@ -101,14 +110,14 @@ def test_wrong_estimators_of_a_user_are_caught(wrong: Estimator) -> None:
 
 def test_a_declared_bias_is_measured_not_refused() -> None:
     class Honest(Detached):
-        label: Label = "biased"
+        label: GradientLabel = "biased"
 
     assert certify(Honest(), PROBLEMS[:2])["1 bits"].bias > 0.1
 
 
 def test_an_estimator_of_nothing_is_refused() -> None:
     class Nothing(Detached):
-        def noise(self, d: Distribution) -> dict[str, Noise]:
+        def noise(self, d: Distribution) -> dict[str, BaseNoise]:
             raise ValueError("not for me")
 
     with pytest.raises(ValueError, match="takes none of the problems"):
@@ -133,7 +142,7 @@ def test_jumps_of_every_branch_are_found() -> None:
         b = s.sample("b", Bernoulli(logits=theta[1] + 2 * a), Score())
         s.cost("f", torch.cos(a + 2 * b))
 
-    certificate = exact_moments(two, f64(0.3, -0.7), rule=Rule(4))
+    certificate = exact_moments(two, f64(0.3, -0.7), rule=QuadratureRule(4))
     assert certificate.holds()
     assert certificate.nodes == 3
     assert Expectation(two).init(f64(0.3, -0.7)).worlds.full == 2

@@ -35,12 +35,12 @@ from lowvar.gradients.arm import ARM
 from lowvar.gradients.baselines import Baseline, Constant, LeaveOneOut, MovingAverage
 from lowvar.gradients.chain import ChainGradient, ReverseChain, Roulette, reverse_chain
 from lowvar.gradients.controlled import Controlled, ControlState, controlled, lagged
-from lowvar.gradients.diagnostics import Automatic, Comparison, Diagnosis, automatic, compare, diagnose
+from lowvar.gradients.diagnostics import Automatic, Diagnosis, EstimatorComparison, automatic, compare, diagnose
 from lowvar.gradients.dice import DiCE
 from lowvar.gradients.disarm import DisARM
 from lowvar.gradients.enumeration import Enumerate
-from lowvar.gradients.estimator import Branch, Draw, Estimator, Noise
-from lowvar.gradients.expectation import Expectation, Info, State, without_validation
+from lowvar.gradients.estimator import BaseNoise, Branch, Estimator, SiteDraw
+from lowvar.gradients.expectation import Expectation, Info, ProgramState, without_validation
 from lowvar.gradients.gumbel_softmax import GumbelSoftmax
 from lowvar.gradients.measure_valued import MeasureValued
 from lowvar.gradients.multisample import MultiSample
@@ -59,19 +59,19 @@ __all__ = [
     "RELAX",
     "Antithetic",
     "Automatic",
+    "BaseNoise",
     "Baseline",
     "Branch",
     "ChainGradient",
-    "Comparison",
     "Constant",
     "ControlState",
     "Controlled",
     "DiCE",
     "Diagnosis",
     "DisARM",
-    "Draw",
     "Enumerate",
     "Estimator",
+    "EstimatorComparison",
     "Expectation",
     "GumbelSoftmax",
     "Info",
@@ -80,15 +80,15 @@ __all__ = [
     "MeasureValued",
     "MovingAverage",
     "MultiSample",
-    "Noise",
     "Optimal",
     "Pathwise",
+    "ProgramState",
     "Regression",
     "ReverseChain",
     "Roulette",
     "Score",
+    "SiteDraw",
     "Sites",
-    "State",
     "StraightThrough",
     "Taylor",
     "automatic",

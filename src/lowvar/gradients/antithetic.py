@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from lowvar.gradients.estimator import Branch, Draw, Estimator, Label, Noise, Record, SiteState
+from lowvar.gradients.estimator import BaseNoise, Branch, Estimator, GradientLabel, SiteDraw, SiteRecord, SiteState
 
 __all__ = ["Antithetic"]
 
@@ -39,7 +39,7 @@ class Antithetic(Estimator):
     inner: Estimator
 
     @property
-    def label(self) -> Label:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def label(self) -> GradientLabel:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The inner one's."""
         return self.inner.label
 
@@ -53,7 +53,7 @@ class Antithetic(Estimator):
         """The inner one's."""
         return self.inner.smooth
 
-    def noise(self, d: Distribution) -> dict[str, Noise]:
+    def noise(self, d: Distribution) -> dict[str, BaseNoise]:
         """The inner one's."""
         return self.inner.noise(d)
 
@@ -65,20 +65,20 @@ class Antithetic(Estimator):
         """Twice the inner one's."""
         return self.inner.branches(d) * 2
 
-    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> Draw:
+    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> SiteDraw:
         """Both draws, one after the other."""
         kinds = self.inner.noise(d)
         mirror = {name: kinds[name].mirrored(x) for name, x in noise.items()}
         halves = [self.inner.draw(d, e, state) for e in (noise, mirror)]
         record = {f"{i}.{k}": v for i, half in enumerate(halves) for k, v in half.record.items()}
-        return Draw(torch.cat([half.values for half in halves]), record)
+        return SiteDraw(torch.cat([half.values for half in halves]), record)
 
-    def surrogate(self, record: Record, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
+    def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         """The mean of both."""
         halves = [self.inner.surrogate(_record(record, i), _half(live, i), _half(costs, i), state) for i in (0, 1)]
         return (halves[0] + halves[1]) / 2
 
-    def value(self, record: Record, costs: Tensor) -> Tensor:
+    def value(self, record: SiteRecord, costs: Tensor) -> Tensor:
         """The mean of both."""
         return (
             self.inner.value(_record(record, 0), _half(costs, 0))
@@ -89,18 +89,18 @@ class Antithetic(Estimator):
         """The inner one's."""
         return self.inner.start(d)
 
-    def updated(self, state: SiteState, record: Record, costs: Tensor) -> SiteState:
+    def updated(self, state: SiteState, record: SiteRecord, costs: Tensor) -> SiteState:
         """The inner one's, on the first draw, then on the second."""
         for i in (0, 1):
             state = self.inner.updated(state, _record(record, i), _half(costs, i))
         return state
 
-    def auxiliary(self, record: Record, costs: Tensor, state: SiteState) -> Tensor | None:
+    def auxiliary(self, record: SiteRecord, costs: Tensor, state: SiteState) -> Tensor | None:
         """The inner one's, on the first draw."""
         return self.inner.auxiliary(_record(record, 0), _half(costs, 0), state)
 
 
-def _record(record: Record, i: int) -> dict[str, Tensor]:
+def _record(record: SiteRecord, i: int) -> dict[str, Tensor]:
     mark = f"{i}."
     return {k[len(mark) :]: v for k, v in record.items() if k.startswith(mark)}
 

@@ -20,7 +20,16 @@ from torch import distributions as td
 from torch.distributions import Distribution
 
 from lowvar.gradients.distributions import base
-from lowvar.gradients.estimator import Branch, Draw, Label, Noise, Record, SiteState, Stateless, zero
+from lowvar.gradients.estimator import (
+    BaseNoise,
+    Branch,
+    GradientLabel,
+    SiteDraw,
+    SiteRecord,
+    SiteState,
+    Stateless,
+    zero,
+)
 
 __all__ = ["ARM", "bernoulli"]
 
@@ -49,12 +58,12 @@ class ARM(Stateless):
         [1.0, 0.0]
     """
 
-    label: ClassVar[Label] = "unbiased"
+    label: ClassVar[GradientLabel] = "unbiased"
     source: ClassVar[str] = "Yin & Zhou 2019"
 
-    def noise(self, d: Distribution) -> dict[str, Noise]:
+    def noise(self, d: Distribution) -> dict[str, BaseNoise]:
         """A uniform number an element."""
-        return {"u": Noise("uniform", bernoulli(d, "ARM").batch_shape, "linear")}
+        return {"u": BaseNoise("uniform", bernoulli(d, "ARM").batch_shape, "linear")}
 
     def breaks(self, d: Distribution) -> dict[str, Tensor]:
         """At p and 1 - p."""
@@ -65,17 +74,17 @@ class ARM(Stateless):
         """Two."""
         return ("main", "main")
 
-    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> Draw:
+    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> SiteDraw:
         """Both samples."""
         d, u = bernoulli(d, "ARM"), noise["u"]
         p = d.probs.detach()
         values = torch.stack([(u < p).to(p.dtype), (u > 1 - p).to(p.dtype)])
-        return Draw(values, {"term": ((u - 0.5) * zero(d.logits)).sum()})
+        return SiteDraw(values, {"term": ((u - 0.5) * zero(d.logits)).sum()})
 
-    def surrogate(self, record: Record, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
+    def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         """Mean surrogate + (f_1 - f_0) sum (u - 1/2) zero(phi)."""
         return live.mean(-2) + (costs[..., 1, :] - costs[..., 0, :]) * record["term"][..., None]
 
-    def value(self, record: Record, costs: Tensor) -> Tensor:
+    def value(self, record: SiteRecord, costs: Tensor) -> Tensor:
         """The mean."""
         return costs.mean(-2)

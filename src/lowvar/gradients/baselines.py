@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from lowvar.gradients.estimator import Record, SiteState
+from lowvar.gradients.estimator import SiteRecord, SiteState
 
 __all__ = [
     "Baseline",
@@ -59,7 +59,7 @@ class Baseline(ABC):
         """What it keeps of a sample, inside the program (one sample, under vmap)."""
 
     @abstractmethod
-    def predict(self, record: Record, others: Record, costs: Tensor, state: SiteState) -> Subtracted:
+    def predict(self, record: SiteRecord, others: SiteRecord, costs: Tensor, state: SiteState) -> Subtracted:
         """What to subtract from samples (m, ...), whose costs it is not told.
 
         Args:
@@ -74,14 +74,14 @@ class Baseline(ABC):
         """The state before any batch."""
 
     @abstractmethod
-    def updated(self, state: SiteState, record: Record, costs: Tensor) -> SiteState:
+    def updated(self, state: SiteState, record: SiteRecord, costs: Tensor) -> SiteState:
         """The state after a batch of costs (n, ...)."""
 
     @abstractmethod
-    def auxiliary(self, record: Record, costs: Tensor) -> Tensor | None:
+    def auxiliary(self, record: SiteRecord, costs: Tensor) -> Tensor | None:
         """A loss of its own parameters, or None."""
 
-    def subtracted(self, record: Record, costs: Tensor, state: SiteState) -> Subtracted:
+    def subtracted(self, record: SiteRecord, costs: Tensor, state: SiteState) -> Subtracted:
         """What to subtract from each sample's cost (n, ...), fitted to the other n - 1 samples.
 
         Raises:
@@ -118,7 +118,7 @@ class Recordless(Baseline):
         """Nothing."""
         return {}
 
-    def auxiliary(self, record: Record, costs: Tensor) -> Tensor | None:
+    def auxiliary(self, record: SiteRecord, costs: Tensor) -> Tensor | None:
         """None."""
         return None
 
@@ -130,7 +130,7 @@ class StatelessBaseline(Baseline):
         """Empty."""
         return {}
 
-    def updated(self, state: SiteState, record: Record, costs: Tensor) -> SiteState:
+    def updated(self, state: SiteState, record: SiteRecord, costs: Tensor) -> SiteState:
         """Still empty."""
         return state
 
@@ -145,7 +145,7 @@ class Nothing(Recordless, StatelessBaseline):
 
     fits: ClassVar[bool] = False
 
-    def predict(self, record: Record, others: Record, costs: Tensor, state: SiteState) -> Subtracted:
+    def predict(self, record: SiteRecord, others: SiteRecord, costs: Tensor, state: SiteState) -> Subtracted:
         """0."""
         return _number(costs.new_zeros((1, *costs.shape[1:])))
 
@@ -163,7 +163,7 @@ class Constant(Recordless, StatelessBaseline):
 
     value: float
 
-    def predict(self, record: Record, others: Record, costs: Tensor, state: SiteState) -> Subtracted:
+    def predict(self, record: SiteRecord, others: SiteRecord, costs: Tensor, state: SiteState) -> Subtracted:
         """The number."""
         return _number(costs.new_full((1, *costs.shape[1:]), self.value))
 
@@ -184,7 +184,7 @@ class LeaveOneOut(Recordless, StatelessBaseline):
 
     fits: ClassVar[bool] = True
 
-    def predict(self, record: Record, others: Record, costs: Tensor, state: SiteState) -> Subtracted:
+    def predict(self, record: SiteRecord, others: SiteRecord, costs: Tensor, state: SiteState) -> Subtracted:
         """Their mean."""
         return _number(costs.mean(0, keepdim=True))
 
@@ -220,12 +220,12 @@ class MovingAverage(Recordless):
         """No weight."""
         return {"mean": torch.zeros((), dtype=torch.float64), "weight": torch.zeros((), dtype=torch.float64)}
 
-    def predict(self, record: Record, others: Record, costs: Tensor, state: SiteState) -> Subtracted:
+    def predict(self, record: SiteRecord, others: SiteRecord, costs: Tensor, state: SiteState) -> Subtracted:
         """The mean so far."""
         mean = state["mean"] / state["weight"].clamp_min(1e-30)
         return _number(mean.to(costs).expand(1, *costs.shape[1:]))
 
-    def updated(self, state: SiteState, record: Record, costs: Tensor) -> SiteState:
+    def updated(self, state: SiteState, record: SiteRecord, costs: Tensor) -> SiteState:
         """decay old + (1 - decay) mean of the batch, and its weight likewise."""
         mean, weight = state["mean"], state["weight"]
         return {
@@ -250,7 +250,7 @@ class Sum(Baseline):
         parts = [part.record(d, x, _own(state, i)) for i, part in enumerate(self.parts)]
         return {f"{i}.{k}": v for i, own in enumerate(parts) for k, v in own.items()}
 
-    def predict(self, record: Record, others: Record, costs: Tensor, state: SiteState) -> Subtracted:
+    def predict(self, record: SiteRecord, others: SiteRecord, costs: Tensor, state: SiteState) -> Subtracted:
         """The sum of the parts'."""
         value = known = costs.new_zeros((1, *costs.shape[1:]))
         left = costs
@@ -265,7 +265,7 @@ class Sum(Baseline):
         """The parts', under their numbers."""
         return {f"{i}.{k}": v for i, part in enumerate(self.parts) for k, v in part.start(d).items()}
 
-    def updated(self, state: SiteState, record: Record, costs: Tensor) -> SiteState:
+    def updated(self, state: SiteState, record: SiteRecord, costs: Tensor) -> SiteState:
         """Each on what those before it leave."""
         after: dict[str, Tensor] = {}
         left = costs
@@ -275,7 +275,7 @@ class Sum(Baseline):
             left = left - part.predict(own, own, left, before).value.detach()
         return after
 
-    def auxiliary(self, record: Record, costs: Tensor) -> Tensor | None:
+    def auxiliary(self, record: SiteRecord, costs: Tensor) -> Tensor | None:
         """The parts' sum; each learns the cost itself."""
         losses = [part.auxiliary(_own(record, i), costs) for i, part in enumerate(self.parts)]
         given = [loss for loss in losses if loss is not None]

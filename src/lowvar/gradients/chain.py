@@ -35,7 +35,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from lowvar.gradients.baselines import Baseline, Nothing
-from lowvar.gradients.estimator import Label, SiteState, zero
+from lowvar.gradients.estimator import GradientLabel, SiteState, zero
 from lowvar.process.covariance import Diagonal, Isotropic
 from lowvar.process.denoiser import Denoiser, NetworkDenoiser
 from lowvar.process.kernel import Gaussian, ReverseKernel, StepCoefficients
@@ -90,7 +90,7 @@ class ChainGradient:
     samples: Tensor
     log_prob: Tensor
     state: SiteState
-    label: Label
+    label: GradientLabel
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +213,7 @@ class ReverseChain:
         if "score" in every:
             each = value + (f - rule.subtracted({}, f, before).value.detach()) * zero(log_prob)
         loss = each.mean() if weight is None else (weight * each).sum()
-        label: Label = "biased" if "stop" in every else "unbiased"
+        label: GradientLabel = "biased" if "stop" in every else "unbiased"
         return ChainGradient(loss, f, x.detach(), log_prob.detach(), rule.updated(before, {}, f), label)
 
     def _step(

@@ -31,15 +31,15 @@ from lowvar.gradients.baselines import LeaveOneOut
 from lowvar.gradients.disarm import DisARM
 from lowvar.gradients.distributions import base, is_discrete, support
 from lowvar.gradients.enumeration import Enumerate
-from lowvar.gradients.estimator import Estimator, Label
-from lowvar.gradients.expectation import Expectation, State
+from lowvar.gradients.estimator import Estimator, GradientLabel
+from lowvar.gradients.expectation import Expectation, ProgramState
 from lowvar.gradients.multisample import MultiSample
 from lowvar.gradients.pathwise import Pathwise
 from lowvar.gradients.program import swapped
 from lowvar.gradients.score import Score
 from lowvar.process.noise import NoiseSource
 
-__all__ = ["Automatic", "Comparison", "Diagnosis", "automatic", "compare", "diagnose"]
+__all__ = ["Automatic", "Diagnosis", "EstimatorComparison", "automatic", "compare", "diagnose"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Diagnosis:
     high: float
     snr: float
     cost: float
-    label: Label
+    label: GradientLabel
     sites: Mapping[str, float]
 
     @property
@@ -76,7 +76,7 @@ def diagnose(
     E: Expectation,
     theta: Any,
     source: NoiseSource,
-    state: State,
+    state: ProgramState,
     *,
     data: Sequence[Any] = (),
     repeats: int = 200,
@@ -136,7 +136,7 @@ def diagnose(
         for _ in range(5):
             gradient(one)
         spent = (time.perf_counter() - begin) / 5
-    label: Label = "biased" if any(s.label == "biased" for s in state.plan.sites) else "unbiased"
+    label: GradientLabel = "biased" if any(s.label == "biased" for s in state.plan.sites) else "unbiased"
     return Diagnosis(
         pytree.tree_map(lambda x: x.mean(0), g),
         pytree.tree_map(lambda x: x.var(0), g),
@@ -151,7 +151,7 @@ def diagnose(
 
 
 @dataclass(frozen=True)
-class Comparison:
+class EstimatorComparison:
     """Diagnoses by name, the least work first, biased ones last; `left_out` says why others could not run."""
 
     rows: Mapping[str, Diagnosis]
@@ -179,7 +179,7 @@ def compare(
     data: Sequence[Any] = (),
     repeats: int = 200,
     cost: Literal["worlds", "seconds"] = "worlds",
-) -> Comparison:
+) -> EstimatorComparison:
     """The same program with one estimator after the other, on the same noise, ranked by variance x cost.
 
     Args:
@@ -217,7 +217,7 @@ def compare(
         except ValueError as reason:
             left_out[name] = str(reason)
     ranked = sorted(rows.items(), key=lambda row: (row[1].label == "biased", row[1].work))
-    return Comparison(dict(ranked), left_out)
+    return EstimatorComparison(dict(ranked), left_out)
 
 
 def _default(d: Distribution, given: Any) -> Estimator:

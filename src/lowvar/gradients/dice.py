@@ -19,7 +19,16 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from lowvar.gradients.distributions import breaks, log_prob, noise_of, sample
-from lowvar.gradients.estimator import Draw, Label, Noise, OneBranch, Record, SiteState, Stateless, zero
+from lowvar.gradients.estimator import (
+    BaseNoise,
+    GradientLabel,
+    OneBranch,
+    SiteDraw,
+    SiteRecord,
+    SiteState,
+    Stateless,
+    zero,
+)
 
 __all__ = ["DiCE"]
 
@@ -43,13 +52,13 @@ class DiCE(OneBranch, Stateless):
         (7.8125, -11.71875)
     """
 
-    label: ClassVar[Label] = "unbiased"
+    label: ClassVar[GradientLabel] = "unbiased"
     source: ClassVar[str] = "Foerster et al. 2018"
     orders: ClassVar[int] = 0
 
     baseline: float = 0.0
 
-    def noise(self, d: Distribution) -> dict[str, Noise]:
+    def noise(self, d: Distribution) -> dict[str, BaseNoise]:
         """That of the sample."""
         return noise_of(d)
 
@@ -57,12 +66,12 @@ class DiCE(OneBranch, Stateless):
         """Those of the sample."""
         return breaks(d)
 
-    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> Draw:
+    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> SiteDraw:
         """One sample without a gradient, and its log p."""
         x = sample(d, noise).detach()
-        return Draw(x[None], {"log_prob": log_prob(d, x)})
+        return SiteDraw(x[None], {"log_prob": log_prob(d, x)})
 
-    def surrogate(self, record: Record, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
+    def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         """(S_main - b) box + b."""
         box = torch.exp(zero(record["log_prob"]))[..., None]
         b = self.baseline / costs.shape[-1]

@@ -20,7 +20,16 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from lowvar.gradients.arm import bernoulli
-from lowvar.gradients.estimator import Branch, Draw, Label, Noise, Record, SiteState, Stateless, zero
+from lowvar.gradients.estimator import (
+    BaseNoise,
+    Branch,
+    GradientLabel,
+    SiteDraw,
+    SiteRecord,
+    SiteState,
+    Stateless,
+    zero,
+)
 
 __all__ = ["DisARM"]
 
@@ -36,12 +45,12 @@ class DisARM(Stateless):
         [1.0, 0.0]
     """
 
-    label: ClassVar[Label] = "unbiased"
+    label: ClassVar[GradientLabel] = "unbiased"
     source: ClassVar[str] = "Dong, Mnih & Tucker 2020"
 
-    def noise(self, d: Distribution) -> dict[str, Noise]:
+    def noise(self, d: Distribution) -> dict[str, BaseNoise]:
         """A uniform number an element."""
-        return {"u": Noise("uniform", bernoulli(d, "DisARM").batch_shape, between="constant")}
+        return {"u": BaseNoise("uniform", bernoulli(d, "DisARM").batch_shape, between="constant")}
 
     def breaks(self, d: Distribution) -> dict[str, Tensor]:
         """At p and 1 - p."""
@@ -52,18 +61,18 @@ class DisARM(Stateless):
         """Two."""
         return ("main", "main")
 
-    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> Draw:
+    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> SiteDraw:
         """Both samples."""
         d, u = bernoulli(d, "DisARM"), noise["u"]
         p = d.probs.detach()
         b, mirror = (u > 1 - p).to(p.dtype), (u < p).to(p.dtype)
         weight = 0.5 * (b - mirror) * torch.sigmoid(d.logits.detach().abs())  # (-1)^b~ 1[b != b~] = b - b~
-        return Draw(torch.stack([b, mirror]), {"term": (weight * zero(d.logits)).sum()})
+        return SiteDraw(torch.stack([b, mirror]), {"term": (weight * zero(d.logits)).sum()})
 
-    def surrogate(self, record: Record, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
+    def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         """Mean surrogate + (f(b) - f(b~)) sum of weights zero(phi)."""
         return live.mean(-2) + (costs[..., 0, :] - costs[..., 1, :]) * record["term"][..., None]
 
-    def value(self, record: Record, costs: Tensor) -> Tensor:
+    def value(self, record: SiteRecord, costs: Tensor) -> Tensor:
         """The mean."""
         return costs.mean(-2)

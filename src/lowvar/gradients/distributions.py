@@ -22,7 +22,7 @@ from torch import Tensor
 from torch import distributions as td
 from torch.distributions import Distribution
 
-from lowvar.gradients.estimator import Noise
+from lowvar.gradients.estimator import BaseNoise
 
 __all__ = ["base", "breaks", "is_discrete", "log_prob", "natural", "noise_of", "sample", "support", "with_natural"]
 
@@ -62,7 +62,7 @@ def _cdf_steps(d: Distribution) -> Tensor:
     return (1 - probs)[..., None] if isinstance(d, td.Bernoulli) else probs.cumsum(-1)[..., :-1]
 
 
-def noise_of(d: Distribution) -> dict[str, Noise]:
+def noise_of(d: Distribution) -> dict[str, BaseNoise]:
     """The base noise that `sample` takes, by name.
 
     Raises:
@@ -72,9 +72,9 @@ def noise_of(d: Distribution) -> dict[str, Noise]:
     if isinstance(d, td.TransformedDistribution):
         return noise_of(d.base_dist)
     if isinstance(d, td.Normal | td.MultivariateNormal):
-        return {"z": Noise("normal", d.batch_shape + d.event_shape)}
+        return {"z": BaseNoise("normal", d.batch_shape + d.event_shape)}
     if isinstance(d, _ICDF) or is_discrete(d):
-        return {"u": Noise("uniform", d.batch_shape, "constant" if is_discrete(d) else "smooth")}
+        return {"u": BaseNoise("uniform", d.batch_shape, "constant" if is_discrete(d) else "smooth")}
     from lowvar.gradients.implicit import implicit_noise
 
     return implicit_noise(d)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from lowvar.gradients.distributions import base, support
-from lowvar.gradients.estimator import Branch, Draw, Label, Noise, Record, SiteState, Stateless
+from lowvar.gradients.estimator import BaseNoise, Branch, GradientLabel, SiteDraw, SiteRecord, SiteState, Stateless
 
 __all__ = ["Enumerate"]
 
@@ -32,11 +32,11 @@ class Enumerate(Stateless):
         ([0.0, 1.0], [0.75, 0.25])
     """
 
-    label: ClassVar[Label] = "unbiased"
+    label: ClassVar[GradientLabel] = "unbiased"
     source: ClassVar[str] = "definition"
     orders: ClassVar[int] = 0
 
-    def noise(self, d: Distribution) -> dict[str, Noise]:
+    def noise(self, d: Distribution) -> dict[str, BaseNoise]:
         """None."""
         return {}
 
@@ -48,16 +48,16 @@ class Enumerate(Stateless):
         """One a joint value."""
         return ("main",) * len(support(d))
 
-    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> Draw:
+    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> SiteDraw:
         """All values and their log p."""
         values = support(d)
         extra = base(d).log_prob(values)
-        return Draw(values, {"log_prob": extra.reshape(len(values), -1).sum(1)})
+        return SiteDraw(values, {"log_prob": extra.reshape(len(values), -1).sum(1)})
 
-    def surrogate(self, record: Record, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
+    def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         """sum_x p(x) S(x)."""
         return (torch.exp(record["log_prob"])[..., None] * live).sum(-2)
 
-    def value(self, record: Record, costs: Tensor) -> Tensor:
+    def value(self, record: SiteRecord, costs: Tensor) -> Tensor:
         """sum_x p(x) f(x)."""
         return (torch.exp(record["log_prob"])[..., None] * costs).sum(-2)

@@ -37,21 +37,21 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 __all__ = [
+    "BaseNoise",
     "Branch",
-    "Draw",
     "Estimator",
-    "Label",
-    "Noise",
+    "GradientLabel",
     "OneBranch",
-    "Record",
+    "SiteDraw",
+    "SiteRecord",
     "SiteState",
     "Stateless",
     "zero",
 ]
 
-Label = Literal["unbiased", "biased"]
+GradientLabel = Literal["unbiased", "biased"]
 Branch = Literal["main", "live", "probe"]
-Record = Mapping[str, Tensor]
+SiteRecord = Mapping[str, Tensor]
 SiteState = Mapping[str, Tensor]
 
 
@@ -68,7 +68,7 @@ def zero(y: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Noise:
+class BaseNoise:
     """Base noise of a site.
 
     Attributes:
@@ -87,11 +87,11 @@ class Noise:
 
 
 @dataclass(frozen=True)
-class Draw:
+class SiteDraw:
     """Values of a site, one a branch (total, *shape), and the record for when the costs are known."""
 
     values: Tensor
-    record: Record
+    record: SiteRecord
 
 
 class Estimator(ABC):
@@ -108,13 +108,13 @@ class Estimator(ABC):
         smooth: whether costs have to be differentiable in the site's value.
     """
 
-    label: ClassVar[Label]
+    label: ClassVar[GradientLabel]
     source: ClassVar[str]
     orders: ClassVar[int] = 1
     smooth: ClassVar[bool] = False
 
     @abstractmethod
-    def noise(self, d: Distribution) -> dict[str, Noise]:
+    def noise(self, d: Distribution) -> dict[str, BaseNoise]:
         """The base noise it needs, by name."""
 
     @abstractmethod
@@ -129,11 +129,11 @@ class Estimator(ABC):
         """The kind of each value that the site takes."""
 
     @abstractmethod
-    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> Draw:
+    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> SiteDraw:
         """Values and record from noise."""
 
     @abstractmethod
-    def surrogate(self, record: Record, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
+    def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         """The surrogate before the site, (n, ..., G).
 
         Args:
@@ -144,7 +144,7 @@ class Estimator(ABC):
         """
 
     @abstractmethod
-    def value(self, record: Record, costs: Tensor) -> Tensor:
+    def value(self, record: SiteRecord, costs: Tensor) -> Tensor:
         """The unbiased cost before the site, (n, ..., G), from the main branches' costs (n, ..., main, G)."""
 
     @abstractmethod
@@ -152,11 +152,11 @@ class Estimator(ABC):
         """The state before any batch."""
 
     @abstractmethod
-    def updated(self, state: SiteState, record: Record, costs: Tensor) -> SiteState:
+    def updated(self, state: SiteState, record: SiteRecord, costs: Tensor) -> SiteState:
         """The state after a batch, called once its surrogate is built."""
 
     @abstractmethod
-    def auxiliary(self, record: Record, costs: Tensor, state: SiteState) -> Tensor | None:
+    def auxiliary(self, record: SiteRecord, costs: Tensor, state: SiteState) -> Tensor | None:
         """A loss of the estimator's own parameters (a learned control variate), or None."""
 
 
@@ -167,7 +167,7 @@ class OneBranch(Estimator):
         """One."""
         return ("main",)
 
-    def value(self, record: Record, costs: Tensor) -> Tensor:
+    def value(self, record: SiteRecord, costs: Tensor) -> Tensor:
         """Its cost."""
         return costs[..., 0, :]
 
@@ -179,10 +179,10 @@ class Stateless(Estimator):
         """Empty."""
         return {}
 
-    def updated(self, state: SiteState, record: Record, costs: Tensor) -> SiteState:
+    def updated(self, state: SiteState, record: SiteRecord, costs: Tensor) -> SiteState:
         """Still empty."""
         return state
 
-    def auxiliary(self, record: Record, costs: Tensor, state: SiteState) -> Tensor | None:
+    def auxiliary(self, record: SiteRecord, costs: Tensor, state: SiteState) -> Tensor | None:
         """None."""
         return None

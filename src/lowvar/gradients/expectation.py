@@ -30,18 +30,18 @@ from torch.distributions import Distribution
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from lowvar.gradients.estimator import Estimator, Record, SiteState
-from lowvar.gradients.program import Plan, Sites, _number, refuse_steps, traced
+from lowvar.gradients.estimator import Estimator, SiteRecord, SiteState
+from lowvar.gradients.program import ProgramPlan, Sites, _number, refuse_steps, traced
 from lowvar.gradients.worlds import Worlds, grow
 from lowvar.process.noise import NoiseSource
 
-__all__ = ["Evaluation", "Expectation", "Info", "Noises", "State", "without_validation"]
+__all__ = ["BatchEvaluation", "Expectation", "Info", "Noises", "ProgramState", "without_validation"]
 
 Noises = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class State:
+class ProgramState:
     """What a batch leaves to the next: the plan of the program (fixed) and each site's own state.
 
     Attributes:
@@ -50,7 +50,7 @@ class State:
         sites: tensors by site.
     """
 
-    plan: Plan
+    plan: ProgramPlan
     worlds: Worlds
     sites: Mapping[str, SiteState]
 
@@ -58,7 +58,7 @@ class State:
         """All tensors under flat names, for a checkpoint."""
         return {f"{site}/{name}": value for site, own in self.sites.items() for name, value in own.items()}
 
-    def restored(self, tensors: Mapping[str, Tensor]) -> State:
+    def restored(self, tensors: Mapping[str, Tensor]) -> ProgramState:
         """This state with the tensors of a checkpoint.
 
         Raises:
@@ -91,14 +91,14 @@ class Info:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class BatchEvaluation:
     """A batch before it is averaged: surrogates and values (n,) or (n, data), costs by name, the state after it."""
 
     surrogates: Tensor
     values: Tensor
     costs: Mapping[str, Tensor]
     auxiliary: Tensor
-    state: State
+    state: ProgramState
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Expectation:
         if self.n < 1:
             raise ValueError(f"n is {self.n}; give at least 1 sample")
 
-    def init(self, theta: Any, data: Sequence[Any] = ()) -> State:
+    def init(self, theta: Any, data: Sequence[Any] = ()) -> ProgramState:
         """The state before any batch; runs the program once, on the first datum.
 
         Args:
@@ -147,9 +147,9 @@ class Expectation:
         row = pytree.tree_map(lambda x: x[0], tuple(data))
         found = traced(self.program, theta, row)
         refuse_steps(self.program, theta, row, found)
-        return State(found.plan, grow([site.branches for site in found.plan.sites]), found.starts)
+        return ProgramState(found.plan, grow([site.branches for site in found.plan.sites]), found.starts)
 
-    def noises(self, source: NoiseSource, state: State, *, step: int = 0, data: Sequence[Any] = ()) -> Noises:
+    def noises(self, source: NoiseSource, state: ProgramState, *, step: int = 0, data: Sequence[Any] = ()) -> Noises:
         """Noise of all sites, (data, n, *shape); without data (n, *shape). Sample j of datum b is number b n + j."""
         count = _count(data)
         rows = self.n * (1 if count is None else count)
@@ -165,7 +165,7 @@ class Expectation:
             for k, site in enumerate(state.plan.sites)
         }
 
-    def evaluate(self, theta: Any, noises: Noises, state: State, *, data: Sequence[Any] = ()) -> Evaluation:
+    def evaluate(self, theta: Any, noises: Noises, state: ProgramState, *, data: Sequence[Any] = ()) -> BatchEvaluation:
         """A batch on explicit noise (as `noises` gives it)."""
         plan, worlds = state.plan, state.worlds
         groups = list(dict.fromkeys(cost.ancestors for cost in plan.costs))
@@ -229,7 +229,7 @@ class Expectation:
         )
         flat = (lambda x: x[:, 0]) if plate is None else (lambda x: x)
         costs = {cost.name: flat(values[:, :, 0, c]) for c, cost in enumerate(plan.costs)}
-        return Evaluation(
+        return BatchEvaluation(
             flat(surrogate[:, :, 0].sum(-1)),
             flat(value[:, :, 0].sum(-1)),
             costs,
@@ -238,8 +238,8 @@ class Expectation:
         )
 
     def surrogate(
-        self, theta: Any, source: NoiseSource, state: State, *, step: int = 0, data: Sequence[Any] = ()
-    ) -> tuple[Tensor, State, Info]:
+        self, theta: Any, source: NoiseSource, state: ProgramState, *, step: int = 0, data: Sequence[Any] = ()
+    ) -> tuple[Tensor, ProgramState, Info]:
         """Loss, state after the batch, info.
 
         Args:
@@ -285,9 +285,9 @@ def _take(x: Tensor, index: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
 def _assembled(
     surrogate: Tensor,
     value: Tensor,
-    records: Mapping[str, Record],
+    records: Mapping[str, SiteRecord],
     groups: Sequence[frozenset[str]],
-    plan: Plan,
+    plan: ProgramPlan,
     worlds: Worlds,
     estimators: Sequence[Estimator],
     states: Mapping[str, SiteState],

@@ -21,7 +21,7 @@ from torch import distributions as td
 from torch.distributions import Distribution
 
 from lowvar.gradients.distributions import base, natural
-from lowvar.gradients.estimator import Draw, Label, Noise, OneBranch, Record, SiteState, Stateless
+from lowvar.gradients.estimator import BaseNoise, GradientLabel, OneBranch, SiteDraw, SiteRecord, SiteState, Stateless
 from lowvar.gradients.relaxed import relax, relaxed_noise
 
 __all__ = ["GumbelSoftmax", "concrete"]
@@ -50,7 +50,7 @@ class GumbelSoftmax(OneBranch, Stateless):
         0.3
     """
 
-    label: ClassVar[Label] = "biased"
+    label: ClassVar[GradientLabel] = "biased"
     source: ClassVar[str] = "Jang, Gu & Poole 2017"
     smooth: ClassVar[bool] = True
 
@@ -61,7 +61,7 @@ class GumbelSoftmax(OneBranch, Stateless):
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}; give a number above 0")
 
-    def noise(self, d: Distribution) -> dict[str, Noise]:
+    def noise(self, d: Distribution) -> dict[str, BaseNoise]:
         """A uniform number an entry."""
         return {"v": relaxed_noise(d, "GumbelSoftmax")["v"]}
 
@@ -69,10 +69,10 @@ class GumbelSoftmax(OneBranch, Stateless):
         """None."""
         return {}
 
-    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> Draw:
+    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> SiteDraw:
         """The relaxed sample."""
-        return Draw(concrete(d, noise["v"], self.temperature)[None], {})
+        return SiteDraw(concrete(d, noise["v"], self.temperature)[None], {})
 
-    def surrogate(self, record: Record, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
+    def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         """The branch's own."""
         return live[..., 0, :]

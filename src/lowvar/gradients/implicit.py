@@ -28,7 +28,7 @@ from torch import Tensor
 from torch import distributions as td
 from torch.distributions import Distribution
 
-from lowvar.gradients.estimator import Noise, zero
+from lowvar.gradients.estimator import BaseNoise, zero
 
 __all__ = ["attached", "gamma_cdf", "gamma_quantile", "implicit_noise", "is_implicit", "quantile", "von_mises_cdf"]
 
@@ -42,7 +42,7 @@ def is_implicit(d: Distribution) -> bool:
     return isinstance(d, _KINDS)
 
 
-def implicit_noise(d: Distribution) -> dict[str, Noise]:
+def implicit_noise(d: Distribution) -> dict[str, BaseNoise]:
     """Base noise of the distributions above.
 
     Raises:
@@ -50,9 +50,9 @@ def implicit_noise(d: Distribution) -> dict[str, Noise]:
     """
     shape = d.batch_shape + d.event_shape
     if isinstance(d, td.Beta):
-        return {"u": Noise("uniform", shape), "v": Noise("uniform", shape)}
+        return {"u": BaseNoise("uniform", shape), "v": BaseNoise("uniform", shape)}
     if isinstance(d, td.StudentT):
-        return {"z": Noise("normal", shape), "u": Noise("uniform", shape)}
+        return {"z": BaseNoise("normal", shape), "u": BaseNoise("uniform", shape)}
     if isinstance(d, td.MixtureSameFamily):
         from lowvar.gradients.distributions import noise_of
 
@@ -62,11 +62,11 @@ def implicit_noise(d: Distribution) -> dict[str, Noise]:
         if len(inner) != 1 or ("u" in inner and inner["u"].kind != "uniform"):
             raise ValueError(f"no sampler of a mixture of {type(d.component_distribution).__name__} here")
         return {
-            "u": Noise("uniform", shape, between="constant"),
-            "component": Noise(next(iter(inner.values())).kind, shape),
+            "u": BaseNoise("uniform", shape, between="constant"),
+            "component": BaseNoise(next(iter(inner.values())).kind, shape),
         }
     if isinstance(d, _KINDS):
-        return {"u": Noise("uniform", shape)}
+        return {"u": BaseNoise("uniform", shape)}
     raise ValueError(
         f"{type(d).__name__} cannot be drawn from explicit noise here; allowed: Normal, LogNormal, MultivariateNormal, "
         "Laplace, Exponential, Uniform, Cauchy, Gamma, Beta, Dirichlet, StudentT, VonMises, univariate mixtures, "

@@ -31,7 +31,16 @@ from torch import distributions as td
 from torch.distributions import Distribution
 
 from lowvar.gradients.distributions import base, breaks, noise_of, sample
-from lowvar.gradients.estimator import Branch, Draw, Label, Noise, Record, SiteState, Stateless, zero
+from lowvar.gradients.estimator import (
+    BaseNoise,
+    Branch,
+    GradientLabel,
+    SiteDraw,
+    SiteRecord,
+    SiteState,
+    Stateless,
+    zero,
+)
 from lowvar.gradients.implicit import gamma_quantile
 
 __all__ = ["MeasureValued"]
@@ -50,10 +59,10 @@ class MeasureValued(Stateless):
         [2.0, 3.0]
     """
 
-    label: ClassVar[Label] = "unbiased"
+    label: ClassVar[GradientLabel] = "unbiased"
     source: ClassVar[str] = "Pflug 1989; Heidergott et al. 2008"
 
-    def noise(self, d: Distribution) -> dict[str, Noise]:
+    def noise(self, d: Distribution) -> dict[str, BaseNoise]:
         """Uniform numbers; two an element for Normal.
 
         Raises:
@@ -65,7 +74,7 @@ class MeasureValued(Stateless):
                 f"MeasureValued is for Normal, Poisson, Bernoulli and Categorical sites, not for {type(d).__name__}"
             )
         if isinstance(d, td.Normal):
-            return {"u": Noise("uniform", d.batch_shape), "v": Noise("uniform", d.batch_shape)}
+            return {"u": BaseNoise("uniform", d.batch_shape), "v": BaseNoise("uniform", d.batch_shape)}
         return noise_of(d)
 
     def breaks(self, d: Distribution) -> dict[str, Tensor]:
@@ -87,16 +96,18 @@ class MeasureValued(Stateless):
             probes = int(d.probs.shape[-1])  # pyright: ignore[reportAttributeAccessIssue]
         return ("main", *[_PROBE for _ in range(elements * probes)])
 
-    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> Draw:
+    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> SiteDraw:
         """The sample x, then x with one element changed; `terms` weigh the probes' costs less the sample's."""
         d = base(d)
         if isinstance(d, td.Normal):
             return _normal(d, noise)
         x = sample(d, noise).detach()
         if isinstance(d, td.Poisson):
-            return Draw(torch.cat([x[None], _replaced(x, x + 1)]), {"terms": zero(d.rate).reshape(-1)})
+            return SiteDraw(torch.cat([x[None], _replaced(x, x + 1)]), {"terms": zero(d.rate).reshape(-1)})
         if isinstance(d, td.Bernoulli):
-            return Draw(torch.cat([x[None], _replaced(x, 1 - x)]), {"terms": ((1 - 2 * x) * zero(d.probs)).reshape(-1)})
+            return SiteDraw(
+                torch.cat([x[None], _replaced(x, 1 - x)]), {"terms": ((1 - 2 * x) * zero(d.probs)).reshape(-1)}
+            )
         kinds = d.probs.shape[-1]  # pyright: ignore[reportAttributeAccessIssue]
         each = torch.arange(kinds, device=x.device)
         if isinstance(d, td.OneHotCategorical):
@@ -105,14 +116,14 @@ class MeasureValued(Stateless):
             probes = torch.where(rows, unit[None, :, None], flat).reshape(-1, *x.shape)
         else:
             probes = torch.stack([_replaced(x, each[k].expand_as(x)) for k in range(kinds)], 1).reshape(-1, *x.shape)
-        return Draw(torch.cat([x[None], probes]), {"terms": zero(d.probs).reshape(-1)})  # pyright: ignore[reportAttributeAccessIssue]
+        return SiteDraw(torch.cat([x[None], probes]), {"terms": zero(d.probs).reshape(-1)})  # pyright: ignore[reportAttributeAccessIssue]
 
-    def surrogate(self, record: Record, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
+    def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         """S_main + sum over probes of (f_probe - f_main) term."""
         change = costs[..., 1:, :] - costs[..., :1, :]
         return live[..., 0, :] + (change * record["terms"][..., None]).sum(-2)
 
-    def value(self, record: Record, costs: Tensor) -> Tensor:
+    def value(self, record: SiteRecord, costs: Tensor) -> Tensor:
         """The sample's cost."""
         return costs[..., 0, :]
 
@@ -123,7 +134,7 @@ def _replaced(x: Tensor, new: Tensor) -> Tensor:
     return torch.where(eye, new, x)
 
 
-def _normal(d: td.Normal, noise: Mapping[str, Tensor]) -> Draw:
+def _normal(d: td.Normal, noise: Mapping[str, Tensor]) -> SiteDraw:
     mu, sigma, u, side = d.loc.detach(), d.scale.detach(), noise["u"], 2 * noise["v"] - 1
     rayleigh = torch.sqrt(-2 * torch.log(u))
     maxwell = torch.sqrt(2 * gamma_quantile(torch.full_like(u, 1.5), u))
@@ -131,4 +142,4 @@ def _normal(d: td.Normal, noise: Mapping[str, Tensor]) -> Draw:
     far = mu + sigma * maxwell * torch.sign(side)
     values = [x[None], _replaced(x, mu + sigma * rayleigh), _replaced(x, mu - sigma * rayleigh), _replaced(x, far)]
     loc = (zero(d.loc) / (sigma * math.sqrt(2 * math.pi))).reshape(-1)
-    return Draw(torch.cat(values), {"terms": torch.cat([loc, -loc, (zero(d.scale) / sigma).reshape(-1)])})
+    return SiteDraw(torch.cat(values), {"terms": torch.cat([loc, -loc, (zero(d.scale) / sigma).reshape(-1)])})

@@ -20,7 +20,16 @@ from torch.distributions import Distribution
 from torch.func import vmap
 
 from lowvar.gradients.distributions import breaks, log_prob, noise_of, sample
-from lowvar.gradients.estimator import Branch, Draw, Label, Noise, Record, SiteState, Stateless, zero
+from lowvar.gradients.estimator import (
+    BaseNoise,
+    Branch,
+    GradientLabel,
+    SiteDraw,
+    SiteRecord,
+    SiteState,
+    Stateless,
+    zero,
+)
 
 __all__ = ["MultiSample"]
 
@@ -42,7 +51,7 @@ class MultiSample(Stateless):
         [0.0, 1.0]
     """
 
-    label: ClassVar[Label] = "unbiased"
+    label: ClassVar[GradientLabel] = "unbiased"
     source: ClassVar[str] = "Kool, van Hoof & Welling 2019"
 
     samples: int = 2
@@ -52,10 +61,10 @@ class MultiSample(Stateless):
         if self.samples < 2:
             raise ValueError(f"samples is {self.samples}; leaving one out needs at least 2")
 
-    def noise(self, d: Distribution) -> dict[str, Noise]:
+    def noise(self, d: Distribution) -> dict[str, BaseNoise]:
         """K times that of the sample."""
         own = noise_of(d)
-        return {k: Noise(e.kind, torch.Size([self.samples, *e.shape]), e.between) for k, e in own.items()}
+        return {k: BaseNoise(e.kind, torch.Size([self.samples, *e.shape]), e.between) for k, e in own.items()}
 
     def breaks(self, d: Distribution) -> dict[str, Tensor]:
         """Those of the sample."""
@@ -65,16 +74,16 @@ class MultiSample(Stateless):
         """K."""
         return ("main",) * self.samples
 
-    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> Draw:
+    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> SiteDraw:
         """K samples without a gradient."""
         x = vmap(lambda e: sample(d, e))(dict(noise)).detach()
-        return Draw(x, {"log_prob": vmap(lambda v: log_prob(d, v))(x)})
+        return SiteDraw(x, {"log_prob": vmap(lambda v: log_prob(d, v))(x)})
 
-    def surrogate(self, record: Record, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
+    def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         """Mean surrogate + mean of (f_j - mean of others) zero(log p_j)."""
         others = (costs.sum(-2, keepdim=True) - costs) / (self.samples - 1)
         return (live + (costs - others) * zero(record["log_prob"])[..., None]).mean(-2)
 
-    def value(self, record: Record, costs: Tensor) -> Tensor:
+    def value(self, record: SiteRecord, costs: Tensor) -> Tensor:
         """The mean."""
         return costs.mean(-2)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from lowvar.gradients.distributions import breaks, is_discrete, noise_of, sample
-from lowvar.gradients.estimator import Draw, Label, Noise, OneBranch, Record, SiteState, Stateless
+from lowvar.gradients.estimator import BaseNoise, GradientLabel, OneBranch, SiteDraw, SiteRecord, SiteState, Stateless
 
 __all__ = ["Pathwise"]
 
@@ -41,12 +41,12 @@ class Pathwise(OneBranch, Stateless):
         4.0
     """
 
-    label: ClassVar[Label] = "unbiased"
+    label: ClassVar[GradientLabel] = "unbiased"
     source: ClassVar[str] = "Kingma & Welling 2014"
     smooth: ClassVar[bool] = True
     orders: ClassVar[int] = 0
 
-    def noise(self, d: Distribution) -> dict[str, Noise]:
+    def noise(self, d: Distribution) -> dict[str, BaseNoise]:
         """That of the distribution's transform."""
         if is_discrete(d):
             raise ValueError(
@@ -58,13 +58,13 @@ class Pathwise(OneBranch, Stateless):
         """Those of the sample."""
         return breaks(d)
 
-    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> Draw:
+    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> SiteDraw:
         """One sample with its gradient."""
         from lowvar.gradients.implicit import attached, is_implicit
 
         x = attached(d, sample(d, noise), noise) if is_implicit(d) else sample(d, noise)
-        return Draw(x[None], {})
+        return SiteDraw(x[None], {})
 
-    def surrogate(self, record: Record, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
+    def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         """The branch's own."""
         return live[..., 0, :]

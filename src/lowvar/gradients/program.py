@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from lowvar.gradients.estimator import Branch, Draw, Estimator, Label, Noise, Record, SiteState
+from lowvar.gradients.estimator import BaseNoise, Branch, Estimator, GradientLabel, SiteDraw, SiteRecord, SiteState
 from lowvar.process.noise import Independent
 
-__all__ = ["CostPlan", "Plan", "SitePlan", "Sites"]
+__all__ = ["CostPlan", "ProgramPlan", "SitePlan", "Sites"]
 
 Choose = Callable[[str, Distribution, Any], Estimator]
 StepEstimator = Estimator | Sequence[Estimator] | Callable[[int], Estimator]
@@ -48,10 +48,10 @@ class SitePlan:
     """
 
     name: str
-    noise: Mapping[str, Noise]
+    noise: Mapping[str, BaseNoise]
     branches: tuple[Branch, ...]
     ancestors: frozenset[str]
-    label: Label
+    label: GradientLabel
     estimator: str
     dtype: torch.dtype
     device: torch.device
@@ -66,7 +66,7 @@ class CostPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ProgramPlan:
     """Sites and costs of a program, in order."""
 
     sites: tuple[SitePlan, ...]
@@ -85,7 +85,7 @@ class Sites:
 
     def __init__(
         self,
-        plan: Plan | None,
+        plan: ProgramPlan | None,
         noise: Mapping[str, Mapping[str, Tensor]],
         choice: Sequence[Tensor] | None,
         states: Mapping[str, SiteState],
@@ -94,7 +94,7 @@ class Sites:
         self.sites: list[SitePlan] = []
         self.estimators: list[Estimator] = []
         self.starts: dict[str, SiteState] = {}
-        self.records: dict[str, Record] = {}
+        self.records: dict[str, SiteRecord] = {}
         self.costs: list[tuple[CostPlan, Tensor]] = []
         self.values: dict[str, Tensor] = {}
         self.distributions: dict[str, Distribution] = {}
@@ -150,7 +150,7 @@ class Sites:
         self.values[name] = value = self._pick(k, draw)
         return value
 
-    def _pick(self, k: int, draw: Draw) -> Tensor:
+    def _pick(self, k: int, draw: SiteDraw) -> Tensor:
         if draw.values.shape[0] == 1 or self._choice is None:
             return draw.values[0]
         if draw.values.shape[0] == 2:  # cheaper than a gather under vmap
@@ -278,7 +278,7 @@ def swapped(program: Callable[..., Any], choose: Choose) -> Callable[..., Any]:
 class _Found:
     """A trace: the plan, states before any batch, values and distributions."""
 
-    plan: Plan
+    plan: ProgramPlan
     starts: Mapping[str, SiteState]
     sites: Sites = field(repr=False)
 
@@ -289,7 +289,7 @@ def traced(program: Callable[..., Any], theta: Any, data: Sequence[Any]) -> _Fou
     program(theta, s, *data)
     if not s.costs:
         raise ValueError("the program has no cost; say s.cost(name, value) at least once")
-    return _Found(Plan(tuple(s.sites), tuple(c for c, _ in s.costs)), s.starts, s)
+    return _Found(ProgramPlan(tuple(s.sites), tuple(c for c, _ in s.costs)), s.starts, s)
 
 
 class _Watched(Sites):

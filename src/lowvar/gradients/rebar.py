@@ -21,7 +21,16 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from lowvar.gradients.distributions import log_prob, natural
-from lowvar.gradients.estimator import Branch, Draw, Label, Noise, Record, SiteState, Stateless, zero
+from lowvar.gradients.estimator import (
+    BaseNoise,
+    Branch,
+    GradientLabel,
+    SiteDraw,
+    SiteRecord,
+    SiteState,
+    Stateless,
+    zero,
+)
 from lowvar.gradients.relaxed import conditional, free, hard, relax, relaxed_breaks, relaxed_noise
 
 __all__ = ["REBAR"]
@@ -45,7 +54,7 @@ class REBAR(Stateless):
         1.0
     """
 
-    label: ClassVar[Label] = "unbiased"
+    label: ClassVar[GradientLabel] = "unbiased"
     source: ClassVar[str] = "Tucker et al. 2017"
     smooth: ClassVar[bool] = True
 
@@ -57,7 +66,7 @@ class REBAR(Stateless):
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}; give a number above 0")
 
-    def noise(self, d: Distribution) -> dict[str, Noise]:
+    def noise(self, d: Distribution) -> dict[str, BaseNoise]:
         """For b, z and z~."""
         return relaxed_noise(d, "REBAR")
 
@@ -69,20 +78,20 @@ class REBAR(Stateless):
         """b, and the relaxed z and z~."""
         return ("main", "live", "live")
 
-    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> Draw:
+    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> SiteDraw:
         """The three values."""
         b = hard(d, noise)
         logits = natural(d)["logits"]
         z, given = free(d, logits, b, noise["v"]), conditional(d, logits, b, noise["w"])
         values = torch.stack([b, relax(d, z, self.temperature), relax(d, given, self.temperature)])
-        return Draw(values, {"log_prob": log_prob(d, b)})
+        return SiteDraw(values, {"log_prob": log_prob(d, b)})
 
-    def surrogate(self, record: Record, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
+    def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         """See the module."""
         f, c = costs[..., 0, :], self.eta * costs[..., 2, :]
         score = (f - c) * zero(record["log_prob"])[..., None]
         return live[..., 0, :] + score + self.eta * (zero(live[..., 1, :]) - zero(live[..., 2, :]))
 
-    def value(self, record: Record, costs: Tensor) -> Tensor:
+    def value(self, record: SiteRecord, costs: Tensor) -> Tensor:
         """f(b)."""
         return costs[..., 0, :]

@@ -21,7 +21,7 @@ from torch.distributions import Distribution
 from torch.func import grad, grad_and_value
 
 from lowvar.gradients.distributions import log_prob, natural, with_natural
-from lowvar.gradients.estimator import Draw, Label, Noise, OneBranch, Record, SiteState, zero
+from lowvar.gradients.estimator import BaseNoise, GradientLabel, OneBranch, SiteDraw, SiteRecord, SiteState, zero
 from lowvar.gradients.relaxed import conditional, free, hard, relaxed_breaks, relaxed_noise
 
 __all__ = ["RELAX"]
@@ -43,12 +43,12 @@ class RELAX(OneBranch):
         ['control', 'difference', 'log_prob', 'score', 'term']
     """
 
-    label: ClassVar[Label] = "unbiased"
+    label: ClassVar[GradientLabel] = "unbiased"
     source: ClassVar[str] = "Grathwohl et al. 2018"
 
     control: Callable[[Tensor], Tensor]
 
-    def noise(self, d: Distribution) -> dict[str, Noise]:
+    def noise(self, d: Distribution) -> dict[str, BaseNoise]:
         """For b, z and z~."""
         return relaxed_noise(d, "RELAX")
 
@@ -56,7 +56,7 @@ class RELAX(OneBranch):
         """Those of b."""
         return relaxed_breaks(d)
 
-    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> Draw:
+    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> SiteDraw:
         """b, and the control variate's values and derivatives in the logits."""
         b = hard(d, noise)
         logits = natural(d)["logits"]
@@ -67,9 +67,9 @@ class RELAX(OneBranch):
         score = grad(lambda phi: log_prob(with_natural(d, {"logits": phi}), b))(fixed)
         difference = slope - given
         record = {"log_prob": log_prob(d, b), "term": (difference.detach() * zero(logits)).sum()}
-        return Draw(b[None], {**record, "control": control, "difference": difference, "score": score})
+        return SiteDraw(b[None], {**record, "control": control, "difference": difference, "score": score})
 
-    def surrogate(self, record: Record, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
+    def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         """See the module."""
         f = costs[..., 0, :]
         c = record["control"].detach()[..., None] / f.shape[-1]
@@ -80,11 +80,11 @@ class RELAX(OneBranch):
         """Empty: the control variate belongs to the user."""
         return {}
 
-    def updated(self, state: SiteState, record: Record, costs: Tensor) -> SiteState:
+    def updated(self, state: SiteState, record: SiteRecord, costs: Tensor) -> SiteState:
         """Still empty."""
         return state
 
-    def auxiliary(self, record: Record, costs: Tensor, state: SiteState) -> Tensor | None:
+    def auxiliary(self, record: SiteRecord, costs: Tensor, state: SiteState) -> Tensor | None:
         """The mean of |g|^2 over samples, with a gradient with respect to the control variate only."""
         f = costs[..., 0, :].sum(-1)
         left = f - record["control"]

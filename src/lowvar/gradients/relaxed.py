@@ -22,14 +22,14 @@ from torch import distributions as td
 from torch.distributions import Distribution
 
 from lowvar.gradients.distributions import base, breaks, noise_of, sample
-from lowvar.gradients.estimator import Noise, zero
+from lowvar.gradients.estimator import BaseNoise, zero
 
 __all__ = ["conditional", "free", "hard", "relax", "relaxed_breaks", "relaxed_noise"]
 
 Relaxable = td.Bernoulli | td.OneHotCategorical
 
 
-def relaxed_noise(d: Distribution, who: str) -> dict[str, Noise]:
+def relaxed_noise(d: Distribution, who: str) -> dict[str, BaseNoise]:
     """u for the discrete value, v and w for z and z~ given it.
 
     Raises:
@@ -39,7 +39,7 @@ def relaxed_noise(d: Distribution, who: str) -> dict[str, Noise]:
     if not isinstance(d, Relaxable):
         raise ValueError(f"{who} relaxes Bernoulli and OneHotCategorical sites, not {type(d).__name__}")
     shape = d.batch_shape + d.event_shape
-    return {**noise_of(d), "v": Noise("uniform", shape), "w": Noise("uniform", shape)}
+    return {**noise_of(d), "v": BaseNoise("uniform", shape), "w": BaseNoise("uniform", shape)}
 
 
 def relaxed_breaks(d: Distribution) -> dict[str, Tensor]:

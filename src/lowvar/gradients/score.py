@@ -19,7 +19,7 @@ from torch.distributions import Distribution
 
 from lowvar.gradients.baselines import Baseline, Nothing
 from lowvar.gradients.distributions import breaks, log_prob, noise_of, sample
-from lowvar.gradients.estimator import Draw, Label, Noise, OneBranch, Record, SiteState, zero
+from lowvar.gradients.estimator import BaseNoise, GradientLabel, OneBranch, SiteDraw, SiteRecord, SiteState, zero
 
 __all__ = ["Score"]
 
@@ -41,12 +41,12 @@ class Score(OneBranch):
         (1.0, 0.3)
     """
 
-    label: ClassVar[Label] = "unbiased"
+    label: ClassVar[GradientLabel] = "unbiased"
     source: ClassVar[str] = "Williams 1992"
 
     baseline: Baseline = _NOTHING
 
-    def noise(self, d: Distribution) -> dict[str, Noise]:
+    def noise(self, d: Distribution) -> dict[str, BaseNoise]:
         """That of the sample."""
         return noise_of(d)
 
@@ -54,12 +54,12 @@ class Score(OneBranch):
         """Those of the sample."""
         return breaks(d)
 
-    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> Draw:
+    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> SiteDraw:
         """One sample without a gradient, its log p and what the baseline needs."""
         x = sample(d, noise).detach()
-        return Draw(x[None], {"log_prob": log_prob(d, x), **self.baseline.record(d, x, state)})
+        return SiteDraw(x[None], {"log_prob": log_prob(d, x), **self.baseline.record(d, x, state)})
 
-    def surrogate(self, record: Record, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
+    def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         """S_main + stop(f - b) zero(log p) + the baseline's own gradient."""
         f = costs[..., 0, :]
         b = self.baseline.subtracted(record, f.sum(-1), state)
@@ -71,10 +71,10 @@ class Score(OneBranch):
         """The baseline's."""
         return self.baseline.start(d)
 
-    def updated(self, state: SiteState, record: Record, costs: Tensor) -> SiteState:
+    def updated(self, state: SiteState, record: SiteRecord, costs: Tensor) -> SiteState:
         """The baseline's."""
         return self.baseline.updated(state, record, costs[..., 0, :].sum(-1))
 
-    def auxiliary(self, record: Record, costs: Tensor, state: SiteState) -> Tensor | None:
+    def auxiliary(self, record: SiteRecord, costs: Tensor, state: SiteState) -> Tensor | None:
         """The baseline's."""
         return self.baseline.auxiliary(record, costs[..., 0, :].sum(-1))

@@ -17,7 +17,16 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from lowvar.gradients.distributions import base, breaks, noise_of
-from lowvar.gradients.estimator import Draw, Label, Noise, OneBranch, Record, SiteState, Stateless, zero
+from lowvar.gradients.estimator import (
+    BaseNoise,
+    GradientLabel,
+    OneBranch,
+    SiteDraw,
+    SiteRecord,
+    SiteState,
+    Stateless,
+    zero,
+)
 from lowvar.gradients.relaxed import hard, relaxed_noise
 
 __all__ = ["StraightThrough"]
@@ -37,11 +46,11 @@ class StraightThrough(OneBranch, Stateless):
         (1.0, 1.0)
     """
 
-    label: ClassVar[Label] = "biased"
+    label: ClassVar[GradientLabel] = "biased"
     source: ClassVar[str] = "Bengio, Leonard & Courville 2013"
     smooth: ClassVar[bool] = True
 
-    def noise(self, d: Distribution) -> dict[str, Noise]:
+    def noise(self, d: Distribution) -> dict[str, BaseNoise]:
         """That of the sample."""
         relaxed_noise(d, "StraightThrough")
         return noise_of(d)
@@ -50,11 +59,11 @@ class StraightThrough(OneBranch, Stateless):
         """Those of the sample."""
         return breaks(d)
 
-    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> Draw:
+    def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> SiteDraw:
         """b + zero(p)."""
         probs = base(d).probs  # pyright: ignore[reportAttributeAccessIssue]
-        return Draw((hard(d, noise) + zero(probs))[None], {})
+        return SiteDraw((hard(d, noise) + zero(probs))[None], {})
 
-    def surrogate(self, record: Record, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
+    def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         """The branch's own."""
         return live[..., 0, :]

@@ -27,7 +27,7 @@ from torch.func import grad, hessian
 from lowvar.gradients.baselines import StatelessBaseline, Subtracted
 from lowvar.gradients.controlled import _coefficient
 from lowvar.gradients.distributions import base
-from lowvar.gradients.estimator import Record, SiteState, zero
+from lowvar.gradients.estimator import SiteRecord, SiteState, zero
 
 __all__ = ["Regression", "Taylor", "Variate"]
 
@@ -52,7 +52,7 @@ class Variate(StatelessBaseline):
         deviation, mean = self.deviation(d, x)
         return {"deviation": deviation.detach().reshape(-1), "mean": mean.reshape(-1)}
 
-    def predict(self, record: Record, others: Record, costs: Tensor, state: SiteState) -> Subtracted:
+    def predict(self, record: SiteRecord, others: SiteRecord, costs: Tensor, state: SiteState) -> Subtracted:
         """Beta (h - m), and beta zero(m)."""
         deviation, mean = record["deviation"], record["mean"]
         if self.coefficient is not None:
@@ -62,7 +62,7 @@ class Variate(StatelessBaseline):
         beta = _coefficient(torch.einsum("n...i,n...j->...ij", rows, rows), self.ridge).to(costs)
         return Subtracted((beta * deviation).sum(-1), (beta * mean).sum(-1))
 
-    def auxiliary(self, record: Record, costs: Tensor) -> Tensor | None:
+    def auxiliary(self, record: SiteRecord, costs: Tensor) -> Tensor | None:
         """None."""
         return None
 

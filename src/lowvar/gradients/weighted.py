@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from lowvar.gradients.baselines import StatelessBaseline, Subtracted
 from lowvar.gradients.distributions import log_prob, natural, with_natural
-from lowvar.gradients.estimator import Record, SiteState
+from lowvar.gradients.estimator import SiteRecord, SiteState
 
 __all__ = ["Learned", "Optimal"]
 
@@ -49,13 +49,13 @@ class Optimal(StatelessBaseline):
         score = grad(lambda th: log_prob(with_natural(d, th), x))(values)
         return {"weight": sum((s.square().sum() for s in score.values()), torch.zeros((), device=x.device)).detach()}
 
-    def predict(self, record: Record, others: Record, costs: Tensor, state: SiteState) -> Subtracted:
+    def predict(self, record: SiteRecord, others: SiteRecord, costs: Tensor, state: SiteState) -> Subtracted:
         """Their weighted mean; where all weights are 0, 0."""
         weight = others["weight"].to(costs)
         b = (weight * costs).sum(0, keepdim=True) / weight.sum(0, keepdim=True).clamp_min(1e-30)
         return Subtracted(b, torch.zeros_like(b))
 
-    def auxiliary(self, record: Record, costs: Tensor) -> Tensor | None:
+    def auxiliary(self, record: SiteRecord, costs: Tensor) -> Tensor | None:
         """None."""
         return None
 
@@ -84,11 +84,11 @@ class Learned(StatelessBaseline):
         inputs = self.inputs if isinstance(self.inputs, tuple) else (self.inputs,)
         return {"value": self.network(*pytree.tree_map(lambda v: v.detach(), inputs)).reshape(())}
 
-    def predict(self, record: Record, others: Record, costs: Tensor, state: SiteState) -> Subtracted:
+    def predict(self, record: SiteRecord, others: SiteRecord, costs: Tensor, state: SiteState) -> Subtracted:
         """The prediction."""
         value = record["value"].detach()
         return Subtracted(value, torch.zeros_like(value))
 
-    def auxiliary(self, record: Record, costs: Tensor) -> Tensor | None:
+    def auxiliary(self, record: SiteRecord, costs: Tensor) -> Tensor | None:
         """Mean squared error of the prediction."""
         return (costs - record["value"]).square().mean()

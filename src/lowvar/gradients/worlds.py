@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 from lowvar.gradients.estimator import Branch
 
-__all__ = ["Level", "Worlds", "grow"]
+__all__ = ["Fork", "Worlds", "grow"]
 
 
 @dataclass(frozen=True)
-class Level:
+class Fork:
     """The nodes before one site; full ones come first in the numbering of all.
 
     Attributes:
@@ -47,7 +47,7 @@ class Worlds:
 
     choices: tuple[tuple[int, ...], ...]
     full: int
-    levels: tuple[Level, ...]
+    levels: tuple[Fork, ...]
 
 
 def grow(branches: Sequence[Sequence[Branch]]) -> Worlds:
@@ -76,8 +76,8 @@ def grow(branches: Sequence[Sequence[Branch]]) -> Worlds:
         links.append((len(full), len(valued), live, total, main))
         full, valued = next_full, next_valued
     first = list(range(len(full) + len(valued)))
-    levels: list[Level] = []
+    levels: list[Fork] = []
     for n_full, n_valued, live, total, main in reversed(links):
         first = [first[children[0]] for children in (*total, *main)]
-        levels.append(Level(tuple(first[:n_full]), tuple(first[n_full : n_full + n_valued]), live, total, main))
+        levels.append(Fork(tuple(first[:n_full]), tuple(first[n_full : n_full + n_valued]), live, total, main))
     return Worlds(tuple(full + valued), len(full), tuple(reversed(levels)))

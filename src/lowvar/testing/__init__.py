@@ -1,6 +1,6 @@
 """Exact targets (Gaussian, mixtures, linear-Gaussian chains) and the laws every object of the process must keep."""
 
-from lowvar.testing.certificates import Certificate, Rule, certify, exact_gradient, exact_moments
+from lowvar.testing.certificates import Certificate, QuadratureRule, certify, exact_gradient, exact_moments
 from lowvar.testing.chain import Moments, affine_law, kernel_chain
 from lowvar.testing.gaussian import GaussianDenoiser, GaussianTarget, anisotropic_gaussian, rotation
 from lowvar.testing.laws import CovarianceLaws, KernelLaws, NoiseLaws, ScheduleLaws
@@ -26,7 +26,7 @@ __all__ = [
     "Moments",
     "NoiseLaws",
     "Problem",
-    "Rule",
+    "QuadratureRule",
     "ScheduleLaws",
     "affine_law",
     "anisotropic_gaussian",

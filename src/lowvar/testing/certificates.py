@@ -26,18 +26,18 @@ from torch.utils import _pytree as pytree
 
 from lowvar.gradients.distributions import is_discrete
 from lowvar.gradients.enumeration import Enumerate
-from lowvar.gradients.estimator import Estimator, Noise
-from lowvar.gradients.expectation import Expectation, Noises, State, without_validation
+from lowvar.gradients.estimator import BaseNoise, Estimator
+from lowvar.gradients.expectation import Expectation, Noises, ProgramState, without_validation
 from lowvar.gradients.pathwise import Pathwise
 from lowvar.gradients.program import Sites, swapped
 from lowvar.testing.problems import PROBLEMS, Problem
 from lowvar.testing.quadrature import hermite, legendre, tanh_sinh
 
-__all__ = ["Certificate", "Rule", "certify", "exact_gradient", "exact_moments"]
+__all__ = ["Certificate", "QuadratureRule", "certify", "exact_gradient", "exact_moments"]
 
 
 @dataclass(frozen=True)
-class Rule:
+class QuadratureRule:
     """How noise is integrated.
 
     Args:
@@ -108,7 +108,7 @@ class _Jumps(Sites):
 
 
 def _jumps(
-    E: Expectation, theta: Any, state: State, noises: Noises, count: int, site: str, data: Sequence[Any]
+    E: Expectation, theta: Any, state: ProgramState, noises: Noises, count: int, site: str, data: Sequence[Any]
 ) -> dict[str, Tensor]:
     """Jumps of a site's noise for each node (Q, ...) in all worlds, (Q, *shape, k)."""
 
@@ -123,7 +123,7 @@ def _jumps(
     return {name: x.movedim(1, -1).flatten(-2) for name, x in found.items()}
 
 
-def _line(edges: Tensor, rule: Rule, between: str) -> tuple[Tensor, Tensor]:
+def _line(edges: Tensor, rule: QuadratureRule, between: str) -> tuple[Tensor, Tensor]:
     """Nodes and weights of uniform numbers with jumps (..., k): (..., pieces x nodes)."""
     edges = edges.clamp(0, 1).sort(-1).values
     zero = edges.new_zeros((*edges.shape[:-1], 1))
@@ -133,8 +133,10 @@ def _line(edges: Tensor, rule: Rule, between: str) -> tuple[Tensor, Tensor]:
     return nodes.flatten(-2), ((high - low)[..., None] * w).flatten(-2)
 
 
-def _nodes(E: Expectation, theta: Any, state: State, rule: Rule, data: Sequence[Any]) -> tuple[Noises, Tensor]:
-    """Noise of one sample at Q nodes, {site: {name: (Q, *shape)}}, and their weights (Q,)."""
+def _nodes(
+    E: Expectation, theta: Any, state: ProgramState, rule: QuadratureRule, data: Sequence[Any]
+) -> tuple[Noises, Tensor]:
+    """BaseNoise of one sample at Q nodes, {site: {name: (Q, *shape)}}, and their weights (Q,)."""
     noises: dict[str, dict[str, Tensor]] = {
         site.name: {
             name: torch.full((1, *noise.shape), 0.5 if noise.kind == "uniform" else 0.0, dtype=torch.float64)
@@ -176,9 +178,9 @@ def exact_moments(
     theta: Any,
     *,
     n: int = 1,
-    state: State | None = None,
+    state: ProgramState | None = None,
     data: Sequence[Any] = (),
-    rule: Rule | None = None,
+    rule: QuadratureRule | None = None,
     truth: Any = None,
 ) -> Certificate:
     """The exact expectation and variance of a program's gradient estimate.
@@ -204,7 +206,7 @@ def exact_moments(
         >>> exact_moments(program, torch.tensor([0.3, -1.0], dtype=torch.float64)).holds()
         True
     """
-    rule = Rule() if rule is None else rule
+    rule = QuadratureRule() if rule is None else rule
     E = Expectation(program, n=n)
     rows = pytree.tree_map(lambda x: x[None], tuple(data))
     before = E.init(theta, rows) if state is None else state
@@ -241,13 +243,13 @@ def exact_moments(
 
 
 def exact_gradient(
-    program: Callable[..., Any], theta: Any, *, data: Sequence[Any] = (), rule: Rule | None = None
+    program: Callable[..., Any], theta: Any, *, data: Sequence[Any] = (), rule: QuadratureRule | None = None
 ) -> Any:
     """The derivative of a program's expectation: discrete sites enumerated, others pathwise and integrated.
 
     The program has to be differentiable in its continuous sites.
     """
-    rule = Rule() if rule is None else rule
+    rule = QuadratureRule() if rule is None else rule
 
     E = Expectation(swapped(program, _exact))
     rows = pytree.tree_map(lambda x: x[None], tuple(data))
@@ -311,7 +313,9 @@ def certify(
         nodes = min(40, int(max_nodes ** (1 / max(smooth, 1))))
         if nodes < 10:
             continue
-        certificate = exact_moments(program, problem.theta, n=n, rule=Rule(nodes, min(nodes, 12)), truth=problem.truth)
+        certificate = exact_moments(
+            program, problem.theta, n=n, rule=QuadratureRule(nodes, min(nodes, 12)), truth=problem.truth
+        )
         found[problem.name] = certificate
         allowed = tolerance if smooth <= 2 else max(tolerance, 1e-6)
         if rule_of().label == "unbiased" and not certificate.holds(allowed):
@@ -324,5 +328,5 @@ def certify(
     return found
 
 
-def _is_smooth(noise: Noise) -> bool:
+def _is_smooth(noise: BaseNoise) -> bool:
     return noise.kind == "normal" or noise.between == "smooth"
