@@ -1,5 +1,6 @@
 """Exact targets (Gaussian, mixtures, linear-Gaussian chains) and the laws every object of the process must keep."""
 
+from lowvar.testing.certificates import Certificate, QuadratureRule, certify, exact_gradient, exact_moments
 from lowvar.testing.chain import Moments, affine_law, kernel_chain
 from lowvar.testing.gaussian import GaussianDenoiser, GaussianTarget, anisotropic_gaussian, rotation
 from lowvar.testing.laws import CovarianceLaws, KernelLaws, NoiseLaws, ScheduleLaws
@@ -11,8 +12,11 @@ from lowvar.testing.mixture import (
     mixture64,
     random_mixture,
 )
+from lowvar.testing.problems import PROBLEMS, Problem
 
 __all__ = [
+    "PROBLEMS",
+    "Certificate",
     "CovarianceLaws",
     "GaussianDenoiser",
     "GaussianTarget",
@@ -21,9 +25,14 @@ __all__ = [
     "MixtureTarget",
     "Moments",
     "NoiseLaws",
+    "Problem",
+    "QuadratureRule",
     "ScheduleLaws",
     "affine_law",
     "anisotropic_gaussian",
+    "certify",
+    "exact_gradient",
+    "exact_moments",
     "kernel_chain",
     "mixture2",
     "mixture8",

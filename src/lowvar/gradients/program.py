@@ -1,0 +1,380 @@
+r"""Programs: plain functions with sample sites and costs, for one sample.
+
+    def program(theta, s, *data):
+        z = s.sample("z", Normal(m(theta), sd(theta)), Pathwise())
+        b = s.sample("b", Bernoulli(logits=net(theta, z)), Score(LeaveOneOut()))
+        s.cost("nll", f(z, b))
+        s.cost("kl", kl, parents=("z",))
+
+Write it for one sample and one datum: batches of samples, data and branches are `torch.func.vmap`'s business, so what
+does not depend on a branch is computed once however many branches there are. `theta` is anything the program
+understands (a tensor, a dict of them, a module, nothing).
+
+A cost depends on the sites sampled before it, or on the `parents` it names and what these depend on; a site likewise. A
+site's estimator only hears of costs that depend on it, which is the Rao-Blackwell theorem at no price.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from lowvar.gradients.estimator import BaseNoise, Branch, Estimator, GradientLabel, SiteDraw, SiteRecord, SiteState
+from lowvar.process.noise import Independent
+
+__all__ = ["CostPlan", "ProgramPlan", "SitePlan", "Sites"]
+
+Choose = Callable[[str, Distribution, Any], Estimator]
+StepEstimator = Estimator | Sequence[Estimator] | Callable[[int], Estimator]
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What is known of a site before any batch runs.
+
+    Attributes:
+        name: its name.
+        noise: base noise by name.
+        branches: the kinds of values it takes.
+        ancestors: names of sites it depends on.
+        label: of its estimator.
+        estimator: its estimator's name.
+        dtype, device: of its noise.
+    """
+
+    name: str
+    noise: Mapping[str, BaseNoise]
+    branches: tuple[Branch, ...]
+    ancestors: frozenset[str]
+    label: GradientLabel
+    estimator: str
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class CostPlan:
+    """A cost's name and the sites it depends on."""
+
+    name: str
+    ancestors: frozenset[str]
+
+
+@dataclass(frozen=True)
+class ProgramPlan:
+    """Sites and costs of a program, in order."""
+
+    sites: tuple[SitePlan, ...]
+    costs: tuple[CostPlan, ...]
+
+
+class Sites:
+    """The `s` of a program: one run of one sample in one world.
+
+    Args:
+        plan: what init found; None while it is being found.
+        noise: of every site, by site and name.
+        choice: branch number of every site, or None where every site has one.
+        states: states of the sites' estimators.
+    """
+
+    def __init__(
+        self,
+        plan: ProgramPlan | None,
+        noise: Mapping[str, Mapping[str, Tensor]],
+        choice: Sequence[Tensor] | None,
+        states: Mapping[str, SiteState],
+    ) -> None:
+        self._plan, self._noise, self._choice, self._states = plan, noise, choice, states
+        self.sites: list[SitePlan] = []
+        self.estimators: list[Estimator] = []
+        self.starts: dict[str, SiteState] = {}
+        self.records: dict[str, SiteRecord] = {}
+        self.costs: list[tuple[CostPlan, Tensor]] = []
+        self.values: dict[str, Tensor] = {}
+        self.distributions: dict[str, Distribution] = {}
+
+    def sample(
+        self,
+        name: str,
+        distribution: Distribution,
+        estimator: Estimator | Literal["auto"],
+        *,
+        parents: Iterable[str] | None = None,
+    ) -> Tensor:
+        """A sample site.
+
+        Args:
+            name: the site's name, used once in a program.
+            distribution: what it draws from, with the shape of one sample.
+            estimator: how its gradient is estimated; "auto" is for `automatic`, which puts one in its place.
+            parents: names of the sites that the distribution depends on; None: all before it.
+
+        Returns:
+            its value, of the distribution's shape.
+
+        Raises:
+            ValueError: if the name is taken, a parent unknown, or the program is not the one that init saw.
+        """
+        k = len(self.sites)
+        if not isinstance(estimator, Estimator):
+            hint = "choose with automatic(program, theta)" if estimator == "auto" else "such as Pathwise()"
+            raise ValueError(f"site {name!r} has estimator {estimator!r}; give an Estimator, {hint}")
+        if self._plan is None:
+            site = self._found(name, distribution, estimator, parents)
+            noise: Mapping[str, Tensor] = self._noise.get(name) or _traced(site, k)
+            self.starts[name] = estimator.start(distribution)
+            draw = estimator.draw(distribution, noise, self.starts[name])
+            if draw.values.shape[0] != len(site.branches) or site.branches[0] != "main":
+                raise ValueError(
+                    f"{type(estimator).__name__} drew {draw.values.shape[0]} values at site {name!r} and announced "
+                    f"{site.branches}: branches() and draw() must agree, and the first be a main one"
+                )
+        else:
+            if k >= len(self._plan.sites) or self._plan.sites[k].name != name:
+                known = [s.name for s in self._plan.sites]
+                raise ValueError(
+                    f"site {name!r} is number {k + 1} here and init saw {known}: sites may not depend on values"
+                )
+            site = self._plan.sites[k]
+            draw = estimator.draw(distribution, self._noise[name], self._states[name])
+        self.sites.append(site)
+        self.estimators.append(estimator)
+        self.records[name] = draw.record
+        self.distributions[name] = distribution
+        self.values[name] = value = self._pick(k, draw)
+        return value
+
+    def _pick(self, k: int, draw: SiteDraw) -> Tensor:
+        if draw.values.shape[0] == 1 or self._choice is None:
+            return draw.values[0]
+        if draw.values.shape[0] == 2:  # cheaper than a gather under vmap
+            return torch.where(self._choice[k] == 0, draw.values[0], draw.values[1])
+        return draw.values.index_select(0, self._choice[k].reshape(1))[0]
+
+    def _found(self, name: str, d: Distribution, estimator: Estimator, parents: Iterable[str] | None) -> SitePlan:
+        if name in self.records:
+            raise ValueError(f"site {name!r} is sampled twice; every site needs a name of its own")
+        noise = estimator.noise(d)
+        reference = _reference(d)
+        dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
+        return SitePlan(
+            name,
+            noise,
+            estimator.branches(d),
+            self._ancestors(parents, f"site {name!r}"),
+            estimator.label,
+            type(estimator).__name__,
+            dtype,
+            reference.device,
+        )
+
+    def _ancestors(self, parents: Iterable[str] | None, who: str) -> frozenset[str]:
+        before = {s.name: s for s in self.sites}
+        names = list(before) if parents is None else ([parents] if isinstance(parents, str) else list(parents))
+        for name in names:
+            if name not in before:
+                raise ValueError(f"{who} names the parent {name!r}; sites before it are {list(before)}")
+        return frozenset(names).union(*(before[name].ancestors for name in names))
+
+    def cost(self, name: str, value: Tensor | float, *, parents: Iterable[str] | None = None) -> None:
+        """A cost; the program's value is the sum of them.
+
+        Args:
+            name: the cost's name, used once in a program.
+            value: a scalar.
+            parents: names of the sites it depends on; None: all before it.
+
+        Raises:
+            ValueError: if the name is taken, a parent unknown or the value not a scalar.
+        """
+        value = torch.as_tensor(value)
+        if self._plan is not None:
+            self.costs.append((self._plan.costs[len(self.costs)], value))
+            return
+        if any(c.name == name for c, _ in self.costs):
+            raise ValueError(f"cost {name!r} is given twice; every cost needs a name of its own")
+        if value.shape != ():
+            raise ValueError(f"cost {name!r} has shape {tuple(value.shape)}; a program is for one sample: sum it")
+        self.costs.append((CostPlan(name, self._ancestors(parents, f"cost {name!r}")), value))
+
+    def markov(
+        self,
+        name: str,
+        step: Callable[[int, Tensor], Distribution],
+        steps: int,
+        start: Tensor,
+        estimator: StepEstimator,
+    ) -> Tensor:
+        """A chain x_{k+1} ~ step(k, x_k), k = 0 .. steps - 1: sites "name.0" and so on.
+
+        Args:
+            name: prefix of the sites' names.
+            step: gives the law of the next state.
+            steps: how many.
+            start: x_0.
+            estimator: of every step, one a step, or a function of the step's number.
+
+        Returns:
+            the last state.
+
+        Raises:
+            ValueError: if the number of estimators is not the number of steps.
+        """
+        if isinstance(estimator, Sequence) and len(estimator) != steps:
+            raise ValueError(f"chain {name!r} has {steps} steps and {len(estimator)} estimators; give one a step")
+        x = start
+        for k in range(steps):
+            if isinstance(estimator, Estimator):
+                rule = estimator
+            else:
+                rule = estimator[k] if isinstance(estimator, Sequence) else estimator(k)
+            x = self.sample(f"{name}.{k}", step(k, x), rule)
+        return x
+
+
+class _Swapped:
+    """The `s` of a program with other estimators."""
+
+    def __init__(self, inner: Sites, choose: Choose) -> None:
+        self._inner, self._choose = inner, choose
+
+    def sample(
+        self, name: str, distribution: Distribution, estimator: Any, *, parents: Iterable[str] | None = None
+    ) -> Tensor:
+        return self._inner.sample(name, distribution, self._choose(name, distribution, estimator), parents=parents)
+
+    def cost(self, name: str, value: Tensor | float, *, parents: Iterable[str] | None = None) -> None:
+        self._inner.cost(name, value, parents=parents)
+
+    markov = Sites.markov
+
+
+def swapped(program: Callable[..., Any], choose: Choose) -> Callable[..., Any]:
+    """The program with the estimators that `choose(site, distribution, given)` names.
+
+    Example:
+        >>> from torch.distributions import Bernoulli
+        >>> from lowvar.gradients import Enumerate, Expectation, Score
+        >>> def program(theta, s):
+        ...     s.cost("sum", s.sample("b", Bernoulli(logits=theta), Score()).sum())
+        >>> exact = swapped(program, lambda name, d, given: Enumerate())
+        >>> len(Expectation(exact).init(torch.zeros(2)).worlds.choices)
+        4
+    """
+
+    def other(theta: Any, s: Sites, *data: Any) -> Any:
+        return program(theta, _Swapped(s, choose), *data)
+
+    return other
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A trace: the plan, states before any batch, values and distributions."""
+
+    plan: ProgramPlan
+    starts: Mapping[str, SiteState]
+    sites: Sites = field(repr=False)
+
+
+def traced(program: Callable[..., Any], theta: Any, data: Sequence[Any]) -> _Found:
+    """Runs a program once, on one sample, to see what it is made of."""
+    s = Sites(None, {}, None, {})
+    program(theta, s, *data)
+    if not s.costs:
+        raise ValueError("the program has no cost; say s.cost(name, value) at least once")
+    return _Found(ProgramPlan(tuple(s.sites), tuple(c for c, _ in s.costs)), s.starts, s)
+
+
+class _Watched(Sites):
+    """Sites whose values carry a leaf of value 0, to see whether costs pass a gradient to them."""
+
+    def sample(
+        self,
+        name: str,
+        distribution: Distribution,
+        estimator: Estimator | Literal["auto"],
+        *,
+        parents: Iterable[str] | None = None,
+    ) -> Tensor:
+        value = super().sample(name, distribution, estimator, parents=parents)
+        if not value.is_floating_point():
+            return value
+        self.values[name] = leaf = torch.zeros_like(value).requires_grad_()
+        return value + leaf
+
+
+def refuse_steps(program: Callable[..., Any], theta: Any, data: Sequence[Any], found: _Found) -> None:
+    """Refuses a cost that changes with a pathwise site without a derivative in it (rounding, arg max, detach).
+
+    Looks at three draws; where a derivative is 0 in all, at whether the cost changes with this site's noise alone.
+    Sites with later ones that are not pathwise are left out, as these carry a gradient of their own.
+    """
+    sites = found.plan.sites
+    plain = {s.name for s in sites if s.estimator == "Pathwise"}
+    watched = [
+        (k, site)
+        for k, site in enumerate(sites)
+        if site.name in plain and all(s.name in plain for s in sites[k + 1 :] if site.name in s.ancestors)
+    ]
+    if not watched:
+        return
+
+    def run(seeds: Mapping[str, int]) -> Sites:
+        noise = {site.name: _traced(site, k, seeds.get(site.name, 0)) for k, site in enumerate(sites)}
+        s = _Watched(None, noise, None, {})
+        with torch.enable_grad():
+            program(theta, s, *data)
+        return s
+
+    seen: set[tuple[str, str]] = set()
+    for seed in range(3):
+        s = run({site.name: seed for site in sites})
+        for cost, value in s.costs:
+            names = [site.name for _, site in watched if site.name in cost.ancestors]
+            if names and value.requires_grad:
+                leaves = [s.values[name] for name in names]
+                slopes = torch.autograd.grad(value, leaves, allow_unused=True, retain_graph=True)
+                seen |= {(cost.name, n) for n, g in zip(names, slopes, strict=True) if g is not None and bool(g.any())}
+    for _, site in watched:
+        missing = [c.name for c in found.plan.costs if site.name in c.ancestors and (c.name, site.name) not in seen]
+        if not missing:
+            continue
+        draws = [{c.name: float(v.detach()) for c, v in run({site.name: seed}).costs} for seed in range(3)]
+        for name in missing:
+            if len({draw[name] for draw in draws}) > 1:
+                raise ValueError(
+                    f"cost {name!r} changes with site {site.name!r} and has no derivative in it (rounded, compared or "
+                    "detached?), so Pathwise would be wrong there; use Score or MeasureValued"
+                )
+
+
+def _reference(d: Distribution) -> Tensor:
+    """A tensor with the distribution's dtype and device."""
+    inner = getattr(d, "base_dist", None)
+    if inner is not None:
+        return _reference(inner)
+    for name in d.arg_constraints:
+        value = d.__dict__.get(name)
+        if isinstance(value, Tensor):
+            return value
+    return d.mean
+
+
+def _traced(site: SitePlan, k: int, seed: int = 0) -> dict[str, Tensor]:
+    where = {"dtype": site.dtype, "device": site.device}
+    return {
+        name: getattr(Independent(seed), noise.kind)([0], noise.shape, draw=_number(k, j), **where)[0]
+        for j, (name, noise) in enumerate(site.noise.items())
+    }
+
+
+def _number(site: int, noise: int) -> int:
+    """Draw number of a site's noise."""
+    return 8 * site + noise
