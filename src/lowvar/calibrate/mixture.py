@@ -10,7 +10,8 @@ the first, and what they tell apart is the grain of an image. Their means and va
 The mixture is for denoising, so K, share and scales are those of the smallest error E ||x_0 - D_mix(x_t)||^2 on images
 it was not fitted to, each level relative to the Gaussian twin's, averaged over levels. For a network with the exact
 posterior mean that error is its mmse plus E ||r||^2, so the best choice leaves the smallest remainder. No network is
-asked. K grows until the error does not fall; share and scales are then tried the other way at that K.
+asked. K grows until the error does not fall; share and scales are then tried the other way at that K, and taken where
+the error falls by more than two standard errors over images, as the mixture itself is in place of the Gaussian twin.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ __all__ = ["COMPONENTS", "denoising_ratio", "fit_mixture"]
 
 COMPONENTS = (4, 10, 30, 60, 150, 300)
 SHARES = (0.98, 1.0)  # of the variance: what the leading directions hold
-SQUARES = ((0.5, 1.0, 2.0), (1.0,))  # squared scales
+SQUARES = ((1.0,), (0.5, 1.0, 2.0))  # squared scales
 LIMIT, HELD_OUT = 20_480, 1024  # images EM looks at, images to choose by; fewer where they are large:
 _NUMBERS = 2**26  # of all of them together
 _LEAST = 0.5  # images that a component is of
+_SIGNIFICANT = 2.0  # standard errors
 _LEVELS = torch.linspace(-6.0, 6.0, 9, dtype=torch.float64)
 
 
@@ -44,7 +46,6 @@ def _levels() -> Level:
     return Level(torch.full_like(_LEVELS, torch.nan), _LEVELS, alpha, sigma)
 
 
-@torch.no_grad()
 def denoising_ratio(twin: MixtureTwin, x0: Tensor, reference: GaussianTwin, noise: NoiseSource | None = None) -> float:
     """E ||x_0 - D_mix||^2 over E ||x_0 - D_lin||^2, averaged over nine levels of logsnr in [-6, 6].
 
@@ -54,15 +55,23 @@ def denoising_ratio(twin: MixtureTwin, x0: Tensor, reference: GaussianTwin, nois
         reference: the Gaussian twin.
         noise: source of the noise (default `Independent(0)`).
     """
+    return float(_ratios(twin, x0, reference, noise).mean())
+
+
+@torch.no_grad()
+def _ratios(twin: MixtureTwin, x0: Tensor, reference: GaussianTwin, noise: NoiseSource | None = None) -> Tensor:
+    """Each image's share of the ratio, (n,); their mean is it."""
     noise, levels = Independent(0) if noise is None else noise, _levels()
-    ratios = []
+    total = torch.zeros(len(x0), dtype=torch.float64)
     for k in range(len(levels)):
         level = levels[k]
         eps = noise.normal(range(len(x0)), x0.shape[1:], draw=k, dtype=torch.float64)
         x = float(level.alpha) * x0.double() + float(level.sigma) * eps
-        errors = [((x0 - p.mean) ** 2).mean() for p in (twin.posterior(x, level), reference.posterior(x, level))]
-        ratios.append(float(errors[0] / errors[1]))
-    return sum(ratios) / len(ratios)
+        own, linear = (
+            ((x0 - p.mean) ** 2).flatten(1).mean(1) for p in (twin.posterior(x, level), reference.posterior(x, level))
+        )
+        total += own / linear.mean() / len(levels)
+    return total
 
 
 def _gather(batches: Iterable[Tensor], most: int) -> Tensor:
@@ -79,6 +88,12 @@ def _gather(batches: Iterable[Tensor], most: int) -> Tensor:
     return torch.cat(parts)
 
 
+def _falls(before: Tensor, after: Tensor) -> bool:
+    """Whether an error over images falls by more than two standard errors."""
+    gain = before - after
+    return float(gain.mean()) > _SIGNIFICANT * float(gain.std()) / len(gain) ** 0.5
+
+
 def fit_mixture(
     batches: Iterable[Tensor],
     held_out: Iterable[Tensor],
@@ -92,7 +107,7 @@ def fit_mixture(
         batches: images to fit to, tensors (b, *event_shape); the first 20,480 are used.
         held_out: images to choose by, likewise; the first 1,024.
         twin: the data's Gaussian twin, whose basis is taken.
-        components: numbers of components to try, increasing, each at up to three scales; those above a twentieth of
+        components: numbers of components to try, increasing; those above a twentieth of
             the images are left out.
         seed: of EM's start.
 
@@ -112,24 +127,28 @@ def fit_mixture(
     x0, test = _gather(batches, LIMIT), _gather(held_out, HELD_OUT)
     whitened = _Whitened.of(twin)
     rows = whitened.rows(x0)
-    best, least = MixtureTwin.of(twin), 1.0
-    chosen, tried = 0, math.inf
+    gaussian = MixtureTwin.of(twin)
+    best, least, chosen, tried = gaussian, torch.zeros(0), 0, math.inf
     for K in components:
         if len(x0) // 20 < K:
             continue
         found = whitened.fitted(rows, K, SHARES[0], SQUARES[0], seed)
-        ratio = denoising_ratio(found, test, twin)
-        if ratio < least:
-            best, least, chosen = found, ratio, K
-        if ratio >= tried:
+        ratios = _ratios(found, test, twin)
+        if float(ratios.mean()) >= tried:
             break
-        tried = ratio
-    others = [(share, squares) for share in SHARES for squares in SQUARES][1:]
-    for share, squares in others if chosen else ():
-        found = whitened.fitted(rows, chosen, share, squares, seed)
-        ratio = denoising_ratio(found, test, twin)
-        if ratio < least:
-            best, least = found, ratio
+        best, least, chosen, tried = found, ratios, K, float(ratios.mean())
+    if not chosen or not _falls(_ratios(gaussian, test, twin), least):
+        return gaussian
+    seen: set[tuple[int, tuple[float, ...]]] = {(whitened.leading(SHARES[0]), SQUARES[0])}
+    for share in SHARES:
+        for squares in SQUARES:
+            if (kind := (whitened.leading(share), squares)) in seen:
+                continue
+            seen.add(kind)
+            found = whitened.fitted(rows, chosen, share, squares, seed)
+            ratios = _ratios(found, test, twin)
+            if _falls(least, ratios):
+                best, least = found, ratios
     return best
 
 
