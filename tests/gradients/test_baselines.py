@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -62,7 +63,7 @@ def like_cost(x: Tensor) -> Tensor:
         (Constant(0.4) + Taylor(like_cost) + LeaveOneOut(), 2),
         (Learned(lambda: torch.tensor(0.7, dtype=torch.float64)), 1),
     ],
-    ids=str,
+    ids=lambda value: re.sub(r" at 0x\w+", "", str(value)),  # the same on every worker
 )
 def test_unbiased(baseline: Baseline, n: int) -> None:
     problems = [p for p in BITS if not (n == 3 and p.name == "normal")]

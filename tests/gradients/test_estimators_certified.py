@@ -87,7 +87,7 @@ def test_antithetic_of_several_draws() -> None:
 
 
 @pytest.mark.parametrize("problem", ["1 bits", "normal, bit, normal"])
-@pytest.mark.parametrize("estimator", [REBAR(0.7, 0.8), REBAR(1.0, 0.5), RELAX(control)], ids=str)
+@pytest.mark.parametrize("estimator", [REBAR(0.7, 0.8), REBAR(1.0, 0.5), RELAX(control)], ids=["0.7", "1", "RELAX"])
 def test_relaxations_are_unbiased(estimator: Estimator, problem: str) -> None:
     assert problem in certify(estimator, [BY_NAME[problem]])
 
