@@ -11,8 +11,9 @@ set and training seed:
                 between validations)
     energy      energy distance of 2,048 samples (photos 1,024) of diffusers' DDIM at 20 steps
 
-Means over seeds; intervals are Student's t over seeds, of a ratio by the jackknife over seeds. Cells are kept in
-build/benchmarks/curves (or $LOWVAR_BENCHMARKS/curves) and not run again.
+Runs are made one after the other on a machine that may be busy, so their seconds do not compare: for the price of an
+update see benchmarks/training_overhead.py. Means over seeds; intervals are Student's t over seeds, of a ratio by the
+jackknife over seeds. Cells are kept in build/benchmarks/curves (or $LOWVAR_BENCHMARKS/curves) and not run again.
 
     python benchmarks/training_curves.py --data digits --minutes 60
     python benchmarks/training_curves.py --report
@@ -126,7 +127,7 @@ def report() -> None:
         "script `benchmarks/training_curves.py`."
     )
     titles = ("data", "recipe", "seeds", "held-out loss", "gain of a doubled batch recovered")
-    titles += ("share of plain's evaluations", "seconds over plain's", "energy distance")
+    titles += ("share of plain's evaluations", "energy distance")
     lines = [head, "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name, updates in UPDATES.items():
         runs = {a: {s: json.loads(p.read_text()) for s in SEEDS if (p := _path(name, s, a)).exists()} for a in ARMS}
@@ -142,7 +143,6 @@ def report() -> None:
                     "plain": last["plain"][s],
                     "double": last["plain, doubled batch"][s],
                     "share": min(reached(runs[arm][s]["curve"], last["plain"][s]), 2 * updates) / updates,
-                    "seconds": runs[arm][s]["seconds"] / runs["plain"][s]["seconds"],
                     "energy": runs[arm][s]["energy"],
                 }
                 for s in seeds
@@ -151,7 +151,6 @@ def report() -> None:
             row["recovered"] = estimate(values, lambda v: (v["plain"] - v["own"]) / (v["plain"] - v["double"]))
             factor = 2.0 if arm == "plain, doubled batch" else 1.0
             row["share"] = estimate(values, lambda v, factor=factor: factor * v["share"])
-            row["seconds"] = estimate(values, lambda v: v["seconds"])
             row["energy"] = estimate(values, lambda v: v["energy"])
             rows.append(row)
 
@@ -163,7 +162,6 @@ def report() -> None:
                 shown("loss", 4),
                 shown("recovered", 2),
                 shown("share", 2),
-                shown("seconds", 2),
                 shown("energy", 4),
             ]
             lines.append(f"| {name} | {arm} | {len(seeds)} | " + " | ".join(texts) + " |")
