@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import json
-import math
 import os
 import time
 from pathlib import Path
@@ -66,13 +65,15 @@ def run(name: str, recipe: str, seed: int) -> dict[str, Any]:
     return made
 
 
-def interval(values: list[float]) -> list[float]:
-    """[mean, low, high]."""
+def interval(values: list[float]) -> list[float | None]:
+    """[mean, low, high]; one value has no interval."""
     from scipy.stats import t
 
     x = torch.tensor(values, dtype=torch.float64)
     mean = float(x.mean())
-    reach = math.inf if len(x) < 2 else float(t.ppf(0.975, len(x) - 1)) * float(x.std()) / len(x) ** 0.5
+    if len(x) < 2:
+        return [mean, None, None]
+    reach = float(t.ppf(0.975, len(x) - 1)) * float(x.std()) / len(x) ** 0.5
     return [mean, mean - reach, mean + reach]
 
 
@@ -86,8 +87,8 @@ def report() -> None:
     )
     lines = [head, "", "| data | recipe | seeds | bits/dim | less the hybrid's |", "|---|---|---|---|---|"]
 
-    def shown(row: list[float]) -> str:
-        return f"{row[0]:.3f} [{row[1]:.3f}, {row[2]:.3f}]"
+    def shown(row: list[float | None]) -> str:
+        return f"{row[0]:.3f}" + ("" if row[1] is None else f" [{row[1]:.3f}, {row[2]:.3f}]")
 
     for name in UPDATES:
         bits = {
