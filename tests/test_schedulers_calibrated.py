@@ -18,7 +18,6 @@ from lowvar.calibrate import Calibration, calibrate, marginal_deficit
 from lowvar.calibrate.grids import calibrated_grid
 from lowvar.errors import UserError
 from lowvar.process.basis import DCTBasis, PixelBasis
-from lowvar.process.corrected import MeanCorrection
 from lowvar.process.covariance import Diagonal
 from lowvar.process.denoiser import Denoiser, NetworkDenoiser, WithCovariance
 from lowvar.process.discrete import schedule_from_diffusers
@@ -26,7 +25,6 @@ from lowvar.process.grid import make_grid
 from lowvar.process.kernel import ReverseKernel
 from lowvar.process.multistep import MultistepSolver
 from lowvar.process.noise import Independent
-from lowvar.process.path import spread_groups
 from lowvar.process.solver import Solver
 from lowvar.process.twin import GaussianTwin
 from lowvar.sample.named import SAMPLERS
@@ -102,27 +100,6 @@ def test_is_the_trajectory(kind: str, dtype: torch.dtype, calibration: Calibrati
         here = chain(scheduler, 6, x, source)
         assert here.dtype == dtype
         assert torch.allclose(here, wanted, atol=1e-12 if dtype == torch.float64 else 1e-5)
-
-
-@pytest.mark.parametrize("kind", ["basis", "pixel", "twin-ode"])
-def test_corrected_mean_is_that_of_the_trajectory(kind: str, calibration: Calibration) -> None:
-    """A scheduler whose calibration holds a correction of the mean steps as the corrected denoiser does."""
-    mixture = calibration.mixture
-    assert mixture is not None
-    logsnr = torch.tensor([-4.0, 4.0], dtype=torch.float64)
-    groups = int(spread_groups(mixture.within).max()) + 1
-    coefficient = torch.tensor([0.1, 0.8], dtype=torch.float64)[:, None].expand(2, groups)
-    corrected = replace(calibration, mean=MeanCorrection(mixture, logsnr, coefficient, CLIP))
-    fields, _, solver = parts(kind, calibration)
-    scheduler = ReverseVarianceScheduler(**FIELDS, **fields, calibration=corrected)
-    source, x = Independent(7), Independent(8).normal(range(3), SHAPE, dtype=torch.float64)
-    grid = make_grid("trailing", SCHEDULE, 6)
-    model = corrected.attach(denoiser(), kind) if kind in KERNELS else corrected.corrected(denoiser())
-    wanted = [state.x for state, _ in trajectory(model, solver, grid, x, source)][-1]
-    here = chain(scheduler, 6, x, source)
-    torch.testing.assert_close(here, wanted, rtol=0, atol=1e-12)
-    uncorrected = ReverseVarianceScheduler(**FIELDS, **fields, calibration=calibration)
-    assert not torch.allclose(here, chain(uncorrected, 6, x, source), atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", KERNELS)

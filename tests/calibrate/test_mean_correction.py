@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import pytest
 import torch
 from torch import Tensor
 
-from lowvar.calibrate import Calibration, calibrate, fit_mean
+from lowvar.calibrate import fit_mean
 from lowvar.process.basis import MatrixBasis
 from lowvar.process.corrected import CorrectedDenoiser, MeanCorrection
 from lowvar.process.denoiser import Denoiser
@@ -181,29 +180,6 @@ def test_levels_of_single_samples_clipping_and_ends() -> None:
         MeanCorrection(twin, knots.flip(0), coefficient)
     with pytest.raises(ValueError, match="groups"):
         MeanCorrection(twin, knots, coefficient[:, :1])
-
-
-def test_calibration_measures_the_corrected_denoiser_and_keeps_it() -> None:
-    """The table is the residual of the corrected mean; it goes with `attach`, once, and through JSON and tensors."""
-    schedule = CosineVP()
-    data = TWIN.sample(Independent(61).normal(range(400), (D,), dtype=torch.float64))
-    noisy = _Scaled(TWIN.denoiser(schedule), MixtureTwin.of(TWIN), 0.0, error=2.0)
-    plain, corrected = (
-        calibrate(noisy, lambda: data.split(100), logsnr=LOGSNR, components=(), paths=0, correct=c)
-        for c in (False, True)
-    )
-    assert plain.mean is None
-    assert plain.corrected(noisy) is noisy
-    assert bool((corrected.mmse < 0.5 * plain.mmse).all())
-    torch.testing.assert_close(corrected.mmse, TWIN.mmse(schedule.level(LOGSNR)), rtol=0.15, atol=0)
-    fields, tensors = corrected.to_json()
-    back = Calibration.from_json(json.loads(json.dumps(fields)), tensors)
-    assert back.mean is not None
-    x, level = data[:5], schedule.level(LOGSNR)[1]
-    one = corrected.attach(noisy)(x, level).mean
-    torch.testing.assert_close(back.attach(noisy)(x, level).mean, one, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(corrected.attach(corrected.corrected(noisy))(x, level).mean, one)
-    assert not torch.allclose(plain.attach(noisy)(x, level).mean, one, atol=0.1)
 
 
 def test_refuses_too_few_images_and_replicates() -> None:

@@ -109,7 +109,6 @@ def test_moments_are_those_of_the_share() -> None:
 
 def test_a_calibration_measures_and_keeps_it() -> None:
     calibration = calibrate(_Noisy(), lambda: DATA.split(150), logsnr=torch.linspace(-6, 6, 5), components=(), paths=16)
-    assert calibration.mean is None  # tables, and other samplers, see the network as it is
     assert calibration.paths is not None
     assert calibration.paths.share is not None
     fields, tensors = calibration.to_json()
@@ -117,11 +116,6 @@ def test_a_calibration_measures_and_keeps_it() -> None:
     assert back.paths is not None
     assert back.paths.share is not None
     torch.testing.assert_close(back.paths.share, calibration.paths.share, rtol=1e-6, atol=1e-9)
-    corrected = calibrate(
-        _Noisy(), lambda: DATA.split(150), logsnr=torch.linspace(-6, 6, 5), components=(), paths=16, correct=True
-    )
-    assert corrected.paths is not None
-    assert corrected.paths.share is None  # the denoiser is corrected already
 
 
 def test_few_images_say_nothing_and_shapes_are_checked() -> None:

@@ -134,7 +134,9 @@ def test_a_gradient_that_goes_through_a_later_score_site_is_not_refused() -> Non
         s.cost("bit", b)
         s.cost("unused", theta**2, parents=("x",))
 
-    Expectation(program).init(f64(0.3)[0])
+    theta, expectation = f64(0.3)[0].requires_grad_(), Expectation(program, n=4)
+    loss, _, _ = expectation.surrogate(theta, Independent(0), expectation.init(theta), step=0)
+    assert float(torch.autograd.grad(loss, theta)[0]) != 0
 
 
 def test_bad_input() -> None:

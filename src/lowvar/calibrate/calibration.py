@@ -25,7 +25,6 @@ from lowvar.calibrate.heads import HEADS
 from lowvar.calibrate.stored import read, written
 from lowvar.calibrate.table import CovarianceTable, Structure
 from lowvar.errors import UserError
-from lowvar.process.corrected import CorrectedDenoiser, MeanCorrection
 from lowvar.process.denoiser import CovarianceModel, Denoiser, WithCovariance
 from lowvar.process.mixture import MixtureTwin
 from lowvar.process.path import PathMoments
@@ -66,7 +65,6 @@ class Calibration:
         converted: C from a learned-range head, or None.
         conditional: tables by class, by structure (see `of_class`).
         levels: grey levels of the data, where they have any.
-        mean: correction of the denoiser's mean that everything else was measured with, or None (see `corrected`).
         deficits: calibrated noise of solvers, one a solver and grid (see `deficit`).
         guidance: scale of classifier-free guidance that `conditional` was measured under; everything else is of all
             classes without guidance.
@@ -86,7 +84,6 @@ class Calibration:
     converted: Converted | None = None
     conditional: Mapping[Structure, ConditionalTable] = field(default_factory=dict)
     levels: int | None = None
-    mean: MeanCorrection | None = None
     deficits: tuple[MarginalDeficit, ...] = ()
     guidance: float = 1.0
 
@@ -159,7 +156,7 @@ class Calibration:
         clip: float | None = None,
         labels: Tensor | None = None,
     ) -> WithCovariance:
-        """The denoiser with its mean corrected, where a correction was fitted, and the covariance of a structure.
+        """The denoiser with the covariance of a structure.
 
         Args:
             denoiser: the denoiser that was calibrated, with the same clipping.
@@ -172,20 +169,8 @@ class Calibration:
         Raises:
             UserError: if the schedule is another one or there is no such table.
         """
-        return WithCovariance(self.corrected(denoiser), self.model(structure, labels), clip)
-
-    def corrected(self, denoiser: Denoiser) -> Denoiser:
-        """The denoiser that was measured: with its mean corrected, or as it is where it is so or nothing was fitted.
-
-        Args:
-            denoiser: the denoiser that was calibrated, with the same clipping.
-
-        Raises:
-            UserError: if the schedule is another one.
-        """
         self.require(denoiser.schedule)
-        done = self.mean is None or isinstance(denoiser, CorrectedDenoiser)
-        return denoiser if done or self.mean is None else CorrectedDenoiser(denoiser, self.mean)
+        return WithCovariance(denoiser, self.model(structure, labels), clip)
 
     def deficit(self, solver: Solver, logsnr: Tensor) -> MarginalDeficit | None:
         """What was measured that a solver's marginals lack on the grid of these levels (K + 1,); None: not measured.

@@ -15,14 +15,12 @@ from torch import Tensor
 
 from lowvar.calibrate.analytic import analytic_variance
 from lowvar.calibrate.calibration import Calibration
-from lowvar.calibrate.mean import fit_mean
 from lowvar.calibrate.mixture import COMPONENTS, fit_mixture
 from lowvar.calibrate.path import LEVELS, PATHS, SHARED, path_moments, remainder_share
 from lowvar.calibrate.residual import ResidualMoments, residual_moments
 from lowvar.calibrate.shrinkage import shrink
 from lowvar.calibrate.table import CovarianceTable, Structure
 from lowvar.calibrate.twin import fit_twin
-from lowvar.process.corrected import CorrectedDenoiser
 from lowvar.process.covariance import BasisDiagonal
 from lowvar.process.denoiser import Denoiser
 from lowvar.process.mixture import MixtureTwin
@@ -80,7 +78,6 @@ def calibrate(
     components: Sequence[int] = COMPONENTS,
     paths: int = PATHS,
     levels: int | None = None,
-    correct: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> Calibration:
     """Calibrates a denoiser on data it was not trained on.
@@ -101,9 +98,6 @@ def calibrate(
         paths: reverse paths for the statistics of the remainder, `LEVELS` evaluations each, and half as many of each
             of the first `SHARED` images for the share of it that is kept; 0: none.
         levels: grey levels of the data, on which it depends where likelihood grids end.
-        correct: fit a correction of the mean first (`lowvar.calibrate.fit_mean`; as many evaluations as the tables) and
-            measure everything else on the corrected denoiser. Off by default: tables are then those of the network as
-            it is; `twin-flow` has its own share of the remainder either way.
         progress: called with the number of evaluations made for the paths; the passes over `batches` tell their own.
 
     Returns:
@@ -125,18 +119,13 @@ def calibrate(
     twin = fit_twin((batches if twin_batches is None else twin_batches)(), basis)
     level = schedule.level(default_logsnr(schedule) if logsnr is None else logsnr)
     source = Independent(0) if noise is None else noise
-    mixture = mean = None
-    if correct:
-        mixture = _mixture(batches, twin_batches, twin, components)
-        mean = fit_mean(denoiser, mixture, batches(), level, source, replicates, bound).correction
-        denoiser = CorrectedDenoiser(denoiser, mean)
     moments = residual_moments(denoiser, batches(), level, source, twin.basis, replicates)
-    mixture = _mixture(batches, twin_batches, twin, components) if mixture is None else mixture
+    mixture = _mixture(batches, twin_batches, twin, components)
     like = next(iter(batches()))
     place = {"dtype": like.dtype, "device": like.device}
     table = None
     if paths:
-        share = None if correct else remainder_share(denoiser, mixture, _first(batches(), SHARED, progress), noise)
+        share = remainder_share(denoiser, mixture, _first(batches(), SHARED, progress), noise)
         table = path_moments(denoiser, mixture, paths, LEVELS, noise, share=share, progress=progress, **place)
     return Calibration(
         schedule.fingerprint,
@@ -150,7 +139,6 @@ def calibrate(
         mixture,
         table,
         levels=levels,
-        mean=mean,
     )
 
 

@@ -22,7 +22,6 @@ from lowvar.calibrate.heads import read_head, write_head
 from lowvar.calibrate.table import CovarianceTable, Structure
 from lowvar.errors import UserError
 from lowvar.process.basis import Basis, DCTBasis, MatrixBasis, PixelBasis
-from lowvar.process.corrected import MeanCorrection
 from lowvar.process.mixture import MixtureTwin
 from lowvar.process.path import PathMoments
 from lowvar.process.twin import GaussianTwin
@@ -82,12 +81,6 @@ def written(calibration: Calibration) -> tuple[dict[str, Any], dict[str, Tensor]
         fields["paths"] = {k: put(f"paths.{k}", getattr(calibration.paths, k)) for k in _PATHS}
         if calibration.paths.share is not None:
             fields["paths"]["share"] = put("paths.share", calibration.paths.share)
-    if calibration.mean is not None:
-        fields["mean"] = {
-            "logsnr": calibration.mean.logsnr.tolist(),
-            "clip": calibration.mean.clip,
-            "coefficient": put("mean.coefficient", calibration.mean.coefficient),
-        }
     if calibration.heads:
         fields["heads"] = {name: write_head(head, keep) for name, head in calibration.heads.items()}
     if calibration.conditional:
@@ -147,10 +140,6 @@ def _read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str,
     if "paths" in fields:
         share = get(fields["paths"]["share"]) if "share" in fields["paths"] else None
         paths = PathMoments(*(get(fields["paths"][k]) for k in _PATHS), share=share)
-    mean = None
-    if "mean" in fields and mixture is not None:
-        part = fields["mean"]
-        mean = MeanCorrection(mixture, get(part["logsnr"]), get(part["coefficient"]), part["clip"])
     mmse, mmse_se, analytic = (get(fields[k]) for k in ("mmse", "mmse_se", "analytic"))
     heads = {name: read_head(name, head, get, twin) for name, head in fields.get("heads", {}).items()}
     converted = Converted.from_json(fields["converted"], tables["pixel"]) if "converted" in fields else None
@@ -173,7 +162,6 @@ def _read(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str,
         "converted": converted,
         "conditional": conditional,
         "levels": fields.get("levels"),
-        "mean": mean,
         "guidance": float(fields.get("guidance", 1.0)),
         "deficits": tuple(
             MarginalDeficit.from_json(d, {k: get(d[k]) for k in DEFICIT_TENSORS}, basis)

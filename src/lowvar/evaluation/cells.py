@@ -184,7 +184,9 @@ def resolve(
             sampler = replace(sampler, solver=replace(sampler.solver, variance="posterior"))
         return sampler, denoiser
     if sampler.covariance is None:
-        return sampler, denoiser if calibration is None else calibration.corrected(denoiser)
+        if calibration is not None:
+            calibration.require(denoiser.schedule)
+        return sampler, denoiser
     if calibration is None:
         raise UserError(
             f"sampler {name} needs a calibrated model: run `lowvar calibrate --model MODEL --data DATA` first"

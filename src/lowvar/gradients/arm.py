@@ -22,6 +22,7 @@ from torch.distributions import Distribution
 from lowvar.gradients.distributions import base
 from lowvar.gradients.estimator import (
     BaseNoise,
+    Between,
     Branch,
     GradientLabel,
     SiteDraw,
@@ -31,7 +32,7 @@ from lowvar.gradients.estimator import (
     zero,
 )
 
-__all__ = ["ARM", "bernoulli"]
+__all__ = ["ARM", "CoupledBits", "bernoulli"]
 
 
 def bernoulli(d: Distribution, who: str) -> td.Bernoulli:
@@ -48,8 +49,31 @@ def bernoulli(d: Distribution, who: str) -> td.Bernoulli:
     return d
 
 
+class CoupledBits(Stateless):
+    """Binary samples 1[u > 1 - p] and 1[u < p] of one uniform number an element, both main branches."""
+
+    between: ClassVar[Between]
+
+    def noise(self, d: Distribution) -> dict[str, BaseNoise]:
+        """A uniform number an element."""
+        return {"u": BaseNoise("uniform", bernoulli(d, type(self).__name__).batch_shape, self.between)}
+
+    def breaks(self, d: Distribution) -> dict[str, Tensor]:
+        """At p and 1 - p."""
+        p = bernoulli(d, type(self).__name__).probs.detach()
+        return {"u": torch.stack([p, 1 - p], -1)}
+
+    def branches(self, d: Distribution) -> tuple[Branch, ...]:
+        """Two."""
+        return ("main", "main")
+
+    def value(self, record: SiteRecord, costs: Tensor) -> Tensor:
+        """The mean."""
+        return costs.mean(-2)
+
+
 @dataclass(frozen=True)
-class ARM(Stateless):
+class ARM(CoupledBits):
     """Two coupled binary samples, weighted by u - 1/2.
 
     Example:
@@ -60,19 +84,7 @@ class ARM(Stateless):
 
     label: ClassVar[GradientLabel] = "unbiased"
     source: ClassVar[str] = "Yin & Zhou 2019"
-
-    def noise(self, d: Distribution) -> dict[str, BaseNoise]:
-        """A uniform number an element."""
-        return {"u": BaseNoise("uniform", bernoulli(d, "ARM").batch_shape, "linear")}
-
-    def breaks(self, d: Distribution) -> dict[str, Tensor]:
-        """At p and 1 - p."""
-        p = bernoulli(d, "ARM").probs.detach()
-        return {"u": torch.stack([p, 1 - p], -1)}
-
-    def branches(self, d: Distribution) -> tuple[Branch, ...]:
-        """Two."""
-        return ("main", "main")
+    between: ClassVar[Between] = "linear"
 
     def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> SiteDraw:
         """Both samples."""
@@ -84,7 +96,3 @@ class ARM(Stateless):
     def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         """Mean surrogate + (f_1 - f_0) sum (u - 1/2) zero(phi)."""
         return live.mean(-2) + (costs[..., 1, :] - costs[..., 0, :]) * record["term"][..., None]
-
-    def value(self, record: SiteRecord, costs: Tensor) -> Tensor:
-        """The mean."""
-        return costs.mean(-2)

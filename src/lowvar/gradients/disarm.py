@@ -19,15 +19,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from lowvar.gradients.arm import bernoulli
+from lowvar.gradients.arm import CoupledBits, bernoulli
 from lowvar.gradients.estimator import (
-    BaseNoise,
-    Branch,
+    Between,
     GradientLabel,
     SiteDraw,
     SiteRecord,
     SiteState,
-    Stateless,
     zero,
 )
 
@@ -35,7 +33,7 @@ __all__ = ["DisARM"]
 
 
 @dataclass(frozen=True)
-class DisARM(Stateless):
+class DisARM(CoupledBits):
     """Two antithetic binary samples.
 
     Example:
@@ -47,19 +45,7 @@ class DisARM(Stateless):
 
     label: ClassVar[GradientLabel] = "unbiased"
     source: ClassVar[str] = "Dong, Mnih & Tucker 2020"
-
-    def noise(self, d: Distribution) -> dict[str, BaseNoise]:
-        """A uniform number an element."""
-        return {"u": BaseNoise("uniform", bernoulli(d, "DisARM").batch_shape, between="constant")}
-
-    def breaks(self, d: Distribution) -> dict[str, Tensor]:
-        """At p and 1 - p."""
-        p = bernoulli(d, "DisARM").probs.detach()
-        return {"u": torch.stack([p, 1 - p], -1)}
-
-    def branches(self, d: Distribution) -> tuple[Branch, ...]:
-        """Two."""
-        return ("main", "main")
+    between: ClassVar[Between] = "constant"
 
     def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> SiteDraw:
         """Both samples."""
@@ -72,7 +58,3 @@ class DisARM(Stateless):
     def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         """Mean surrogate + (f(b) - f(b~)) sum of weights zero(phi)."""
         return live.mean(-2) + (costs[..., 0, :] - costs[..., 1, :]) * record["term"][..., None]
-
-    def value(self, record: SiteRecord, costs: Tensor) -> Tensor:
-        """The mean."""
-        return costs.mean(-2)

@@ -38,6 +38,7 @@ from torch.distributions import Distribution
 
 __all__ = [
     "BaseNoise",
+    "Between",
     "Branch",
     "Estimator",
     "GradientLabel",
@@ -67,6 +68,9 @@ def zero(y: Tensor) -> Tensor:
     return y - y.detach()
 
 
+Between = Literal["constant", "linear", "smooth"]
+
+
 @dataclass(frozen=True)
 class BaseNoise:
     """Base noise of a site.
@@ -79,7 +83,7 @@ class BaseNoise:
 
     kind: Literal["normal", "uniform"]
     shape: torch.Size
-    between: Literal["constant", "linear", "smooth"] = "smooth"
+    between: Between = "smooth"
 
     def mirrored(self, noise: Tensor) -> Tensor:
         """-z or 1 - u."""

@@ -12,8 +12,8 @@ high noise: x0_hat = (x - sigma eps_hat) / alpha multiplies its error by sigma /
 Directions are pooled in groups of similar variance (`lowvar.process.path.spread_groups`); between the levels measured a
 is linear in logsnr, outside it keeps the value at the end. `lowvar.calibrate.fit_mean` measures it.
 
-A covariance of the network's own is not handed on: it is that of another mean. Tables are measured on the corrected
-denoiser, as `lowvar.calibrate.calibrate(correct=True)` does.
+A covariance of the network's own is not handed on: it is that of another mean. A corrected denoiser is a denoiser:
+what is calibrated on it is of its mean.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lowvar.calibrate.calibration import Calibration
 from lowvar.errors import UserError
-from lowvar.process.corrected import MeanCorrection
 from lowvar.process.head import Spectrum
 from lowvar.process.schedule import Schedule
 from lowvar.schedulers._storage import CALIBRATION_FILE, names_tensors, spectrum_from_json, spectrum_to_json
@@ -59,12 +58,6 @@ class Held:
                 )
             self._calibration = Calibration.from_json(fields, self.tensors)
         return self._calibration
-
-    def correction(self, config: Mapping[str, Any]) -> MeanCorrection | None:
-        """The calibration's correction of the mean; of one without it, nothing is read."""
-        held = self._calibration is not None or "mean" in (config.get("calibration") or {})
-        calibration = self.calibration(config) if held else None
-        return None if calibration is None else calibration.mean
 
     def spectrum(self, config: Mapping[str, Any]) -> Spectrum | None:
         """The spectrum of head basis, or None.

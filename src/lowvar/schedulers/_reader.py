@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from lowvar.errors import UserError
-from lowvar.process.corrected import MeanCorrection
 from lowvar.process.denoiser import NetworkDenoiser, Prediction, from_prediction
 from lowvar.process.head import HEADS, Head, Spectrum, rank_of
 from lowvar.process.posterior import Posterior
@@ -26,8 +24,6 @@ class Reader:
         needs_head: whether the head is used; an output without one is then refused.
         levels: at which the network is asked, (N,).
         spectrum: as for `NetworkDenoiser`.
-        correction: says the correction of the mean, or None, when an output is read; it leaves the head's fraction and
-            drops its covariance.
     """
 
     def __init__(
@@ -40,11 +36,10 @@ class Reader:
         needs_head: bool,
         levels: Level,
         spectrum: Spectrum | None = None,
-        correction: Callable[[], MeanCorrection | None] | None = None,
     ) -> None:
         kind = cast("Head | None", head)
         self._denoiser = NetworkDenoiser(_nobody, schedule, prediction, kind, clip, sigma_data, spectrum=spectrum)
-        self._needs_head, self._levels, self._correction = needs_head, levels, correction
+        self._needs_head, self._levels = needs_head, levels
         self._without_signal: list[bool] = (levels.alpha == 0).tolist()
         # x0_hat is linear in the state and the output
         one, zero = torch.ones_like(levels.alpha), torch.zeros_like(levels.alpha)
@@ -88,13 +83,8 @@ class Reader:
                 "predicts v or x_0, or a grid that starts later (timestep_spacing='leading')"
             )
         if self._needs_head:
-            found = self._denoiser.interpret(x, self._levels[k], out, head)
-        else:
-            found = Posterior(self._mean(x, k, out))
-        correction = None if self._correction is None else self._correction()
-        if correction is None:
-            return found
-        return Posterior(correction.mean(x, self._levels[k], found.mean), None, found.fraction)
+            return self._denoiser.interpret(x, self._levels[k], out, head)
+        return Posterior(self._mean(x, k, out))
 
     def _mean(self, x: Tensor, k: int, out: Tensor) -> Tensor:
         a, b, bound = self._of_x[k], self._of_output[k], self._denoiser.clip

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lowvar.calibrate.calibration import Calibration
 from lowvar.errors import UserError
-from lowvar.process.corrected import MeanCorrection
 from lowvar.process.grid import custom
 from lowvar.process.head import COVARIANCE_HEADS, Spectrum
 from lowvar.process.noise import NoiseSource, TorchGenerators
@@ -195,14 +194,10 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         """Whether variance `learned` is a covariance of x_0 that the network says, not Nichol & Dhariwal's range."""
         return self.config["variance"] == "learned" and self.config["head"] in COVARIANCE_HEADS
 
-    def _correction(self) -> MeanCorrection | None:
-        """The calibrated correction of the mean, unless the network says the covariance, which is that of its own."""
-        return None if self._covariance_head else self._held.correction(self.config)
-
     def _make_reader(self) -> Reader:
         c = self.config
         kind = PREDICTIONS[c["prediction_type"]]
-        rest = (c["sigma_data"], reads_head(c), self._evaluations, self.spectrum, self._correction)
+        rest = (c["sigma_data"], reads_head(c), self._evaluations, self.spectrum)
         try:
             return Reader(self.schedule, kind, c["head"], self._bound, *rest)
         except ValueError as error:
