@@ -353,6 +353,14 @@ def _path(cell: Cell, moment: str) -> Path:
     return CACHE / "cells" / f"{cell.name}@{moment}.json"
 
 
+def _kept(cell: Cell, moment: str) -> dict[str, Any] | None:
+    """What was measured of a cell: in the folder of cells, else in the committed results."""
+    if (path := _path(cell, moment)).exists():
+        return json.loads(path.read_text())
+    committed = json.loads(RESULTS.read_text())["cells"] if RESULTS.exists() else []
+    return next((c for c in committed if (c["cell"], c["moment"]) == (cell.name, moment)), None)
+
+
 def places() -> Iterator[tuple[Cell, str]]:
     """All cells."""
     return ((cell, moment) for moment in ("end", "middle", "start") for cell in CELLS.values())
@@ -360,7 +368,7 @@ def places() -> Iterator[tuple[Cell, str]]:
 
 def report() -> None:
     """Writes the results of the cells that were run."""
-    found = [json.loads(p.read_text()) for cell, moment in places() if (p := _path(cell, moment)).exists()]
+    found = [c for cell, moment in places() if (c := _kept(cell, moment)) is not None]
     results = {
         "what": "Variance of the training gradient by method, at matched cost",
         "date": dt.date.today().isoformat(),
@@ -439,13 +447,13 @@ def main() -> None:
     end = time.process_time() + 60 * arguments.minutes
     for cell, moment in places():
         wanted = cell.name in arguments.cells.split(",") and moment in arguments.moments.split(",")
-        path = _path(cell, moment)
-        known = json.loads(path.read_text())["rows"] if path.exists() else []
+        known = (_kept(cell, moment) or {"rows": []})["rows"]
         missing = {k for k in METHODS if arguments.only in k} - {row["method"] for row in known}
         if not wanted or not missing or time.process_time() > end:
             continue
         made = run_cell(cell, moment, missing)
         made["rows"] = known + [row for row in made["rows"] if row["method"] in missing]
+        path = _path(cell, moment)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(made))
 

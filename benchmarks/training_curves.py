@@ -9,11 +9,12 @@ set and training seed:
                 batch, at half its evaluations
     share       evaluations at which the preset first has the final loss of plain(B), over all of plain(B)'s (linear
                 between validations)
-    energy      energy distance of 2,048 samples (photos 1,024) of diffusers' DDIM at 20 steps
+    energy      energy distance of 2,048 samples (photos 512) of diffusers' DDIM at 20 steps
 
 Runs are made one after the other on a machine that may be busy, so their seconds do not compare: for the price of an
 update see benchmarks/training_overhead.py. Means over seeds; intervals are Student's t over seeds, of a ratio by the
-jackknife over seeds. Cells are kept in build/benchmarks/curves (or $LOWVAR_BENCHMARKS/curves) and not run again.
+jackknife over seeds. Runs are kept in build/benchmarks/curves (or $LOWVAR_BENCHMARKS/curves) and in the results, and
+are not made again.
 
     python benchmarks/training_curves.py --data digits --minutes 60
     python benchmarks/training_curves.py --report
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kept import Kept
 
 from lowvar.data import load
 from lowvar.evaluation import Cell, draw
@@ -41,15 +43,15 @@ from lowvar.process import Independent, NetworkDenoiser
 from lowvar.train import PRESETS, Trainer, Validation, config_from
 
 ROOT = Path(__file__).resolve().parents[1]
-CACHE = Path(os.environ.get("LOWVAR_BENCHMARKS", ROOT / "build" / "benchmarks")) / "curves"
 RESULTS, TABLE = (
     ROOT / "benchmarks" / "results" / "training_curves.json",
     ROOT / "docs" / "results" / "training_curves.md",
 )
+KEPT = Kept(Path(os.environ.get("LOWVAR_BENCHMARKS", ROOT / "build" / "benchmarks")) / "curves", RESULTS)
 
 SEEDS = range(5)
 UPDATES = {"digits": 1200, "photos:16": 400}
-VALIDATIONS, SAMPLES = {"digits": 20, "photos:16": 10}, {"digits": 2048, "photos:16": 1024}
+VALIDATIONS, SAMPLES = {"digits": 20, "photos:16": 10}, {"digits": 2048, "photos:16": 512}
 BATCH = 32
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -60,18 +62,26 @@ ARMS: dict[str, dict[str, Any]] = {
     "min-snr": {"weighting": "min-snr"},
     "lognormal times, edm weighting": {"times": "lognormal", "weighting": "edm"},
 }
+TRIALS: dict[str, dict[str, Any]] = {
+    "600 updates": {"updates": 600},
+    "twice the learning rate": {"lr": 2e-3},
+    "batches of 16": {"batch_size": BATCH // 2},
+}
+"""Other settings of both plain and auto: where the share of evaluations depends on how noisy training is."""
+ARMS |= {f"{arm}; {trial}": ARMS[arm] | changed for trial, changed in TRIALS.items() for arm in ("plain", "auto")}
 
 
-def _path(data: str, seed: int, arm: str) -> Path:
-    return CACHE / data.replace(":", "") / f"{arm}@{seed}.json"
+def _name(data: str, seed: int, arm: str) -> str:
+    return f"{data.replace(':', '')}/{arm}@{seed}"
 
 
 def run(data_name: str, seed: int, arm: str) -> dict[str, Any]:
     """One training run: its curve and the quality of its samples."""
     data = load(data_name)
-    updates = UPDATES[data_name]
-    settings = {"updates": updates, "batch_size": BATCH, "seed": seed, "head": "none", "lr": 1e-3}
-    settings |= {"lr_schedule": "constant", "validate_every": updates // VALIDATIONS[data_name]} | ARMS[arm]
+    settings = {"updates": UPDATES[data_name], "batch_size": BATCH, "seed": seed, "head": "none", "lr": 1e-3} | ARMS[
+        arm
+    ]
+    settings |= {"lr_schedule": "constant", "validate_every": UPDATES[data_name] // VALIDATIONS[data_name]}
     trainer = Trainer(data, config_from(settings), device="cpu")
     begun, curve = time.perf_counter(), []
     for record in trainer.run():
@@ -118,9 +128,40 @@ def estimate(values: list[dict[str, float]], statistic: Callable[[dict[str, floa
     return [value, value - reach, value + reach]
 
 
+COLUMNS = {"loss": 4, "recovered": 2, "share": 2, "energy": 4}
+
+
+def _row(arm: str, runs: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
+    """A line of the table, of runs by seed: the arm's, plain's and, but for trials, those of plain's doubled batch."""
+    values = []
+    for own, plain, *double in runs.values():
+        updates = plain["curve"][-1][0]
+        target = plain["curve"][-1][1]
+        share = min(reached(own["curve"], target), 2 * updates) / updates
+        value = {"own": own["curve"][-1][1], "plain": target, "share": share, "energy": own["energy"]}
+        values.append(value | ({"double": double[0]["curve"][-1][1]} if double else {}))
+    row: dict[str, Any] = {"arm": arm, "seeds": list(runs), "loss": estimate(values, lambda v: v["own"])}
+    row["recovered"] = None
+    if "double" in values[0]:
+        row["recovered"] = estimate(values, lambda v: (v["plain"] - v["own"]) / (v["plain"] - v["double"]))
+    factor = 2.0 if arm == "plain, doubled batch" else 1.0
+    row["share"] = estimate(values, lambda v: factor * v["share"])
+    row["energy"] = estimate(values, lambda v: v["energy"])
+    return row
+
+
+def _shown(interval: list[float] | None, digits: int) -> str:
+    if interval is None:
+        return "–"
+    value, low, high = interval
+    return f"{value:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if math.isfinite(low) else "")
+
+
 def report() -> None:
     """Writes what was run."""
+    kept = KEPT.all()
     results: dict[str, Any] = {"date": dt.date.today().isoformat(), "torch": torch.__version__, "data": {}}
+    results["runs"] = kept
     head = (
         f"U-Net of the default size, v prediction, batches of {BATCH}, constant learning rate, equally many updates; "
         f"means over training seeds with 95% intervals. Measured {results['date']} with torch {torch.__version__}; "
@@ -128,44 +169,34 @@ def report() -> None:
     )
     titles = ("data", "recipe", "seeds", "held-out loss", "gain of a doubled batch recovered")
     titles += ("share of plain's evaluations", "energy distance")
+    trials = []
     lines = [head, "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for name, updates in UPDATES.items():
-        runs = {a: {s: json.loads(p.read_text()) for s in SEEDS if (p := _path(name, s, a)).exists()} for a in ARMS}
+    earlier = json.loads(RESULTS.read_text())["data"] if RESULTS.exists() else {}
+    for name in UPDATES:
+        runs = {a: {s: r for s in SEEDS if (r := kept.get(_name(name, s, a)))} for a in ARMS}
+        before = {row["arm"]: row for row in earlier.get(name, [])}
         rows = []
         for arm in ARMS:
-            seeds = [s for s in runs[arm] if s in runs["plain"] and s in runs["plain, doubled batch"]]
-            if not seeds:
-                continue
-            last = {a: {s: runs[a][s]["curve"][-1][1] for s in seeds} for a in (arm, "plain", "plain, doubled batch")}
-            values = [
-                {
-                    "own": last[arm][s],
-                    "plain": last["plain"][s],
-                    "double": last["plain, doubled batch"][s],
-                    "share": min(reached(runs[arm][s]["curve"], last["plain"][s]), 2 * updates) / updates,
-                    "energy": runs[arm][s]["energy"],
-                }
-                for s in seeds
-            ]
-            row = {"arm": arm, "seeds": seeds, "loss": estimate(values, lambda v: v["own"])}
-            row["recovered"] = estimate(values, lambda v: (v["plain"] - v["own"]) / (v["plain"] - v["double"]))
-            factor = 2.0 if arm == "plain, doubled batch" else 1.0
-            row["share"] = estimate(values, lambda v, factor=factor: factor * v["share"])
-            row["energy"] = estimate(values, lambda v: v["energy"])
-            rows.append(row)
-
-            def shown(key: str, digits: int, row: dict[str, Any] = row) -> str:
-                value, low, high = row[key]
-                return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-            texts = [
-                shown("loss", 4),
-                shown("recovered", 2),
-                shown("share", 2),
-                shown("energy", 4),
-            ]
-            lines.append(f"| {name} | {arm} | {len(seeds)} | " + " | ".join(texts) + " |")
+            plain = "; ".join(["plain", *arm.split("; ")[1:]])
+            needed = (arm, plain) if ";" in arm else (arm, plain, "plain, doubled batch")
+            seeds = [s for s in SEEDS if all(s in runs[a] for a in needed)]
+            if len(seeds) < len(before.get(arm, {"seeds": ()})["seeds"]):
+                rows.append(before[arm])  # its runs are not here
+            elif seeds:
+                rows.append(_row(arm, {s: [runs[a][s] for a in needed] for s in seeds}))
+        for row in rows:
+            texts = [_shown(row[key], digits) for key, digits in COLUMNS.items()]
+            (trials if ";" in row["arm"] else lines).append(
+                f"| {name} | {row['arm']} | {len(row['seeds'])} | " + " | ".join(texts) + " |"
+            )
         results["data"][name] = rows
+    if trials:
+        lines += [
+            "",
+            "Both recipes under other settings; the share is of plain's evaluations under the same settings.",
+            "",
+        ]
+        lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|", *trials]
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     TABLE.write_text("\n".join(lines) + "\n")
     print(TABLE.read_text())
@@ -186,12 +217,9 @@ def main() -> None:
         for seed in SEEDS[: arguments.seeds]:
             for name in arguments.data.split(","):
                 for arm in (a for a in ARMS if re.search(arguments.arms, a)):
-                    path = _path(name, seed, arm)
-                    if path.exists() or time.process_time() > end:
-                        continue
-                    made = run(name, seed, arm)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_text(json.dumps(made))
+                    cell = _name(name, seed, arm)
+                    if KEPT[cell] is None and time.process_time() <= end:
+                        KEPT[cell] = run(name, seed, arm)
     report()
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kept import Kept
 
 from lowvar.data import load
 from lowvar.process import Independent, NetworkDenoiser, ReverseKernel
@@ -30,9 +31,9 @@ from lowvar.sample import vlb
 from lowvar.train import config_from, fit
 
 ROOT = Path(__file__).resolve().parents[1]
-CACHE = Path(os.environ.get("LOWVAR_BENCHMARKS", ROOT / "build" / "benchmarks")) / "training-likelihood"
 RESULTS = ROOT / "benchmarks" / "results" / "training_likelihood.json"
 TABLE = ROOT / "docs" / "results" / "training_likelihood.md"
+KEPT = Kept(Path(os.environ.get("LOWVAR_BENCHMARKS", ROOT / "build" / "benchmarks")) / "training-likelihood", RESULTS)
 
 SEEDS, STEPS, IMAGES = range(3), 100, 300
 UPDATES = {"digits": 1500, "photos:16": 800}
@@ -45,8 +46,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def _path(data: str, recipe: str, seed: int) -> Path:
-    return CACHE / data.replace(":", "") / f"{recipe}@{seed}.json"
+def _name(data: str, recipe: str, seed: int) -> str:
+    return f"{data.replace(':', '')}/{recipe}@{seed}"
 
 
 def run(name: str, recipe: str, seed: int) -> dict[str, Any]:
@@ -79,7 +80,9 @@ def interval(values: list[float]) -> list[float | None]:
 
 def report() -> None:
     """Writes what was run."""
+    kept = KEPT.all()
     results: dict[str, Any] = {"date": dt.date.today().isoformat(), "torch": torch.__version__, "data": {}}
+    results["runs"] = kept
     head = (
         f"Held-out bits a dimension, chain of {STEPS} steps, learned variance, noise prediction; {len(SEEDS)} training "
         f"seeds at most, 95% intervals over seeds. Measured {results['date']} with torch {torch.__version__}; script "
@@ -91,10 +94,7 @@ def report() -> None:
         return f"{row[0]:.3f}" + ("" if row[1] is None else f" [{row[1]:.3f}, {row[2]:.3f}]")
 
     for name in UPDATES:
-        bits = {
-            r: {s: json.loads(p.read_text())["bits"] for s in SEEDS if (p := _path(name, r, s)).exists()}
-            for r in RECIPES
-        }
+        bits = {r: {s: run["bits"] for s in SEEDS if (run := kept.get(_name(name, r, s)))} for r in RECIPES}
         rows = []
         for recipe, found in bits.items():
             both = sorted(found.keys() & bits["hybrid"].keys())
@@ -121,12 +121,9 @@ def main() -> None:
     for seed in SEEDS:
         for name in arguments.data.split(","):
             for recipe in RECIPES:
-                path = _path(name, recipe, seed)
-                if path.exists() or time.process_time() >= end:
-                    continue
-                made = run(name, recipe, seed)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(made))
+                cell = _name(name, recipe, seed)
+                if KEPT[cell] is None and time.process_time() < end:
+                    KEPT[cell] = run(name, recipe, seed)
     report()
 
 

@@ -169,6 +169,24 @@ def test_tables_by_class_are_those_of_the_guided_model(lowvar: Lowvar, condition
         assert (np.abs(guided - drawn.numpy()).max() < 1e-4) == same
 
 
+def test_one_class_is_evaluated(lowvar: Lowvar, conditional: Path, tmp_path: Path) -> None:
+    """Scored against that class alone; guidance doubles the evaluations of our samplers and of peers."""
+    words = ["evaluate", "--model", conditional, "--data", "digits", "--steps", "2", "--n", 64, "--metrics", "mean"]
+    words += ["--samplers", "ddpm-small", "--against", "ddim", "--json"]
+    done = lowvar(*words, "--label", 3, "--guidance", 2, "--out", tmp_path / "one")
+    assert done.status == 0, done.err
+    data = load("digits")
+    assert data.test.labels is not None
+    assert done.json["scores"]["reference"] == int((data.test.labels == 3).sum())
+    assert {row["nfe"] for row in done.json["rows"]} == {4}
+    assert {row["nfe"] for row in lowvar(*words, "--out", tmp_path / "all").json["rows"]} == {2}
+    done = lowvar(*words, "--label", 12, "--out", tmp_path / "none")
+    assert done.status == 2
+    assert done.sentence == "the class is '12'; allowed: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, or a number from 0 to 9"
+    done = lowvar(*words, "--guidance", 2, "--out", tmp_path / "none")
+    assert done.sentence == "--guidance is 2, and there is no class to guide to; give --label"
+
+
 def test_classes_of_the_data_and_of_the_model(lowvar: Lowvar, conditional: Path, tmp_path: Path) -> None:
     from PIL import Image
 

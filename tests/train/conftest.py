@@ -33,7 +33,8 @@ def on_one_and_two_processes(tmp_path: Path) -> Callable[[dict[str, Any]], tuple
             "for record in trainer.run(): pass\n"
             "if trainer.accelerator.is_main_process:\n"
             "    x = torch.linspace(-2, 2, 256).reshape(4, 1, 8, 8)\n"
-            "    out = trainer.ema_network()(x, torch.arange(4.0)).sample\n"
+            "    labels = torch.arange(4) if trainer.config.conditional else None\n"
+            "    out = trainer.ema_network()(x, torch.arange(4.0), class_labels=labels).sample\n"
             "    torch.save([out, trainer.times.state()], sys.argv[1] + '/final.pt')\n"
         )
         ends = []

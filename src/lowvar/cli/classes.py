@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from lowvar.cli.models import Model
     from lowvar.data import Data
 
-__all__ = ["calibrate_by_class", "require_classes"]
+__all__ = ["calibrate_by_class", "other_guidance", "require_classes"]
 
 
-def require_classes(model: Model, data: Data) -> None:
+def require_classes(model: Model, data: Data, flag: str = "--by-class") -> None:
     """Refuses a model or data without classes, or with other ones.
 
     Raises:
         UserError: saying which.
     """
     if not model.classes:
-        raise UserError("--by-class is of models with classes, and this one has none; train one with --conditional")
+        raise UserError(f"{flag} is of models with classes, and this one has none; train one with --conditional")
     if data.calibration.labels is None:
-        raise UserError("--by-class needs data with labels, and these have none; give data with classes")
+        raise UserError(f"{flag} needs data with labels, and these have none; give data with classes")
     named = tuple(data.classes if data.columns is None else data.columns.classes)
     names = named or tuple(str(k) for k in range(int(data.calibration.labels.max()) + 1))
     if (named and named != model.classes) or len(names) > len(model.classes):
@@ -36,6 +36,17 @@ def require_classes(model: Model, data: Data) -> None:
             f"the data's classes are {_some(names)}, and the model's are {_some(model.classes)}; give the data that it "
             "was trained on"
         )
+
+
+def other_guidance(model: Model, label: str | None, guidance: float) -> str | None:
+    """What to say where a class is sampled with tables of all classes, because its own are of another guidance."""
+    calibration = model.calibration
+    if label is None or calibration is None or not calibration.conditional:
+        return None  # tables of one class have no others beside them
+    return (
+        f"tables by class were calibrated with guidance {calibration.guidance:g}, not {guidance:g}: that of all "
+        "classes is used; `lowvar calibrate --by-class --guidance` makes others"
+    )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -9,17 +9,27 @@ from typing import Any
 
 from lowvar.cli.console import Console, score_table
 from lowvar.cli.folders import check_free, new_folder
-from lowvar.cli.options import DataFlags, MaybeText, Sampling, at_least, choose_device, parse_names, parse_steps
+from lowvar.cli.options import (
+    ClassFlags,
+    DataFlags,
+    MaybeText,
+    Sampling,
+    at_least,
+    choose_device,
+    parse_names,
+    parse_steps,
+)
 
 __all__ = ["Evaluate"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(DataFlags, Sampling):
+class Evaluate(DataFlags, ClassFlags, Sampling):
     """Score samplers on a model against held-out data.
 
     Runs samplers of lowvar, and with --against schedulers of diffusers on the same network from the same starting
-    noise, and writes a table of scores with 95% intervals and a report. Peers: ddpm, ddpm-large, ddpm-learned, ddim,
+    noise, and writes a table of scores with 95% intervals and a report. With --label one class is sampled, and scored
+    against the held-out images of that class. Peers: ddpm, ddpm-large, ddpm-learned, ddim,
     dpmsolver++, dpmsolver++3, sde-dpmsolver++, unipc, deis, sa-solver, heun, and for flow and EDM models flow-euler,
     flow-heun, edm-euler, edm-dpmsolver++.
     """
@@ -50,11 +60,14 @@ class Evaluate(DataFlags, Sampling):
         at_least("--batch-size", self.batch_size)
         steps = parse_steps(self.steps)
         check_free(self.out, overwrite=self.overwrite)
+        self.check_guidance()
+        from lowvar.cli.classes import other_guidance, require_classes
         from lowvar.cli.models import default_samplers, fitting, open_model
         from lowvar.cli.results import about_data, summarise, titled, write_run
         from lowvar.errors import UserError
         from lowvar.evaluation import Cell, check_cell, evaluate, peer_named
-        from lowvar.metrics import METRICS, Scorer
+        from lowvar.metrics import METRICS, Scorer, extractor_for
+        from lowvar.own_pipelines import class_number
         from lowvar.process.noise import Independent
         from lowvar.sample import SAMPLERS
 
@@ -63,7 +76,9 @@ class Evaluate(DataFlags, Sampling):
         if unknown:
             raise UserError(f"--metrics has {unknown[0]!r}; allowed: {', '.join(METRICS)}")
         device = choose_device(self.device)
-        model = open_model(self.model, device)
+        model = open_model(self.model, device, self.label, self.guidance)
+        if (note := other_guidance(model, self.label, self.guidance)) is not None:
+            console.note(note)
         peers = [peer_named(name) for name in parse_names("--against", self.against)] if self.against else []
         own = parse_names("--samplers", self.samplers) if self.samplers else default_samplers(model)
         cells = [Cell(name, k, self.grid) for k in steps for name in own]
@@ -73,7 +88,12 @@ class Evaluate(DataFlags, Sampling):
         data = self.load(self.seed)
         data = fitting(model, data)
         console.note(f"scoring features for {data.name}")
-        scorer = Scorer(data, metrics=metrics)
+        extractor = extractor_for(data) if {"frechet", "kernel"} & set(metrics) else None
+        if self.label is not None:
+            require_classes(model, data, "--label")
+            data = data.of_class(class_number(self.label, model.classes))
+            console.note(f"scored against the {len(data.test)} held-out images of class {self.label}")
+        scorer = Scorer(data, metrics=metrics, extractor=extractor)
         with console.progress(self.n * sum(cell.evaluations for cell in cells), "sampling") as bar:
             found = evaluate(
                 model.denoiser,

@@ -7,6 +7,7 @@ into `summary.json`; its docstring is its help.
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from lowvar.data import Data
 
 __all__ = [
+    "ClassFlags",
     "Command",
     "Common",
     "DataFlags",
@@ -88,6 +90,27 @@ class Sampling(Common):
     """of all random numbers; sample i has the same noise whatever the batch size"""
     batch_size: int = 256
     """samples the network sees at once"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassFlags:
+    """Flags that say which class of a conditional model is sampled."""
+
+    label: MaybeText = None
+    """class to sample, by name or number, of a model trained with --conditional; default: all classes"""
+    guidance: float = 1.0
+    """scale of classifier-free guidance with --label; above 1 it costs a second evaluation a step"""
+
+    def check_guidance(self) -> None:
+        """Refuses a scale that is none, and one without a class.
+
+        Raises:
+            UserError: saying which.
+        """
+        if not (math.isfinite(self.guidance) and self.guidance >= 0):
+            raise UserError(f"--guidance is {self.guidance:g}; give a number from 0, for example 2")
+        if self.guidance != 1 and self.label is None:
+            raise UserError(f"--guidance is {self.guidance:g}, and there is no class to guide to; give --label")
 
 
 @dataclass(frozen=True, kw_only=True)

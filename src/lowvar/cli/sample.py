@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lowvar.cli.console import Console
 from lowvar.cli.folders import check_free, new_file
-from lowvar.cli.options import MaybeFloat, MaybeInt, MaybePath, MaybeText, Sampling, at_least, choose_device
+from lowvar.cli.options import (
+    ClassFlags,
+    MaybeFloat,
+    MaybeInt,
+    MaybePath,
+    MaybeText,
+    Sampling,
+    at_least,
+    choose_device,
+)
 from lowvar.cli.pictures import write_png
 from lowvar.errors import UserError
 
@@ -26,7 +34,7 @@ __all__ = ["Sample"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample(Sampling):
+class Sample(ClassFlags, Sampling):
     """Draw samples from a model.
 
     Writes `samples` (float32 in [-1, 1], latents in their own units; of a table float64 in its own units, with
@@ -66,10 +74,6 @@ class Sample(Sampling):
     calibration's"""
     adaptive: bool = False
     """steps of their own for every sample, around the grid; 2 evaluations a step (ddpm-* of a calibrated model)"""
-    label: MaybeText = None
-    """class to sample, by name or number, of a model trained with --conditional; default: all classes"""
-    guidance: float = 1.0
-    """scale of classifier-free guidance with --label; above 1 it costs a second evaluation a step"""
     png: MaybePath = None
     """also write a picture of the first samples"""
     csv: MaybePath = None
@@ -80,6 +84,7 @@ class Sample(Sampling):
         begun = time.perf_counter()
         self._checked()
         from lowvar.calibrate.grids import is_calibrated
+        from lowvar.cli.classes import other_guidance
         from lowvar.cli.models import noise_ready, open_model, scheduler_of
         from lowvar.cli.results import summarise
         from lowvar.evaluation import check_steps
@@ -87,11 +92,8 @@ class Sample(Sampling):
         device = choose_device(self.device)
         model = open_model(self.model, device, self.label, self.guidance)
         self._files_fit(model)
-        if self.label is not None and model.calibration is not None and model.calibration.conditional:
-            console.note(
-                f"tables by class were calibrated with guidance {model.calibration.guidance:g}, not "
-                f"{self.guidance:g}: that of all classes is used; `lowvar calibrate --by-class --guidance` makes others"
-            )
+        if (note := other_guidance(model, self.label, self.guidance)) is not None:
+            console.note(note)
         planned = self.steps == "auto" or self.adaptive or is_calibrated(self.grid or "")
         scheduler = scheduler_of(
             model,
@@ -149,10 +151,7 @@ class Sample(Sampling):
             from lowvar.calibrate.grids import check_grid
 
             check_grid(self.grid)
-        if not (math.isfinite(self.guidance) and self.guidance >= 0):
-            raise UserError(f"--guidance is {self.guidance:g}; give a number from 0, for example 2")
-        if self.guidance != 1 and self.label is None:
-            raise UserError(f"--guidance is {self.guidance:g}, and there is no class to guide to; give --label")
+        self.check_guidance()
 
     def _files_fit(self, model: Model) -> None:
         """Refuses files that the model's samples cannot be written to."""

@@ -9,8 +9,19 @@ from __future__ import annotations
 
 from lowvar.data.arrays import ArrayImages
 from lowvar.data.columns import Columns
-from lowvar.data.images import Data, Images, TensorImages
+from lowvar.data.images import Data, Images, Subset, TensorImages
 from lowvar.data.registry import NAMES, load
 from lowvar.data.stream import Stream, StreamData
 
-__all__ = ["NAMES", "ArrayImages", "Columns", "Data", "Images", "Stream", "StreamData", "TensorImages", "load"]
+__all__ = [
+    "NAMES",
+    "ArrayImages",
+    "Columns",
+    "Data",
+    "Images",
+    "Stream",
+    "StreamData",
+    "Subset",
+    "TensorImages",
+    "load",
+]

@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lowvar.data.columns import Columns
 
-__all__ = ["Data", "Images", "TensorImages"]
+__all__ = ["Data", "Images", "Subset", "TensorImages"]
 
 
 class Images(ABC):
@@ -125,6 +125,48 @@ class TensorImages(Images):
         return digest.hexdigest()[:16]
 
 
+class Subset(Images):
+    """Some images of another set, in the order given.
+
+    Args:
+        base: the set.
+        indices: numbers of its images, (m,), m >= 1.
+
+    Raises:
+        ValueError: if there are no indices.
+
+    Example:
+        >>> base = TensorImages(torch.linspace(-1, 1, 16).reshape(4, 1, 2, 2), labels=torch.tensor([0, 1, 0, 1]))
+        >>> odd = Subset(base, torch.tensor([1, 3]))
+        >>> len(odd), odd.labels
+        (2, tensor([1, 1]))
+    """
+
+    def __init__(self, base: Images, indices: Tensor) -> None:
+        """Checks that there is an image."""
+        if not len(indices):
+            raise ValueError("there are no indices; a set has at least 1 image")
+        self._base, self._indices = base, indices
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one image, as in the base."""
+        return self._base.shape
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Class numbers (m,) or None."""
+        return None if self._base.labels is None else self._base.labels[self._indices]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self._indices)
+
+    def images(self, indices: Tensor | Sequence[int]) -> Tensor:
+        """The images numbered `indices`, as the base has them."""
+        return self._base.images(self._indices[torch.as_tensor(indices, dtype=torch.int64)])
+
+
 @dataclass(frozen=True)
 class Data:
     """Three disjoint splits of one data set, all of the same shape.
@@ -181,6 +223,30 @@ class Data:
     def bound(self) -> float | None:
         """b of data in [-b, b]: 1, and None for latents."""
         return 1.0 if self.scaling_factor is None else None
+
+    def of_class(self, number: int) -> Data:
+        """The images of one class alone, in all three splits.
+
+        Raises:
+            ValueError: if the data has no labels, or a split no image of that class.
+
+        Example:
+            >>> from lowvar.data import load
+            >>> threes = load("digits").of_class(3)
+            >>> threes.test.labels.unique(), len(threes.test) < 40
+            (tensor([3]), True)
+        """
+        splits: dict[str, Images] = {}
+        for name, split in (("train", self.train), ("calibration", self.calibration), ("test", self.test)):
+            if split.labels is None:
+                raise ValueError(f"{self.name} has no labels, so it has no class {number}; give data with classes")
+            found = torch.nonzero(split.labels == number)[:, 0]
+            if not len(found):
+                raise ValueError(
+                    f"the {name} split of {self.name} has no image of class {number}; give more data of it"
+                )
+            splits[name] = Subset(split, found)
+        return replace(self, **splits, fingerprint=f"{self.fingerprint}/{number}")
 
     @property
     def half_width(self) -> float:

@@ -237,7 +237,7 @@ def draw(
                 peer, denoiser, cell.steps, index, shape, noise, spacing=spacing, device=device, progress=progress
             )
             parts.append((x if denoiser.clip is None else x.clamp(-denoiser.clip, denoiser.clip)).cpu())
-        return Drawn(cell, torch.cat(parts), spacing, nfe, time.perf_counter() - begun)
+        return Drawn(cell, torch.cat(parts), spacing, nfe * denoiser.nfe, time.perf_counter() - begun)
     sampler, attached = resolve(cell.sampler, denoiser, calibration)
     name = cell.grid or sampler.grid
     grid = sampling_grid(name, denoiser.schedule, cell.steps, calibration)

@@ -247,10 +247,10 @@ def run_peer(
         noise: source of the start and, as far as the peer takes it, of the steps' noise.
         spacing: of the timesteps.
         device: of the states.
-        progress: called with the number of samples after each network evaluation.
+        progress: called with the number of samples after each call of the denoiser.
 
     Returns:
-        (samples on `device`, not clipped; network evaluations a sample).
+        (samples on `device`, not clipped; calls of the denoiser a sample, each of `denoiser.nfe` evaluations).
     """
     index = torch.as_tensor(index)
     scheduler = make_peer(peer, denoiser, spacing)
