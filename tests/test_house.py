@@ -25,7 +25,8 @@ FLOORS = (
     ("calibrate", "sample", "gradients"),
     ("train", "expect", "reward"),
     ("profile", "report", "schedulers", "testing", "own_pipelines"),
-    ("pipelines", "adapters"),  # open model folders (needs the scheduler class) and models of other code bases
+    ("pipeline_folders",),  # model folders opened as data; needs the scheduler class
+    ("pipelines", "adapters"),  # their networks as denoisers, and models of other code bases
     ("evaluation",),  # runs samplers and peers on an opened model and scores them
     ("cli",),
 )

@@ -14,7 +14,7 @@ from lowvar.process import CosineVP
 from lowvar.process.noise import Independent
 from lowvar.train import DrawPlan, cluster_labels, config_from
 from lowvar.train.clusters import LIMIT
-from lowvar.train.config import make_plan
+from lowvar.train.parts import make_plan
 
 
 def blobs(sizes: tuple[int, ...]) -> tuple[TensorImages, Tensor]:

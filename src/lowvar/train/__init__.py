@@ -2,16 +2,7 @@
 
 from lowvar.train.averaging import PowerAverages
 from lowvar.train.clusters import cluster_labels
-from lowvar.train.config import (
-    PRESETS,
-    TrainConfig,
-    config_from,
-    make_objective,
-    make_plan,
-    make_references,
-    make_schedule,
-    make_times,
-)
+from lowvar.train.config import PRESETS, TrainConfig, config_from
 from lowvar.train.draws import DrawPlan, Draws
 from lowvar.train.edm import EDM, LognormalTimes
 from lowvar.train.entropy_rate import EntropyRateTimes
@@ -36,6 +27,7 @@ from lowvar.train.optimal_transport import OptimalTransport, optimal_transport
 from lowvar.train.own_networks import check_network, own_network
 from lowvar.train.p2 import P2
 from lowvar.train.pairs import CrossPairs, IndependentSamples, OrthogonalNoise, Pairing, SameImagePairs
+from lowvar.train.parts import make_objective, make_plan, make_references, make_schedule, make_times
 from lowvar.train.piecewise import GivenTimes, LearnedBins, RunningMeans, continuous, piecewise_times
 from lowvar.train.processes import measured_sigma_data
 from lowvar.train.records import Change, Record, Sampled, Saved, TargetRecord, Update, Validation

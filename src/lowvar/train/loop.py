@@ -34,7 +34,7 @@ from lowvar.train import checkpoints
 from lowvar.train.averaging import PowerAverages
 from lowvar.train.batch_loss import BatchLoss, weighted_mean
 from lowvar.train.conditional import classes_of
-from lowvar.train.config import TrainConfig, make_objective, make_plan, make_references, make_schedule, make_times
+from lowvar.train.config import TrainConfig
 from lowvar.train.draws import Draws, ImageSource
 from lowvar.train.gradient_norm import GradientNormTimes
 from lowvar.train.kept_averages import AVERAGES, discard_after, is_moment, keep_averages
@@ -45,6 +45,7 @@ from lowvar.train.norm_probe import squared_norm
 from lowvar.train.objectives import Losses, Objective
 from lowvar.train.optimum import OptimumBounds, optimum_bounds
 from lowvar.train.own_networks import OfNullClass, check_network, own_network, structure
+from lowvar.train.parts import make_objective, make_plan, make_references, make_schedule, make_times
 from lowvar.train.processes import plain_times, resolved_sigma_data
 from lowvar.train.records import Change, Record, Sampled, Saved, TargetRecord, Update, Validation
 from lowvar.train.snapshot import Parts, capture, restore
