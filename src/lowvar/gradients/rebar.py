@@ -57,6 +57,7 @@ class REBAR(Stateless):
     label: ClassVar[GradientLabel] = "unbiased"
     source: ClassVar[str] = "Tucker et al. 2017"
     smooth: ClassVar[bool] = True
+    apart: ClassVar[tuple[str, ...]] = ("v", "w")
 
     eta: float = 1.0
     temperature: float = 0.5
