@@ -8,7 +8,7 @@ four as well), 1e-6 for three classes, 1e-4 for five (1e-6 in the slow tests).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -68,6 +68,13 @@ def test_relaxed_sites_are_unbiased(estimator: Estimator, problem: str, rule: Qu
     assert certificate(problem, estimator, rule).holds(tolerance)
 
 
+@pytest.mark.parametrize(("temperature", "ends", "tolerance"), [(0.5, "analytic", 1e-10), (0.7, "mild", 1e-7)])
+def test_other_temperatures(temperature: float, ends: Any, tolerance: float) -> None:
+    """1 / 0.7 is no whole number: the integrand has a power in its tails, and the rule's ends are smoothed."""
+    rule = QuadratureRule(16, ends=ends, apart=True)
+    assert certificate("2 bits", REBAR(1.0, temperature), rule).holds(tolerance)
+
+
 @pytest.mark.parametrize("problem", ["1 bits", "2 bits", "normal, bit, normal"])
 def test_part_by_part_equals_the_product(problem: str) -> None:
     """Mean and variance, with a site before it, one after it, and none."""
@@ -82,17 +89,26 @@ def test_part_by_part_equals_the_product(problem: str) -> None:
             assert torch.allclose(parts.variance[name], product.variance[name], atol=1e-12)
 
 
+def test_two_samples_part_by_part() -> None:
+    """The variance of a mean of two samples is half that of one, and both are found."""
+    one, two = (certificate("2 bits", RELAX(control), bits(10), n=n) for n in (1, 2))
+    for name, variance in one.variance.items():
+        assert torch.allclose(two.mean[name], one.mean[name], atol=1e-12)
+        assert torch.allclose(two.variance[name], variance / 2, atol=1e-12)
+
+
 def test_variance_is_not_given_where_it_is_not_known() -> None:
     found = certificate("two dependent bits", REBAR(0.7, 1.0), bits(4))
     assert all(bool(x.isnan().all()) for x in found.variance.values())
 
 
 def test_certify_takes_relaxed_sites() -> None:
-    found = certify(REBAR(0.7, 1.0), max_nodes=50_000)
-    assert {"1 bits", "2 bits", "3 bits", "two dependent bits", "normal, bit, normal", "one of 3 classes"} <= set(found)
-    assert "4 bits" not in found  # needs more nodes than that
-    assert found["one of 3 classes"].bias < 1e-6
-    assert 0 < found["one of 3 classes"].error < 1e-5
+    asked = ["2 bits", "4 bits", "one of 3 classes"]
+    found = certify(REBAR(0.7, 1.0), [BY_NAME[name] for name in asked], max_nodes=25_000)
+    assert sorted(found) == ["2 bits", "one of 3 classes"]
+    # four bits need more nodes than that
+    assert found["one of 3 classes"].bias < 1e-5
+    assert 0 < found["one of 3 classes"].error < 1e-4
 
 
 # -------------------------------------------------------------------------------------- bugs put back on these problems
@@ -149,8 +165,8 @@ def test_dropped_derivative_of_the_conditional_sample(
 @pytest.mark.parametrize(
     ("problem", "rule"),
     [
-        pytest.param("2 bits", bits(6), id="2 bits"),
-        pytest.param("one of 3 classes", QuadratureRule(4, ends="mild", apart=True), id="3 classes"),
+        pytest.param("2 bits", bits(5), id="2 bits"),
+        pytest.param("one of 3 classes", QuadratureRule(6, ends="mild", apart=True), id="3 classes"),
     ],
 )
 def test_mixing_samples(problem: str, rule: QuadratureRule) -> None:

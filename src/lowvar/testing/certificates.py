@@ -12,12 +12,6 @@ the derivative of the same program with every discrete site enumerated and every
 code with the estimator under test but the program. What comes out is not a statistical test: E grad S = grad E C to
 1e-10, or the estimator is biased. Where smooth noise is integrated by a rule that is exact for no finite number of
 nodes, a second rule with fewer nodes says how much it misses.
-
-One site integrated part by part, given all other noise g = sum_j A_j(v_j) - (k - 1) c with A_j = c at the anchor:
-
-    E g = sum_j E A_j - (k - 1) c,      Var g = sum_j Var A_j,
-
-so the variance is exact as well.
 """
 
 from __future__ import annotations
@@ -42,6 +36,7 @@ from lowvar.gradients.pathwise import Pathwise
 from lowvar.gradients.program import swapped
 from lowvar.process.noise import Independent
 from lowvar.testing.nodes import LATTICE_FROM, Nodes, QuadratureRule, is_smooth, noise_nodes
+from lowvar.testing.parts import Sums, sample_nodes
 from lowvar.testing.problems import PROBLEMS, Problem
 
 __all__ = ["Certificate", "certify", "exact_gradient", "exact_moments"]
@@ -56,8 +51,8 @@ class Certificate:
     Attributes:
         truth: the gradient of the expectation, like theta.
         mean: the estimator's expectation.
-        variance: its variance, entry by entry; nan where noise was integrated part by part at several sites, for
-            several samples, or at a site whose values move the jumps of later noise.
+        variance: its variance, entry by entry; nan where noise was integrated part by part at several sites, or at a
+            site whose values move the jumps of later noise.
         value: expectation of the surrogate's value.
         nodes: how many noise values were summed over.
         error: how much the mean moved when `certify` integrated with fewer nodes; 0 where the sums are exact, or only
@@ -125,9 +120,7 @@ def exact_moments(
     rows = pytree.tree_map(lambda x: x[None], tuple(data))
     before = E.init(theta, rows) if state is None else state
     single = noise_nodes(E, theta, before, rule, data)
-    count = len(single.weight)
-    grid = torch.cartesian_prod(*[torch.arange(count)] * n).reshape(-1, n)
-    weight = single.weight[grid].prod(1)
+    nodes = sample_nodes(single, n)
 
     def at(noises: Noises) -> tuple[Tensor, Tensor]:
         def value(th: Any) -> tuple[Tensor, Tensor]:
@@ -142,9 +135,9 @@ def exact_moments(
         return at({site: {k: v[index] for k, v in own.items()} for site, own in single.noises.items()})
 
     _hold_apart(at, single, n)
-    moments = _Moments(single if n == 1 else replace(single, cell=None, part=None))
-    for part in torch.arange(len(grid)).split(rule.chunk):
-        moments.add(part, weight[part], *vmap(gradient)(grid[part]))
+    moments = Sums(nodes)
+    for part in torch.arange(len(nodes.index)).split(rule.chunk):
+        moments.add(part, *vmap(gradient)(nodes.index[part]))
     leaves, like = pytree.tree_flatten(theta)
 
     def shaped(flat: Tensor) -> Any:
@@ -153,51 +146,7 @@ def exact_moments(
 
     known = exact_gradient(program, theta, data=data, rule=rule) if truth is None else truth
     mean, variance, value = moments.result()
-    return Certificate(known, shaped(mean), shaped(variance), value, len(grid))
-
-
-class _Moments:
-    """Sums over nodes; where one site is integrated part by part, in cells of all other noise and by part."""
-
-    def __init__(self, nodes: Nodes) -> None:
-        self.nodes = nodes
-        self.value = 0.0
-        self.first: Tensor | None = None
-        self.second: Tensor | None = None
-        self.parts = len(next(iter(nodes.apart.values()))) if nodes.cell is not None else 0
-
-    def add(self, index: Tensor, weight: Tensor, g: Tensor, value: Tensor) -> None:
-        """Adds gradients (Q, p) and values (Q,) of nodes `index`."""
-        self.value += float((weight * value).sum())
-        if self.nodes.cell is None or self.nodes.part is None:
-            where, rows = torch.zeros_like(index), 1
-        else:
-            where = self.nodes.cell[index] * (self.parts + 1) + self.nodes.part[index]
-            rows = (int(self.nodes.cell.max()) + 1) * (self.parts + 1)
-        if self.first is None or self.second is None:
-            self.first, self.second = g.new_zeros(rows, g.shape[1]), g.new_zeros(rows, g.shape[1])
-        self.first = self.first.index_add(0, where, weight[:, None] * g)
-        self.second = self.second.index_add(0, where, weight[:, None] * g**2)
-
-    def result(self) -> tuple[Tensor, Tensor, float]:
-        """Mean and variance (p,), and the mean value."""
-        assert self.first is not None
-        assert self.second is not None
-        mean = self.first.sum(0)
-        if not self.parts:
-            lost = bool(self.nodes.apart)
-            variance = torch.full_like(mean, torch.nan) if lost else self.second.sum(0) - mean**2
-            return mean, variance, self.value
-        k = self.parts
-        assert self.nodes.cell is not None
-        assert self.nodes.part is not None
-        anchor = self.nodes.part == k
-        chance = mean.new_zeros(len(self.first) // (k + 1))  # of each cell
-        chance = chance.index_add(0, self.nodes.cell[anchor], self.nodes.weight[anchor] / (1 - k))[:, None, None]
-        first = self.first.reshape(-1, k + 1, len(mean)) / chance
-        second = self.second.reshape(-1, k + 1, len(mean)) / chance
-        square = (second[:, :k] - first[:, :k] ** 2).sum(1) + first.sum(1) ** 2
-        return mean, (chance[:, 0] * square).sum(0) - mean**2, self.value
+    return Certificate(known, shaped(mean), shaped(variance), value, len(nodes.index))
 
 
 def _hold_apart(at: Callable[[Noises], tuple[Tensor, Tensor]], nodes: Nodes, n: int) -> None:
@@ -209,22 +158,25 @@ def _hold_apart(at: Callable[[Noises], tuple[Tensor, Tensor]], nodes: Nodes, n: 
             where: {k: v[rows][:, None].expand(-1, n, *v.shape[1:]) for k, v in own.items()}
             for where, own in nodes.noises.items()
         }
-        for one, other in itertools.combinations(names, 2):
+        every = [(name, i) for i in range(n if nodes.cell is not None else 1) for name in names]  # by sample
+        for one, other in itertools.combinations(every, 2):
             corners = []
             for moved in ((), (one,), (other,), (one, other)):
                 own = dict(noises[site])
-                for draw, name in enumerate(names):
-                    if name in moved:
-                        shape = own[name].shape[1:]
-                        own[name] = source.uniform(range(len(rows)), shape, draw=draw, dtype=torch.float64)
+                for draw, (name, i) in enumerate(every):
+                    if (name, i) in moved:
+                        shape = own[name].shape[2:]
+                        fresh = source.uniform(range(len(rows)), shape, draw=draw, dtype=torch.float64)
+                        own[name] = torch.cat([own[name][:, :i], fresh[:, None], own[name][:, i + 1 :]], 1)
                 corners.append(vmap(at)({**noises, site: own})[0])
             mixed = corners[0] - corners[1] - corners[2] + corners[3]
             off = float(mixed.abs().max())
             if off > 1e-9 * (1 + float(torch.stack(corners).abs().max())):
+                where = "" if one[1] == other[1] else " of another sample"
                 raise ValueError(
                     f"the estimator of site {site!r} declares apart = {names} and its gradient is not a sum of a "
-                    f"function of {one!r} and one of {other!r} (off by {off:.2g}); declare fewer names, or integrate "
-                    "with QuadratureRule(apart=False)"
+                    f"function of {one[0]!r} and one of {other[0]!r}{where} (off by {off:.2g}); declare fewer names, "
+                    "or integrate with QuadratureRule(apart=False)"
                 )
 
 
