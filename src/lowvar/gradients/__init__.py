@@ -50,6 +50,7 @@ from lowvar.gradients.rebar import REBAR
 from lowvar.gradients.relax import RELAX
 from lowvar.gradients.score import Score
 from lowvar.gradients.straight_through import StraightThrough
+from lowvar.gradients.tuning import second_moment
 from lowvar.gradients.variates import Regression, Taylor
 from lowvar.gradients.weighted import Learned, Optimal
 
@@ -97,6 +98,7 @@ __all__ = [
     "diagnose",
     "lagged",
     "reverse_chain",
+    "second_moment",
     "swapped",
     "without_validation",
 ]

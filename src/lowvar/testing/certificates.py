@@ -35,7 +35,7 @@ from lowvar.gradients.expectation import Expectation, Noises, ProgramState
 from lowvar.gradients.pathwise import Pathwise
 from lowvar.gradients.program import swapped
 from lowvar.process.noise import Independent
-from lowvar.testing.nodes import LATTICE_FROM, Nodes, QuadratureRule, is_smooth, noise_nodes
+from lowvar.testing.nodes import Nodes, QuadratureRule, is_smooth, is_wide, noise_nodes
 from lowvar.testing.parts import Sums, sample_nodes
 from lowvar.testing.problems import PROBLEMS, Problem
 
@@ -225,8 +225,8 @@ def certify(
         tolerance: of the bias. With three or more numbers to be integrated by quadrature, twice what the mean moves
             between two rules is allowed on top of it, and 1e-6 at least.
         max_nodes: noise values a problem may need. With three or more numbers to be integrated by quadrature, noise in
-            which the estimator is a sum is integrated part by part. A problem that needs more than this for 10 nodes a
-            smooth number (7 part by part), or on which two rules differ by more than 1e-3, is left out.
+            which the estimator is a sum is integrated part by part. A problem that needs more than this for 7 nodes a
+            smooth number, or on which two rules differ by more than 1e-3, is left out.
 
     Returns:
         certificates by the problem's name.
@@ -279,37 +279,30 @@ def _rules(
     """The rule for a problem, and a rougher one where the first is not exact to many digits."""
     noises = [noise for site in state.plan.sites for noise in site.noise.values()]
     smooth = n * sum(noise.shape.numel() for noise in noises if is_smooth(noise))
-    apart: dict[str, tuple[str, ...]] = {}
-    least = 0
-    if smooth > 2:
-        fewest = noise_nodes(Expectation(program), problem.theta, state, QuadratureRule(1, 1, apart=True), ())
-        apart, least = fewest.apart, len(fewest.weight)
+    if smooth == 0:
+        return QuadratureRule(), None
+    fewest = noise_nodes(Expectation(program), problem.theta, state, QuadratureRule(1, 1, apart=smooth > 2), ())
+    apart, least = fewest.apart, len(fewest.weight)
 
     def needed(count: int, lattice: int) -> float:
         size = float(least)
         for site in state.plan.sites:
             names = apart.get(site.name, ())
             many = {
-                name: lattice
-                if lattice and noise.shape.numel() >= LATTICE_FROM
-                else float(count) ** noise.shape.numel()
+                name: float(lattice) if lattice and is_wide(noise) else float(count) ** noise.shape.numel()
                 for name, noise in site.noise.items()
                 if is_smooth(noise)
             }
             size *= (sum(many[name] for name in names) + 1) / (len(names) + 1) if names else math.prod(many.values())
         return size**n
 
-    if any(noise.shape.numel() >= LATTICE_FROM for noise in noises) and apart:
+    if any(is_wide(noise) for noise in noises):
         fine = next((prime for prime in _PRIMES[:-1] if needed(12, prime) <= max_nodes), 0)
         if fine == 0:
             return None, None
         rule = QuadratureRule(12, 12, ends="mild", apart=True, lattice=fine)
         return rule, replace(rule, lattice=_PRIMES[_PRIMES.index(fine) + 1])
-    if apart:
-        count = next((count for count in range(24, 6, -1) if needed(count, 0) <= max_nodes), 0)
-    else:
-        count = min(40, int(max_nodes ** (1 / max(smooth, 1))))
-        count = count if count >= 10 else 0
+    count = next((count for count in range(24 if smooth > 2 else 40, 6, -1) if needed(count, 0) <= max_nodes), 0)
     if not count:
         return None, None
     rule = QuadratureRule(count, min(count, 12), ends="singular" if count >= 20 else "mild", apart=bool(apart))

@@ -4,8 +4,8 @@ Site by site, in order. Uniform noise is split where the estimator says that it 
 branch, and each piece gets the nodes that the integrand needs: one where it is constant, two where it is linear, a rule
 of `QuadratureRule` where it is smooth. Normal noise gets Gauss-Hermite nodes. Elements and names make a product.
 
-That product is too large for relaxed samples: four bits need eight smooth numbers, N^8 nodes. But given the discrete
-value b, an estimator such as REBAR is a *sum* of a function of v (through z) and one of w (through z~). For such a sum
+That product is too large for relaxed samples: RELAX on four bits needs eight smooth numbers, N^8 nodes. But given the
+discrete value b, it is a *sum* of a function of v (through z) and one of w (through z~). For such a sum
 
     E g(v, w) = E g(v, w0) + E g(v0, w) - g(v0, w0)       for any v0, w0,
 
@@ -29,9 +29,9 @@ from lowvar.gradients.expectation import Expectation, Noises, ProgramState, with
 from lowvar.gradients.program import Sites
 from lowvar.testing.quadrature import hermite, korobov, legendre, smoothed_legendre, tanh_sinh
 
-__all__ = ["Nodes", "QuadratureRule", "is_smooth", "noise_nodes"]
+__all__ = ["Nodes", "QuadratureRule", "is_smooth", "is_wide", "noise_nodes"]
 
-LATTICE_FROM = 5  # dimensions from which a lattice needs fewer nodes than a product
+_LATTICE_FROM = 5  # dimensions from which a lattice needs fewer nodes than a product
 _PIECES = {"singular": tanh_sinh, "mild": smoothed_legendre, "analytic": legendre}
 
 
@@ -144,7 +144,7 @@ def _line(edges: Tensor, rule: QuadratureRule, between: str) -> tuple[Tensor, Te
 def _grid(noise: BaseNoise, jumps: Tensor | None, count: int, rule: QuadratureRule) -> tuple[Tensor, Tensor]:
     """All values of one noise for each of `count` nodes before it, (count, N, *shape), and weights (count, N)."""
     elements = noise.shape.numel()
-    if rule.lattice and elements >= LATTICE_FROM and is_smooth(noise) and noise.kind == "uniform" and jumps is None:
+    if rule.lattice and is_wide(noise) and jumps is None:
         u, weight = korobov(rule.lattice, elements)
         return u.reshape(1, -1, *noise.shape).expand(count, -1, *noise.shape), weight.expand(count, -1)
     if noise.kind == "normal":
@@ -234,3 +234,8 @@ def noise_nodes(E: Expectation, theta: Any, state: ProgramState, rule: Quadratur
 def is_smooth(noise: BaseNoise) -> bool:
     """Whether a number of it takes a quadrature rule, exact for no finite number of nodes."""
     return noise.kind == "normal" or noise.between == "smooth"
+
+
+def is_wide(noise: BaseNoise) -> bool:
+    """Whether it has so many smooth uniform numbers that a lattice is better than a product."""
+    return noise.kind == "uniform" and is_smooth(noise) and noise.shape.numel() >= _LATTICE_FROM

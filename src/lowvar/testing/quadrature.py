@@ -81,9 +81,9 @@ def korobov(n: int, dimensions: int) -> tuple[Tensor, Tensor]:
     """Rank-1 lattice of n points (a prime is best) with periodised ends: nodes (n, d), weights (n,).
 
     Example:
-        >>> u, w = korobov(4093, 5)
-        >>> round(float((w * torch.exp(u - 0.5).prod(1)).sum()), 5), round((2 * math.sinh(0.5)) ** 5, 5)
-        (1.2289, 1.2289)
+        >>> u, w = korobov(8191, 5)
+        >>> abs(float((w * torch.exp(u - 0.5).prod(1)).sum()) - (2 * math.sinh(0.5)) ** 5) < 1e-4
+        True
     """
     k = torch.arange(n, dtype=torch.int64)
 
