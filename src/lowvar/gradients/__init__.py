@@ -45,6 +45,7 @@ from lowvar.gradients.gumbel_softmax import GumbelSoftmax
 from lowvar.gradients.measure_valued import MeasureValued
 from lowvar.gradients.multisample import MultiSample
 from lowvar.gradients.pathwise import Pathwise
+from lowvar.gradients.per_parameter import PerParameter
 from lowvar.gradients.program import Sites, swapped
 from lowvar.gradients.rebar import REBAR
 from lowvar.gradients.relax import RELAX
@@ -83,6 +84,7 @@ __all__ = [
     "MultiSample",
     "Optimal",
     "Pathwise",
+    "PerParameter",
     "ProgramState",
     "Regression",
     "ReverseChain",
