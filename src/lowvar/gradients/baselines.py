@@ -55,9 +55,11 @@ class Baseline(ABC):
 
     Attributes:
         fits: whether it needs other samples of the batch.
+        knows: whether it depends on the sample it is subtracted from, and adds the gradient of its mean back.
     """
 
     fits: ClassVar[bool]
+    knows: ClassVar[bool] = False
 
     @abstractmethod
     def record(self, d: Distribution, x: Tensor, state: SiteState) -> dict[str, Tensor]:

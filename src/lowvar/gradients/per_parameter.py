@@ -59,6 +59,7 @@ class PerParameter(StatelessBaseline):
     """
 
     fits: ClassVar[bool] = True
+    knows: ClassVar[bool] = True
 
     variate: Variate | None = None
     ridge: float = 1.0
