@@ -34,4 +34,4 @@ def test_every_block_runs(tmp_path: Path) -> None:
     assert all(p < 0.8 for i, p in enumerate(on) if i not in (0, 3, 6))
     assert [round(weights[i]) for i in (0, 6)] == [2, 1]
     share = float(done.stdout.split("variance of the gradient, of what it was:")[1].split()[0])
-    assert share < 0.7
+    assert share < 0.5
