@@ -14,7 +14,8 @@ derivatives in the logits phi differ, dz = dphi against dz~ through the conditio
 What f takes from the parameters directly (a decoder's weights) has the same derivative in both and cancels *exactly*:
 it enters by the discrete sample alone, so the relaxed samples add no variance to it. With noise of their own both terms
 would be right on average only. Here one relaxed branch carries f' and a second one, a constant, takes the direct part
-away again: three branches.
+away again: three branches. For the logits themselves shared noise is a draw: on one to three bits their exact variance
+is within 13% of that with noise of their own, either way.
 
 **Tuning.** The identity holds for each logit on its own, so eta may be a number or a tensor, an entry an element of the
 site. eta and lambda may be tensors with a gradient: the surrogate's gradient in them is 0, that of `second_moment` is
