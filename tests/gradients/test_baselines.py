@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch import distributions as td
 from torch.distributions import Bernoulli, Normal
 
 from lowvar.gradients import (
@@ -165,3 +166,30 @@ def test_bad_input() -> None:
         Taylor(like_cost, order=3)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="Optimal is fitted to the other samples"):
         Optimal().subtracted({"weight": f64(1.0)}, f64(1.0), {})
+
+
+@pytest.mark.parametrize(
+    ("baseline", "law", "words"),
+    [
+        (Optimal(), lambda th: td.LogNormal(th, 1.0), "LogNormal has no parameters of its own whose score"),
+        (Taylor(torch.sum), lambda th: td.Cauchy(th, 1.0), "Taylor is nan at a site of Cauchy"),
+        (
+            Regression(torch.sum, lambda d: d.mean.sum()),
+            lambda th: td.TransformedDistribution(Normal(th, 1.0), [td.transforms.TanhTransform()]),
+            "asks TransformedDistribution for a mean",
+        ),
+        (
+            Regression(lambda x: x, lambda d: d.mean.sum()),
+            lambda th: Normal(th, 1.0),
+            r"feature has shape \(2,\) and its mean \(\)",
+        ),
+        (Learned(lambda: torch.zeros(3)), lambda th: Normal(th, 1.0), r"network of Learned gives shape \(3,\)"),
+    ],
+    ids=["score", "no mean", "no mean at all", "shapes", "network"],
+)
+def test_sites_that_a_baseline_does_not_fit(baseline: Baseline, law: Any, words: str) -> None:
+    def program(theta: Tensor, s: Sites) -> None:
+        s.cost("f", s.sample("x", law(theta), Score(baseline)).sum())
+
+    with pytest.raises(ValueError, match=words):
+        Expectation(program, n=2).init(f64(0.3, 0.7))

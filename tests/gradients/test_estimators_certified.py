@@ -14,7 +14,6 @@ from torch.distributions import Bernoulli, Normal
 from lowvar.gradients import (
     ARM,
     REBAR,
-    RELAX,
     Antithetic,
     Constant,
     DiCE,
@@ -42,26 +41,21 @@ def f64(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def control(z: Tensor) -> Tensor:
-    """A smooth control variate that is no sum over elements."""
-    return torch.tanh(0.6 * z + 0.3).prod() + torch.tanh(0.4 * z).sum()
-
-
 @pytest.mark.parametrize(
     ("estimator", "n", "least"),
     [
-        (Score(), 1, 12),
-        (Score(Constant(1.3)), 1, 12),
-        (Score(LeaveOneOut()), 2, 12),
-        (DiCE(), 1, 12),
-        (DiCE(0.5), 1, 12),
-        (Enumerate(), 1, 9),
+        (Score(), 1, 14),
+        (Score(Constant(1.3)), 1, 14),
+        (Score(LeaveOneOut()), 2, 14),
+        (DiCE(), 1, 14),
+        (DiCE(0.5), 1, 14),
+        (Enumerate(), 1, 11),
         (Pathwise(), 1, 2),
-        (MultiSample(2), 1, 12),
+        (MultiSample(2), 1, 14),
         (ARM(), 1, 6),
         (DisARM(), 1, 6),
         (Antithetic(ARM()), 1, 6),
-        (Antithetic(Score()), 1, 12),
+        (Antithetic(Score()), 1, 14),
         (Antithetic(Pathwise()), 1, 2),
     ],
     ids=str,
@@ -86,29 +80,9 @@ def test_antithetic_of_several_draws() -> None:
     assert len(certify(Antithetic(MultiSample(2)), SMALL)) == 3
 
 
-@pytest.mark.parametrize("problem", ["1 bits", "normal, bit, normal"])
-@pytest.mark.parametrize("estimator", [REBAR(0.7, 0.8), REBAR(1.0, 0.5), RELAX(control)], ids=["0.7", "1", "RELAX"])
-def test_relaxations_are_unbiased(estimator: Estimator, problem: str) -> None:
-    assert problem in certify(estimator, [BY_NAME[problem]])
-
-
-@pytest.mark.parametrize("estimator", [REBAR(0.7, 0.8), RELAX(control)], ids=["REBAR", "RELAX"])
-def test_relaxations_of_two_bits_are_unbiased(estimator: Estimator) -> None:
-    """Non-separable costs of two elements, four numbers to integrate: quadrature limits this to 1e-6."""
-    problem = BY_NAME["2 bits"]
-    certificate = exact_moments(problem.program(estimator), problem.theta, rule=QuadratureRule(smooth=18))
-    assert certificate.holds(1e-6)
-
-
-def test_relaxations_of_dependent_sites_are_unbiased() -> None:
-    problem = BY_NAME["two dependent bits"]
-    certificate = exact_moments(problem.program(REBAR(0.6, 1.0)), problem.theta, rule=QuadratureRule(smooth=14))
-    assert certificate.holds(2e-6)
-
-
 def test_measure_valued_is_unbiased_and_needs_no_derivative() -> None:
     wanted = [p for p in PROBLEMS if p.name != "normal pair"]
-    assert len(certify(MeasureValued(), wanted)) == 11
+    assert len(certify(MeasureValued(), wanted)) == 13
 
     def step(theta: Tensor, s: Sites) -> None:
         x = s.sample("x", Normal(theta[0], theta[1]), MeasureValued())
@@ -133,7 +107,7 @@ def _by_differences(theta: Tensor) -> Tensor:
 @pytest.mark.parametrize("estimator", [GumbelSoftmax(0.5), StraightThrough()], ids=str)
 def test_biased_estimators_say_so_and_are(estimator: Estimator) -> None:
     assert estimator.label == "biased"
-    found = certify(estimator)
+    found = certify(estimator, [BY_NAME["2 bits"], BY_NAME["two dependent bits"]])
     assert found["2 bits"].bias > 0.05
 
     def program(theta: Tensor, s: Sites) -> None:
@@ -237,24 +211,6 @@ def test_conditional_gumbels_have_the_joint_law() -> None:
     assert float((second.abs() / (gumbel**2).std(0) * math.sqrt(n)).max()) < 5
     cdf = torch.exp(-torch.exp(-gumbel))
     assert float((torch.corrcoef(cdf.T) - torch.eye(3)).abs().max()) < 5 / math.sqrt(n)
-
-
-@pytest.mark.parametrize("estimator", [REBAR(0.8, 0.7), RELAX(control)], ids=["REBAR", "RELAX"])
-def test_relaxed_classes_are_unbiased_within_error(estimator: Estimator) -> None:
-    """Too many numbers for quadrature: 40,000 samples, every entry within 4.5 standard errors, errors below 0.02."""
-    problem = BY_NAME["3 one-hot classes"]
-    E = Expectation(problem.program(estimator), n=1)
-    state = E.init(problem.theta)
-    noises = Expectation(problem.program(estimator), n=40_000).noises(Independent(5), state)
-    noises = {site: {k: v[:, None] for k, v in own.items()} for site, own in noises.items()}
-    g = torch.func.vmap(torch.func.grad(lambda th, e: E.evaluate(th, e, state).surrogates.mean()), in_dims=(None, 0))(
-        problem.theta, noises
-    )
-    truth = certify(Enumerate(), [problem])[problem.name].mean
-    for key, x in g.items():
-        error = x.std(0) / math.sqrt(len(x))
-        assert float(error.max()) < 0.02
-        assert float(((x.mean(0) - truth[key]).abs() / error.clamp_min(1e-9)).max()) < 4.5
 
 
 def test_errors_name_what_is_allowed() -> None:

@@ -12,7 +12,7 @@ from torch.distributions import Bernoulli, Distribution
 from torch.func import grad
 
 from lowvar.gradients import REBAR, RELAX, Enumerate, Expectation, LeaveOneOut, MovingAverage, Score, SiteDraw, Sites
-from lowvar.gradients.baselines import Recordless, StatelessBaseline, Subtracted
+from lowvar.gradients.baselines import Baseline, Recordless, StatelessBaseline, Subtracted
 from lowvar.gradients.estimator import Estimator, SiteRecord, SiteState, zero
 from lowvar.gradients.relaxed import conditional, free, hard
 from lowvar.testing import PROBLEMS, Certificate, QuadratureRule, certify, exact_moments
@@ -130,6 +130,13 @@ def test_a_detached_branch_of_an_enumeration() -> None:
 # ---------------------------------------------------------------------------------------------------------- baselines
 
 
+class Unchecked(Score):
+    """Score that takes any baseline: what the refusals of `init` keep out, measured."""
+
+    def start(self, d: Distribution) -> SiteState:
+        return self.baseline.start(d)
+
+
 @dataclass(frozen=True)
 class OwnMean(Recordless, StatelessBaseline):
     """The mean of all samples, the own one included."""
@@ -147,7 +154,7 @@ class OwnMean(Recordless, StatelessBaseline):
 def test_a_mean_that_includes_the_sample(n: int) -> None:
     """Scales the gradient by 1 - 1/n."""
     assert certified(Score(LeaveOneOut()), n).holds()
-    wrong = certified(Score(OwnMean()), n)
+    wrong = certified(Unchecked(OwnMean()), n)
     assert float(wrong.mean / wrong.truth) == pytest.approx(1 - 1 / n, abs=1e-12)
     assert not wrong.holds()
 
@@ -166,7 +173,7 @@ def test_a_moving_average_that_includes_the_cost() -> None:
 
     def at(rule: MovingAverage) -> Certificate:
         def program(theta: Tensor, s: Sites) -> None:
-            s.cost("f", 0.4 + 1.7 * s.sample("b", Bernoulli(logits=theta), Score(rule)))
+            s.cost("f", 0.4 + 1.7 * s.sample("b", Bernoulli(logits=theta), Unchecked(rule)))
 
         theta = torch.tensor(0.8, dtype=torch.float64)
         state = Expectation(program).init(theta)
@@ -177,6 +184,35 @@ def test_a_moving_average_that_includes_the_cost() -> None:
     wrong = at(Leaking(0.7))
     assert float(wrong.mean / wrong.truth) == pytest.approx(0.7, abs=1e-12)
     assert not wrong.holds()
+
+
+@dataclass(frozen=True)
+class OwnSample(Recordless, StatelessBaseline):
+    """A number that depends on the sample, without the gradient of its mean."""
+
+    fits = False
+
+    def record(self, d: Distribution, x: Tensor, state: SiteState) -> dict[str, Tensor]:
+        return {"x": x.sum()}
+
+    def predict(self, record: SiteRecord, others: SiteRecord, costs: Tensor, state: SiteState) -> Subtracted:
+        return Subtracted(record["x"], torch.zeros_like(record["x"]))
+
+
+@pytest.mark.parametrize(
+    ("baseline", "words"),
+    [
+        (OwnMean(), "OwnMean changes with the cost of the sample"),
+        (Leaking(0.7), "Leaking changes with the cost of the sample"),
+        (LeaveOneOut() + OwnSample(), "OwnSample changes with the sample"),
+        (OwnSample(), "OwnSample changes with the sample"),
+    ],
+    ids=["mean", "average", "sum", "sample"],
+)
+def test_baselines_that_know_their_own_sample_are_refused(baseline: Baseline, words: str) -> None:
+    assert certified(Unchecked(baseline), 2).bias > 0.05
+    with pytest.raises(ValueError, match=words):
+        certified(Score(baseline), 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------- KL

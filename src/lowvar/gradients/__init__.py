@@ -45,11 +45,13 @@ from lowvar.gradients.gumbel_softmax import GumbelSoftmax
 from lowvar.gradients.measure_valued import MeasureValued
 from lowvar.gradients.multisample import MultiSample
 from lowvar.gradients.pathwise import Pathwise
+from lowvar.gradients.per_parameter import PerParameter
 from lowvar.gradients.program import Sites, swapped
 from lowvar.gradients.rebar import REBAR
 from lowvar.gradients.relax import RELAX
 from lowvar.gradients.score import Score
 from lowvar.gradients.straight_through import StraightThrough
+from lowvar.gradients.tuning import second_moment
 from lowvar.gradients.variates import Regression, Taylor
 from lowvar.gradients.weighted import Learned, Optimal
 
@@ -82,6 +84,7 @@ __all__ = [
     "MultiSample",
     "Optimal",
     "Pathwise",
+    "PerParameter",
     "ProgramState",
     "Regression",
     "ReverseChain",
@@ -97,6 +100,7 @@ __all__ = [
     "diagnose",
     "lagged",
     "reverse_chain",
+    "second_moment",
     "swapped",
     "without_validation",
 ]

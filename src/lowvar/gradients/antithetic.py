@@ -53,6 +53,11 @@ class Antithetic(Estimator):
         """The inner one's."""
         return self.inner.smooth
 
+    @property
+    def apart(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The inner one's: its mirror image is a sum of the same kind."""
+        return self.inner.apart
+
     def noise(self, d: Distribution) -> dict[str, BaseNoise]:
         """The inner one's."""
         return self.inner.noise(d)

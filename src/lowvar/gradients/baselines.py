@@ -9,6 +9,11 @@ A control variate h may know x where the gradient of its mean m(theta) = E h is 
 
     (f - b - beta (h - m)) grad log p + beta grad m,      beta from other samples.
 
+Where several costs depend on a site, the baseline is that of their sum. One for each cost would be the same: all are
+multiplied by one score, and what is fitted here (means, weighted means, regressions) is linear in the costs, so the sum
+of the costs' baselines is the baseline of the sum. What Rao-Blackwellisation takes away are costs that do not depend on
+the site, and a baseline never hears of those.
+
 Baselines add up, each fitted to what those before it leave of the same fitting set: `LeaveOneOut() + Regression(h, m)`.
 """
 
@@ -39,7 +44,7 @@ __all__ = [
 
 
 class Subtracted(NamedTuple):
-    """What a baseline subtracts, without gradient, and a term of value 0 with the gradient of its mean."""
+    """What a baseline subtracts, without gradient, and a term of value 0 whose gradient is added (that of its mean)."""
 
     value: Tensor
     known: Tensor
@@ -50,9 +55,11 @@ class Baseline(ABC):
 
     Attributes:
         fits: whether it needs other samples of the batch.
+        knows: whether it depends on the sample it is subtracted from, and adds the gradient of its mean back.
     """
 
     fits: ClassVar[bool]
+    knows: ClassVar[bool] = False
 
     @abstractmethod
     def record(self, d: Distribution, x: Tensor, state: SiteState) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -33,6 +33,7 @@ from lowvar.gradients.distributions import base, is_discrete, support
 from lowvar.gradients.enumeration import Enumerate
 from lowvar.gradients.estimator import Estimator, GradientLabel
 from lowvar.gradients.expectation import Expectation, ProgramState
+from lowvar.gradients.modules import by_tensors
 from lowvar.gradients.multisample import MultiSample
 from lowvar.gradients.pathwise import Pathwise
 from lowvar.gradients.program import swapped
@@ -82,7 +83,16 @@ def diagnose(
     repeats: int = 200,
     cost: Literal["worlds", "seconds"] = "worlds",
 ) -> Diagnosis:
-    """Measures a gradient estimate; theta has to be a pytree of tensors.
+    """Measures a gradient estimate.
+
+    Args:
+        E: the program and its number of samples.
+        theta: a pytree of tensors, or an `nn.Module`, whose parameters are then reported by name.
+        source: the noise.
+        state: of `init`, or of a batch.
+        data: as of `Expectation`.
+        repeats: batches, >= 2.
+        cost: what is measured as cost.
 
     Raises:
         ValueError: if repeats is below 2.
@@ -99,6 +109,8 @@ def diagnose(
     """
     if repeats < 2:
         raise ValueError(f"repeats is {repeats}; a variance needs at least 2")
+    program, theta = by_tensors(E.program, theta)
+    E = replace(E, program=program)
 
     def stacked(first: int) -> Any:
         each = [E.noises(source, state, step=first + r, data=data) for r in range(repeats)]
@@ -185,7 +197,7 @@ def compare(
     Args:
         program: the program; estimators that cannot run in it are left out, with the reason.
         estimators: what to compare.
-        theta: parameters, a pytree of tensors.
+        theta: parameters, a pytree of tensors or an `nn.Module`.
         source: the noise.
         site: name of the site that they replace; None: every site that has none of its own ("auto"), or all if
             no site is so.
@@ -200,6 +212,7 @@ def compare(
         >>> list(result.rows)
         ['DisARM()', 'Score(baseline=Nothing())']
     """
+    program, theta = by_tensors(program, theta)
     named = estimators if isinstance(estimators, Mapping) else {str(e): e for e in estimators}
     autos = _autos(program, theta, data)
     rows: dict[str, Diagnosis] = {}

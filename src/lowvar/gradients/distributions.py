@@ -152,6 +152,9 @@ def support(d: Distribution) -> Tensor:
 def natural(d: Distribution) -> dict[str, Tensor]:
     """The parameters that score functions are taken in: logits, or location and scale, or the distribution's own.
 
+    Raises:
+        ValueError: if it has none of its own, as mixtures and transformed distributions.
+
     Example:
         >>> sorted(natural(td.Normal(torch.zeros(2), torch.ones(2))))
         ['loc', 'scale']
@@ -159,7 +162,13 @@ def natural(d: Distribution) -> dict[str, Tensor]:
     d = base(d)
     if isinstance(d, td.Bernoulli | td.Categorical | td.OneHotCategorical):
         return {"logits": d.logits}
-    return {name: getattr(d, name) for name in d.arg_constraints if name in d.__dict__}
+    found = {name: getattr(d, name) for name in d.arg_constraints if name in d.__dict__}
+    if not found:
+        raise ValueError(
+            f"{type(d).__name__} has no parameters of its own whose score can be taken; allowed there: baselines that "
+            "need none (LeaveOneOut, MovingAverage, Regression), not Optimal or PerParameter"
+        )
+    return found
 
 
 def with_natural(d: Distribution, values: Mapping[str, Tensor]) -> Distribution:

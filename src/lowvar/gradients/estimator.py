@@ -110,12 +110,15 @@ class Estimator(ABC):
         source: paper.
         orders: derivatives for which it holds: 1, or 0 for any.
         smooth: whether costs have to be differentiable in the site's value.
+        apart: names of noise in which the gradient is a sum, given all other noise: of functions of one of them each.
+            Certificates integrate these one by one.
     """
 
     label: ClassVar[GradientLabel]
     source: ClassVar[str]
     orders: ClassVar[int] = 1
     smooth: ClassVar[bool] = False
+    apart: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def noise(self, d: Distribution) -> dict[str, BaseNoise]:

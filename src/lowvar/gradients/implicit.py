@@ -168,10 +168,10 @@ def _drawn(d: Distribution, noise: Mapping[str, Tensor]) -> Tensor:
         return _standard_gamma(d.concentration, noise["u"]) / d.rate
     if isinstance(d, td.Beta):
         g = _standard_gamma(d.concentration1, noise["u"])
-        return g / (g + _standard_gamma(d.concentration0, noise["v"]))
+        return _inside(g / (g + _standard_gamma(d.concentration0, noise["v"])))
     if isinstance(d, td.Dirichlet):
         g = _standard_gamma(d.concentration, noise["u"])
-        return g / g.sum(-1, keepdim=True)
+        return _inside(g / g.sum(-1, keepdim=True))
     if isinstance(d, td.StudentT):
         g = _standard_gamma(d.df / 2, noise["u"])
         return d.loc + d.scale * noise["z"] * torch.sqrt(d.df / (2 * g))
@@ -185,6 +185,12 @@ def _drawn(d: Distribution, noise: Mapping[str, Tensor]) -> Tensor:
     if isinstance(d, td.MixtureSameFamily):
         return _mixed(d, noise)
     raise ValueError(f"{type(d).__name__} has no implicit derivative here")
+
+
+def _inside(x: Tensor) -> Tensor:
+    """In (0, 1) where rounding gave an end, at which log p may be infinite; the derivative stays."""
+    ends = torch.finfo(x.dtype)
+    return x + (x.detach().clamp(ends.tiny, 1 - ends.eps / 2) - x.detach())
 
 
 def _mixed(d: td.MixtureSameFamily, noise: Mapping[str, Tensor]) -> Tensor:

@@ -160,6 +160,8 @@ class Sites:
     def _found(self, name: str, d: Distribution, estimator: Estimator, parents: Iterable[str] | None) -> SitePlan:
         if name in self.records:
             raise ValueError(f"site {name!r} is sampled twice; every site needs a name of its own")
+        if not isinstance(d, Distribution):
+            raise ValueError(f"site {name!r} draws from a {type(d).__name__}; give a torch.distributions.Distribution")
         noise = estimator.noise(d)
         reference = _reference(d)
         dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32

@@ -45,6 +45,7 @@ class RELAX(OneBranch):
 
     label: ClassVar[GradientLabel] = "unbiased"
     source: ClassVar[str] = "Grathwohl et al. 2018"
+    apart: ClassVar[tuple[str, ...]] = ("v", "w")
 
     control: Callable[[Tensor], Tensor]
 

@@ -30,7 +30,7 @@ Relaxable = td.Bernoulli | td.OneHotCategorical
 
 
 def relaxed_noise(d: Distribution, who: str) -> dict[str, BaseNoise]:
-    """u for the discrete value, v and w for z and z~ given it.
+    """u for the discrete value, v for z and w for z~ given it.
 
     Raises:
         ValueError: if the site has no relaxation.
@@ -66,7 +66,7 @@ def free(d: Distribution, logits: Tensor, b: Tensor, v: Tensor) -> Tensor:
     return conditional(d, logits, b, v).detach() + zero(location)
 
 
-def relax(d: Distribution, z: Tensor, temperature: float) -> Tensor:
+def relax(d: Distribution, z: Tensor, temperature: float | Tensor) -> Tensor:
     """sigmoid(z / lambda) or softmax(z / lambda)."""
     return torch.sigmoid(z / temperature) if isinstance(base(d), td.Bernoulli) else torch.softmax(z / temperature, -1)
 

@@ -20,6 +20,7 @@ from torch.distributions import Distribution
 from lowvar.gradients.baselines import Baseline, Nothing
 from lowvar.gradients.distributions import breaks, log_prob, noise_of, sample
 from lowvar.gradients.estimator import BaseNoise, GradientLabel, OneBranch, SiteDraw, SiteRecord, SiteState, zero
+from lowvar.gradients.own_sample import refuse_own_sample
 
 __all__ = ["Score"]
 
@@ -68,7 +69,12 @@ class Score(OneBranch):
         return live[..., 0, :] + term + (b.known / groups)[..., None]
 
     def start(self, d: Distribution) -> SiteState:
-        """The baseline's."""
+        """The baseline's, once it is seen to leave its own sample alone.
+
+        Raises:
+            ValueError: if the baseline depends on the sample it is subtracted from.
+        """
+        refuse_own_sample(self.baseline, d)
         return self.baseline.start(d)
 
     def updated(self, state: SiteState, record: SiteRecord, costs: Tensor) -> SiteState:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ __all__ = ["Regression", "Taylor", "Variate"]
 
 class Variate(StatelessBaseline):
     """A control variate of k functions; `coefficient` None is fitted to the other samples."""
+
+    knows: ClassVar[bool] = True
 
     coefficient: float | None
     ridge: float
@@ -104,8 +106,13 @@ class Regression(Variate):
 
     def deviation(self, d: Distribution, x: Tensor) -> tuple[Tensor, Tensor]:
         """See the base class."""
-        mean = self.mean(base(d))
-        return self.feature(x) - mean, zero(mean)
+        mean, feature = self.mean(base(d)), self.feature(x)
+        if mean.shape != feature.shape:
+            raise ValueError(
+                f"Regression's feature has shape {tuple(feature.shape)} and its mean {tuple(mean.shape)}; give "
+                "a number a function, and the mean of each"
+            )
+        return feature - mean, zero(mean)
 
 
 @dataclass(frozen=True)

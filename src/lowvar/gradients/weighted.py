@@ -82,7 +82,10 @@ class Learned(StatelessBaseline):
     def record(self, d: Distribution | None, x: Tensor | None, state: SiteState) -> dict[str, Tensor]:
         """The prediction; it is not told the sample."""
         inputs = self.inputs if isinstance(self.inputs, tuple) else (self.inputs,)
-        return {"value": self.network(*pytree.tree_map(lambda v: v.detach(), inputs)).reshape(())}
+        value = self.network(*pytree.tree_map(lambda v: v.detach(), inputs))
+        if value.numel() != 1:
+            raise ValueError(f"the network of Learned gives shape {tuple(value.shape)}; give one number a sample")
+        return {"value": value.reshape(())}
 
     def predict(self, record: SiteRecord, others: SiteRecord, costs: Tensor, state: SiteState) -> Subtracted:
         """The prediction."""

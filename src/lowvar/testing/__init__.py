@@ -1,6 +1,6 @@
 """Exact targets (Gaussian, mixtures, linear-Gaussian chains) and the laws every object of the process must keep."""
 
-from lowvar.testing.certificates import Certificate, QuadratureRule, certify, exact_gradient, exact_moments
+from lowvar.testing.certificates import Certificate, certify, exact_gradient, exact_moments
 from lowvar.testing.chain import Moments, affine_law, kernel_chain
 from lowvar.testing.gaussian import GaussianDenoiser, GaussianTarget, anisotropic_gaussian, rotation
 from lowvar.testing.laws import CovarianceLaws, KernelLaws, NoiseLaws, ScheduleLaws
@@ -12,6 +12,7 @@ from lowvar.testing.mixture import (
     mixture64,
     random_mixture,
 )
+from lowvar.testing.nodes import QuadratureRule
 from lowvar.testing.problems import PROBLEMS, Problem
 
 __all__ = [

@@ -78,6 +78,22 @@ def _classes(kinds: int, one_hot: bool) -> Problem:
     return Problem(f"{kinds} {'one-hot ' if one_hot else ''}classes", of, theta)
 
 
+def _class(kinds: int) -> Problem:
+    """One categorical element whose cost is a cosine of all pairs of classes, far from linear between them."""
+    number = torch.arange(kinds, dtype=torch.float64)
+    pairs = torch.sin(1 + number[:, None] * kinds + number.square())
+
+    def of(estimator: Estimator) -> Callable[..., Any]:
+        def program(theta: Theta, s: Sites) -> None:
+            c = s.sample("c", OneHotCategorical(logits=theta["logits"]), estimator)
+            s.cost("cosine", torch.cos(2 * c @ pairs @ c + 0.4) * (1 + theta["direct"] * c[0]))
+
+        return program
+
+    theta = {"logits": torch.sin(1 + number), "direct": torch.tensor(0.4, dtype=torch.float64)}
+    return Problem(f"one of {kinds} classes", of, theta)
+
+
 def _dependent() -> Problem:
     """A bit on which another bit's logit depends."""
 
@@ -158,6 +174,8 @@ PROBLEMS: tuple[Problem, ...] = (
     _classes(3, False),
     _classes(5, False),
     _classes(3, True),
+    _class(3),
+    _class(5),
     _dependent(),
     _mixed(),
     _normal_one(),
