@@ -7,7 +7,8 @@ r"""Programs: plain functions with sample sites and costs, for one sample.
         s.cost("kl", kl, parents=("z",))
 
 Write it for one sample and one datum: batches of samples, data and branches are `torch.func.vmap`'s business, so what
-does not depend on a branch is computed once however many branches there are. `theta` is anything the program
+does not depend on a branch runs once. A program that uses its last axes only (`sum(-1)`, linear layers) broadcasts as
+well, and `Expectation(program, batched=True)` does without vmap (see `batches`). `theta` is anything the program
 understands (a tensor, a dict of them, a module, nothing).
 
 A cost depends on the sites sampled before it, or on the `parents` it names and what these depend on; a site likewise. A
@@ -17,13 +18,14 @@ site's estimator only hears of costs that depend on it, which is the Rao-Blackwe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from lowvar.gradients.batches import Front, axes_of, drawn_one_by_one
 from lowvar.gradients.estimator import BaseNoise, Branch, Estimator, GradientLabel, SiteDraw, SiteRecord, SiteState
 from lowvar.process.noise import Independent
 
@@ -45,6 +47,9 @@ class SitePlan:
         label: of its estimator.
         estimator: its estimator's name.
         dtype, device: of its noise.
+        shape: of its value.
+        axes: of the tensors of its distribution (`batches.axes_of`).
+        record: number of axes of each entry of its record.
     """
 
     name: str
@@ -55,6 +60,9 @@ class SitePlan:
     estimator: str
     dtype: torch.dtype
     device: torch.device
+    shape: torch.Size
+    axes: Mapping[str, int]
+    record: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,7 @@ class Sites:
         noise: of every site, by site and name.
         choice: branch number of every site, or None where every site has one.
         states: states of the sites' estimators.
+        front: axes of a batch, where the program runs on all of it at once.
     """
 
     def __init__(
@@ -89,8 +98,10 @@ class Sites:
         noise: Mapping[str, Mapping[str, Tensor]],
         choice: Sequence[Tensor] | None,
         states: Mapping[str, SiteState],
+        front: Front | None = None,
     ) -> None:
         self._plan, self._noise, self._choice, self._states = plan, noise, choice, states
+        self._front = front
         self.sites: list[SitePlan] = []
         self.estimators: list[Estimator] = []
         self.starts: dict[str, SiteState] = {}
@@ -135,6 +146,7 @@ class Sites:
                     f"{type(estimator).__name__} drew {draw.values.shape[0]} values at site {name!r} and announced "
                     f"{site.branches}: branches() and draw() must agree, and the first be a main one"
                 )
+            site = replace(site, record={key: x.ndim for key, x in draw.record.items()})
         else:
             if k >= len(self._plan.sites) or self._plan.sites[k].name != name:
                 known = [s.name for s in self._plan.sites]
@@ -142,7 +154,7 @@ class Sites:
                     f"site {name!r} is number {k + 1} here and init saw {known}: sites may not depend on values"
                 )
             site = self._plan.sites[k]
-            draw = estimator.draw(distribution, self._noise[name], self._states[name])
+            draw = self._drawn(site, distribution, estimator)
         self.sites.append(site)
         self.estimators.append(estimator)
         self.records[name] = draw.record
@@ -150,7 +162,15 @@ class Sites:
         self.values[name] = value = self._pick(k, draw)
         return value
 
+    def _drawn(self, site: SitePlan, d: Distribution, estimator: Estimator) -> SiteDraw:
+        noise, state, front = self._noise[site.name], self._states[site.name], self._front
+        if front is None or estimator.broadcasts:
+            return estimator.draw(d, noise, state)
+        return drawn_one_by_one(estimator, d, site.axes, noise, state, front.lead, len(front.worlds.choices))
+
     def _pick(self, k: int, draw: SiteDraw) -> Tensor:
+        if self._front is not None:
+            return self._front.chosen(k, draw.values, len(self.sites[k].shape))
         if draw.values.shape[0] == 1 or self._choice is None:
             return draw.values[0]
         if draw.values.shape[0] == 2:  # cheaper than a gather under vmap
@@ -172,6 +192,8 @@ class Sites:
             type(estimator).__name__,
             dtype,
             reference.device,
+            d.batch_shape + d.event_shape,
+            axes_of(d),
         )
 
     def _ancestors(self, parents: Iterable[str] | None, who: str) -> frozenset[str]:
