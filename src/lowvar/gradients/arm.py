@@ -98,4 +98,4 @@ class ARM(CoupledBits):
     def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         """Mean surrogate + (f_1 - f_0) sum (u - 1/2) zero(phi)."""
         term = element_sum(record["term"], costs)
-        return live.mean(-2) + (costs[..., 1, :] - costs[..., 0, :]) * term[..., None]
+        return live.mean(-2) + (costs.select(-2, 1) - costs.select(-2, 0)) * term.unsqueeze(-1)

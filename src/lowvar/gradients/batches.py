@@ -105,8 +105,9 @@ def drawn_one_by_one(
     """
     tensors = {path: x for path, x in _parts(d, "") if isinstance(x, Tensor) and path in axes}
     front = {path: x.ndim - axes[path] for path, x in tensors.items()}
-    most = max(front.values(), default=0)
-    if min(front.values(), default=0) < 0 or most > len(lead) + 1:
+    counts = [0, *front.values()]
+    most = max(counts)
+    if min(counts) < 0 or most > len(lead) + 1:
         raise ValueError(f"{type(d).__name__} has other axes than {tuple(lead)} in front of one sample's")
     sizes = (worlds, *lead) if most > len(lead) else tuple(lead)
     inputs = []

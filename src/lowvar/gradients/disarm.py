@@ -59,4 +59,4 @@ class DisARM(CoupledBits):
     def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         """Mean surrogate + (f(b) - f(b~)) sum of weights zero(phi)."""
         term = element_sum(record["term"], costs)
-        return live.mean(-2) + (costs[..., 0, :] - costs[..., 1, :]) * term[..., None]
+        return live.mean(-2) + (costs.select(-2, 0) - costs.select(-2, 1)) * term.unsqueeze(-1)

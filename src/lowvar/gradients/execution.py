@@ -168,30 +168,34 @@ def broadcast(batch: Batch) -> BatchRun:
     with _quiet():
         batch.program(batch.theta, s, *batch.data)
     _complete(s, plan)
-    both = (batch.n, 1 if plate is None else plate)
+    whole = (worlds, *lead)
 
-    def shaped(x: Tensor, own: int, who: str) -> Tensor:
+    def shaped(x: Tensor, own: int, *who: str) -> Tensor:
         """From (worlds, *lead, *own), axes missing in front, to (n or 1, data or 1, worlds or 1, *own)."""
         k = x.ndim - own
-        if k < 0 or k > len(lead) + 1 or not _fits(x.shape[:k], (worlds, *lead)):
+        front = x.shape[:k]
+        if front == lead:
+            x = x.unsqueeze(k)
+        elif front == whole:
+            x = x.movedim(0, -1 - own)
+        elif 0 <= k <= len(whole) and _fits(front, whole):
+            x = x.reshape((1,) * (len(whole) - k) + x.shape).movedim(0, -1 - own)
+        else:
             raise ValueError(
-                f"{who} has the axes {tuple(x.shape)} in a batch of {(worlds, *lead)} (worlds, samples, "
-                "data): the program does not broadcast; sum over the last axes only (sum(-1)), or say batched=False"
+                f"{who[0]} {who[-1]!r} has the axes {tuple(x.shape)} in a batch of {whole} (worlds, samples, data): "
+                "the program does not broadcast; sum over the last axes only (sum(-1)), or say batched=False"
             )
-        front = (1,) * (len(lead) + 1 - k) + tuple(x.shape[:k])
-        size = (front[1], 1) if plate is None else (1, front[1]) if alone else front[1:]
-        if front[0] == 1:
-            return x.reshape(*size, 1, *x.shape[k:])
-        return x.reshape(front[0], *size, *x.shape[k:]).movedim(0, 2)
+        return x.unsqueeze(1) if plate is None else x.unsqueeze(0) if alone else x
 
+    both = (batch.n, 1 if plate is None else plate)
     records: dict[str, dict[str, Tensor]] = {}
     for site in plan.sites:
         mine = {}
         for key, x in s.records[site.name].items():
-            x = shaped(x, site.record[key], f"the record {key!r} of site {site.name!r}")
+            x = shaped(x, site.record[key], f"record {key!r} of site", site.name)
             mine[key] = x if x.shape[:2] == both else x.expand(*both, *x.shape[2:])
         records[site.name] = mine
-    costs = [shaped(value, 0, f"cost {cost.name!r}") for cost, value in s.costs]
+    costs = [shaped(value, 0, "cost", cost.name) for cost, value in s.costs]
     return BatchRun(costs, records, s.estimators)
 
 
@@ -218,7 +222,7 @@ def refuse_mixed_axes(batch: Batch) -> None:
         (f"cost {cost.name!r}", a, b) for cost, a, b in zip(batch.plan.costs, alone.costs, together.costs, strict=True)
     ]
     for site, record in alone.records.items():
-        pairs += [(f"the record {k!r} of site {site!r}", a, together.records[site][k]) for k, a in record.items()]
+        pairs += [(f"record {k!r} of site {site!r}", a, together.records[site][k]) for k, a in record.items()]
     for who, a, b in pairs:
         tolerance = 1e-9 if a.dtype == torch.float64 else 1e-3
         a, b = torch.broadcast_tensors(a, b)

@@ -190,28 +190,21 @@ class Expectation:
         plan, plate = state.plan, _count(data)
         batch = Batch(self.program, theta, noises, plan, state.worlds, state.sites, self.n, plate, data)
         found = broadcast(batch) if self.batched else mapped(batch)
-        groups = list(dict.fromkeys(cost.ancestors for cost in plan.costs))
-        parts: dict[frozenset[str], Tensor] = {}
-        for cost, value in zip(plan.costs, found.costs, strict=True):
-            parts[cost.ancestors] = parts[cost.ancestors] + value if cost.ancestors in parts else value
+        each = [reduce(torch.add, [found.costs[c] for c in group]) for group in plan.groups]
         lead = (self.n, 1 if plate is None else plate)
-        surrogates, values, sites, auxiliary = _assembled(
-            [parts[group] for group in groups], found, groups, plan, state.worlds, state.sites, lead
-        )
-        index = (slice(None), 0, 0) if plate is None else (slice(None), slice(None), 0)
+        surrogates, values, sites, auxiliary = _assembled(each, found, state, lead)
 
-        def flat(x: Tensor) -> Tensor:
-            x = x[index]
+        def flat(x: Tensor) -> Tensor:  # in the first world
+            x = x[:, 0, 0] if plate is None else x.select(2, 0)
             return x if x.shape == shape else x.expand(shape)
 
-        shape = (self.n,) if plate is None else lead
-        costs = {cost.name: flat(x.detach()) for cost, x in zip(plan.costs, found.costs, strict=True)}
+        shape = lead[:1] if plate is None else lead
         return BatchEvaluation(
             flat(reduce(torch.add, surrogates)),
             flat(reduce(torch.add, values)),
-            costs,
+            {cost.name: flat(x.detach()) for cost, x in zip(plan.costs, found.costs, strict=True)},
             auxiliary,
-            replace(state, sites=sites),
+            ProgramState(plan, state.worlds, sites),
         )
 
     def surrogate(
@@ -233,6 +226,8 @@ class Expectation:
 
 
 def _count(data: Sequence[Any]) -> int | None:
+    if data and isinstance(data[0], Tensor):
+        return len(data[0])
     leaves = pytree.tree_leaves(tuple(data))
     return len(leaves[0]) if leaves else None
 
@@ -243,8 +238,8 @@ def _take(x: Tensor, index: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         only = index[0]
         if isinstance(only, int):
             return x if x.shape[2] == 1 else x[:, :, only : only + 1]
-        if list(only) == list(range(only[0], only[0] + len(only))):
-            return (x if len(only) == x.shape[2] else x[:, :, only[0] : only[0] + len(only)]).unsqueeze(2)
+        if tuple(only) == tuple(range(only[0], only[0] + len(only))):
+            return (x if len(only) == x.shape[2] else x.narrow(2, only[0], len(only))).unsqueeze(2)
     return x[:, :, torch.tensor(index, device=x.device)]
 
 
@@ -265,57 +260,54 @@ def _of(record: SiteRecord, nodes: Sequence[int]) -> dict[str, Tensor]:
 
 
 def _assembled(
-    surrogates: list[Tensor],
-    found: BatchRun,
-    groups: Sequence[frozenset[str]],
-    plan: ProgramPlan,
-    worlds: Worlds,
-    states: Mapping[str, SiteState],
-    lead: tuple[int, int],
+    surrogates: list[Tensor], found: BatchRun, state: ProgramState, lead: tuple[int, int]
 ) -> tuple[list[Tensor], list[Tensor], dict[str, SiteState], Tensor]:
     """From the worlds' costs (n, data, W), a group each, to surrogates and values (n, data, 1), last site first.
 
     A group that does not hear of a site and is the same in all worlds (size 1) passes it as it is.
     """
-    after: dict[str, SiteState] = {}
+    plan, worlds = state.plan, state.worlds
+    after = dict(state.sites)
     values = [x.detach() for x in surrogates]
-    surrogates = [x if x.shape[2] == 1 else x[:, :, : worlds.full] for x in surrogates]
+    if worlds.full < len(worlds.choices):
+        surrogates = [x if x.shape[2] == 1 else x.narrow(2, 0, worlds.full) for x in surrogates]
     auxiliary = values[0].new_zeros(())
-    nodes = (worlds.full, len(worlds.choices))
+    full, every = worlds.full, len(worlds.choices)
     for k in reversed(range(len(plan.sites))):
-        name, level, rule = plan.sites[k].name, worlds.levels[k], found.estimators[k]
-        heard = [g for g, group in enumerate(groups) if name in group]
-        for g in range(len(groups)):
-            if g not in heard and surrogates[g].shape[2] > 1:
-                surrogates[g] = _take(surrogates[g], level.live)[..., 0]
-            if g not in heard and values[g].shape[2] > 1:
-                first = _take(values[g], level.total)[..., 0]
-                values[g] = torch.cat([first, _take(values[g], level.main)[..., 0]], 2) if level.main else first
+        site, level, rule, heard = plan.sites[k], worlds.levels[k], found.estimators[k], plan.heard[k]
+        if len(heard) < len(values):
+            for g in set(range(len(values))).difference(heard):
+                if surrogates[g].shape[2] > 1:
+                    surrogates[g] = _take(surrogates[g], level.live).select(-1, 0)
+                if values[g].shape[2] > 1:
+                    first = _take(values[g], level.total).select(-1, 0)
+                    others = [_take(values[g], level.main).select(-1, 0)] if level.main else []
+                    values[g] = torch.cat([first, *others], 2) if others else first
         if heard:
-            own = _of(found.records[name], level.full)
-            full = [_whole(surrogates[g], lead, nodes[0]) for g in heard]
-            every = [_whole(values[g], lead, nodes[1]) for g in heard]
-            live = _stacked([_take(x, level.live) for x in full])
-            total = _stacked([_take(x, level.total) for x in every])
-            mains = [v for v, kind in enumerate(plan.sites[k].branches) if kind == "main"]
-            many = total.shape[-2]
-            main = total if len(mains) == many else total[..., : len(mains), :]
-            if mains[-1] != len(mains) - 1:
-                main = total[..., mains, :]
-            surrogate = rule.surrogate(own, live, total, states[name])
-            value = rule.value(own, main).detach()
-            extra = rule.auxiliary(own, total, states[name])
+            before, record = state.sites[site.name], found.records[site.name]
+            costs = [_whole(values[g], lead, every) for g in heard]
+            live = _stacked([_take(_whole(surrogates[g], lead, full), level.live) for g in heard])
+            total = _stacked([_take(x, level.total) for x in costs])
+            own, mains = _of(record, level.full), plan.mains[k]
+            surrogate = rule.surrogate(own, live, total, before)
+            value = rule.value(own, _narrowed(total, mains)).detach()
+            extra = rule.auxiliary(own, total, before)
             auxiliary = auxiliary if extra is None else auxiliary + extra
-            after[name] = rule.updated(states[name], own, total)
+            after[site.name] = rule.updated(before, own, total)
             if level.valued:
-                others = _stacked([_take(x, level.main) for x in every])
-                value = torch.cat([value, rule.value(_of(found.records[name], level.valued), others).detach()], 2)
+                theirs = _stacked([_take(x, level.main) for x in costs])
+                value = torch.cat([value, rule.value(_of(record, level.valued), theirs).detach()], 2)
             for i, g in enumerate(heard):
-                surrogates[g], values[g] = surrogate[..., i], value[..., i]
-        else:
-            after[name] = states[name]
-        nodes = (len(level.full), len(level.full) + len(level.valued))
-    return surrogates, values, {site.name: after[site.name] for site in plan.sites}, auxiliary
+                surrogates[g], values[g] = surrogate.select(-1, i), value.select(-1, i)
+        full, every = len(level.full), len(level.full) + len(level.valued)
+    return surrogates, values, after, auxiliary
+
+
+def _narrowed(costs: Tensor, mains: Sequence[int]) -> Tensor:
+    """The main branches' costs."""
+    if len(mains) == costs.shape[-2]:
+        return costs
+    return costs[..., : len(mains), :] if mains[-1] == len(mains) - 1 else costs[..., list(mains), :]
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:

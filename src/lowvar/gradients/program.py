@@ -75,10 +75,31 @@ class CostPlan:
 
 @dataclass(frozen=True)
 class ProgramPlan:
-    """Sites and costs of a program, in order."""
+    """Sites and costs of a program, in order.
+
+    Attributes:
+        sites, costs: as they came.
+        groups: numbers of the costs that depend on the same sites, a group each.
+        heard: for each site the numbers of the groups that depend on it.
+        mains: for each site the numbers of its main branches.
+    """
 
     sites: tuple[SitePlan, ...]
     costs: tuple[CostPlan, ...]
+    groups: tuple[tuple[int, ...], ...] = field(init=False)
+    heard: tuple[tuple[int, ...], ...] = field(init=False)
+    mains: tuple[tuple[int, ...], ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Groups the costs."""
+        parts: dict[frozenset[str], list[int]] = {}
+        for c, cost in enumerate(self.costs):
+            parts.setdefault(cost.ancestors, []).append(c)
+        heard = [tuple(g for g, names in enumerate(parts) if site.name in names) for site in self.sites]
+        object.__setattr__(self, "groups", tuple(tuple(part) for part in parts.values()))
+        object.__setattr__(self, "heard", tuple(heard))
+        mains = [tuple(v for v, kind in enumerate(site.branches) if kind == "main") for site in self.sites]
+        object.__setattr__(self, "mains", tuple(mains))
 
 
 class Sites:
