@@ -37,7 +37,8 @@ from lowvar.gradients.execution import (
     refuse_mixed_axes,
     without_validation,
 )
-from lowvar.gradients.program import ProgramPlan, _number, refuse_steps, traced
+from lowvar.gradients.program import ProgramPlan, draw_number
+from lowvar.gradients.tracing import refuse_steps, traced
 from lowvar.gradients.worlds import Worlds, grow
 from lowvar.process.noise import Independent, NoiseSource
 
@@ -178,7 +179,7 @@ class Expectation:
         return {
             site.name: {
                 name: getattr(source, noise.kind)(
-                    index.to(site.device), noise.shape, draw=_number(k, j), dtype=site.dtype, device=site.device
+                    index.to(site.device), noise.shape, draw=draw_number(k, j), dtype=site.dtype, device=site.device
                 ).reshape(*lead, *noise.shape)
                 for j, (name, noise) in enumerate(site.noise.items())
             }
