@@ -35,7 +35,7 @@ __all__ = ["Score"]
 _NOTHING = Nothing()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Score(OneBranch):
     """f times the gradient of log p; holds for any distribution with a log_prob.
 
@@ -53,7 +53,11 @@ class Score(OneBranch):
     label: ClassVar[GradientLabel] = "unbiased"
     source: ClassVar[str] = "Williams 1992"
 
-    baseline: Baseline = _NOTHING
+    baseline: Baseline
+
+    def __init__(self, baseline: Baseline | None = None) -> None:
+        """None is `Nothing()`."""
+        object.__setattr__(self, "baseline", _NOTHING if baseline is None else baseline)
 
     @property
     def broadcasts(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
