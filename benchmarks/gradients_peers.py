@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from gradients_problems import Problem, problems
 from torch import Tensor
-from torch.distributions import Bernoulli
+from torch.distributions import Bernoulli, Normal
 
 CACHE = Path(os.environ.get("LOWVAR_BENCHMARKS", Path(__file__).resolve().parents[1] / "build" / "benchmarks")) / (
     "gradients"
@@ -49,8 +49,8 @@ class Counted:
 
 
 def storchastic(problem: Problem, f: Counted) -> dict[str, Gradient]:
-    import storch
-    from storch import method as m
+    import storch  # pyright: ignore[reportMissingImports]
+    from storch import method as m  # pyright: ignore[reportMissingImports]
 
     d = len(problem.law(problem.theta).mean)  # elements of the site
 
@@ -63,8 +63,9 @@ def storchastic(problem: Problem, f: Counted) -> dict[str, Gradient]:
             storch.reset()
             storch.add_cost(cost(method(problem.law(theta))), "f")
             storch.backward()
-            known = problem.known(theta)
-            return theta.grad + torch.autograd.grad(known, theta)[0]
+            problem.known(theta).backward()
+            assert theta.grad is not None
+            return theta.grad
 
         return gradient
 
@@ -94,10 +95,10 @@ def storchastic(problem: Problem, f: Counted) -> dict[str, Gradient]:
 
 
 def pyro_bounds(problem: Problem, f: Counted) -> dict[str, Gradient]:
-    import pyro
-    import pyro.distributions as dist
-    from pyro.distributions.testing.fakes import NonreparameterizedNormal
-    from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+    import pyro  # pyright: ignore[reportMissingImports]
+    import pyro.distributions as dist  # pyright: ignore[reportMissingImports]
+    from pyro.distributions.testing.fakes import NonreparameterizedNormal  # pyright: ignore[reportMissingImports]
+    from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO  # pyright: ignore[reportMissingImports]
 
     discrete = isinstance(problem.law(problem.theta), Bernoulli)
     bayesian = problem.name.startswith("logistic")
@@ -107,6 +108,7 @@ def pyro_bounds(problem: Problem, f: Counted) -> dict[str, Gradient]:
         law = problem.law(theta)
         if isinstance(law, Bernoulli):
             return dist.Bernoulli(logits=law.logits).to_event(1)
+        assert isinstance(law, Normal)
         return (dist.Normal if pathwise else NonreparameterizedNormal)(law.loc, law.scale).to_event(1)
 
     def of(bound: Any, pathwise: bool = True, infer: dict[str, Any] | None = None) -> Gradient:

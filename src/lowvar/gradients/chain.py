@@ -184,7 +184,7 @@ class ReverseChain:
                 raise ValueError(f"step {k} has rule {rule!r}; allowed: pathwise, score, stop, Roulette(keep)")
             if rule == "score" and not self.noisy(k):
                 raise ValueError(f"step {k} adds no noise, so it has no score; allowed there: pathwise, stop")
-        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
         if checkpoint is None:
             checkpoint = 0 if transformed else 1
         if checkpoint < 0:
