@@ -80,7 +80,7 @@ def storchastic(problem: Problem, f: Counted) -> dict[str, Gradient]:
         makers |= {
             "ARM": lambda: m.ARM("z"),
             "DisARM": lambda: m.DisARM("z"),
-            "REBAR": lambda: m.REBAR("z", c_phi=problem.f),
+            "REBAR": lambda: m.REBAR("z"),
             "RELAX": lambda: m.RELAX("z", in_dim=d),
             "RELAX, n = 2": lambda: m.RELAX("z", in_dim=d, n_samples=2),
         }
