@@ -39,14 +39,11 @@ def square(theta: Tensor, s: Sites) -> None:
     s.cost("square", (x - 1).square().sum())
 
 
-SCORE = Score()  # torch.compile does not build one with a baseline inside the graph
-
-
 def mixed(theta: Mapping[str, Tensor], s: Sites) -> None:
     z = s.sample("z", Normal(theta["m"], theta["s"].exp()), Pathwise())
     b = s.sample("b", Bernoulli(logits=theta["a"] + z), DisARM())
     c = s.sample("c", Categorical(logits=theta["w"] * b.sum() + z.sum()), Enumerate())
-    y = s.sample("y", Normal(b * theta["m"] + c, 1.0), SCORE)
+    y = s.sample("y", Normal(b * theta["m"] + c, 1.0), Score())
     s.cost("all", (b.sum() - z.sum()) ** 2 + c * z.sum() + y[0] * b[1])
     s.cost("own", z.square().sum(), parents=("z",))
 
@@ -266,6 +263,24 @@ def test_compiles_in_one_graph() -> None:
     for k, leaf in leaves.items():
         assert leaf.grad is not None
         assert torch.allclose(leaf.grad, plain[k], atol=1e-13)
+
+
+def test_baselines_made_inside_compiled_code() -> None:
+    def program(theta: Tensor, s: Sites) -> None:
+        b = s.sample("b", Bernoulli(logits=theta), Score(LeaveOneOut() + MovingAverage(0.5)))
+        s.cost("cosine", torch.cos(b.sum() + 0.3))
+
+    theta, E = f64(0.2, -0.7), Expectation(program, n=4)
+    state = E.init(theta)
+    noises = E.noises(Independent(0), state)
+    leaf = theta.clone().requires_grad_()
+    with without_validation():
+        compiled = torch.compile(
+            lambda th: E.evaluate(th, noises, state).surrogates.mean(), backend="aot_eager", fullgraph=True
+        )
+        compiled(leaf).backward()
+    assert leaf.grad is not None
+    assert torch.allclose(leaf.grad, grad(lambda th: E.evaluate(th, noises, state).surrogates.mean())(theta))
 
 
 def test_autocast() -> None:

@@ -126,6 +126,21 @@ def test_checkpoints_change_nothing(checkpoint: int) -> None:
     assert torch.equal(grads[0], grads[1])
 
 
+def test_transforms_keep_everything_and_refuse_segments() -> None:
+    """torch.func cannot run a segment again: by default none are made there."""
+
+    def loss(theta: Tensor, checkpoint: int | None = None) -> Tensor:
+        chain, index = chain_of(theta, 4), range(4)
+        return chain.surrogate(cost, Independent(0), index, (1,), checkpoint=checkpoint, dtype=torch.float64).loss
+
+    leaf = THETA.clone().requires_grad_()
+    loss(leaf).backward()
+    assert leaf.grad is not None
+    assert torch.allclose(grad(loss)(THETA), leaf.grad, atol=1e-12)
+    with pytest.raises(ValueError, match="checkpoint is 2 under a transform"):
+        grad(lambda theta: loss(theta, 2))(THETA)
+
+
 @pytest.mark.parametrize("rules", ["pathwise", "score"])
 def test_a_network_and_its_conditions_get_the_same_gradient_from_segments(rules: Any) -> None:
     """Segments of a NetworkDenoiser keep no graph: parameters, conditions and earlier states have all their parts."""

@@ -58,6 +58,11 @@ class Antithetic(Estimator):
         """The inner one's: its mirror image is a sum of the same kind."""
         return self.inner.apart
 
+    @property
+    def broadcasts(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As the inner one does."""
+        return self.inner.broadcasts
+
     def noise(self, d: Distribution) -> dict[str, BaseNoise]:
         """The inner one's."""
         return self.inner.noise(d)

@@ -29,6 +29,7 @@ from lowvar.gradients.estimator import (
     SiteRecord,
     SiteState,
     Stateless,
+    element_sum,
     zero,
 )
 
@@ -53,6 +54,7 @@ class CoupledBits(Stateless):
     """Binary samples 1[u > 1 - p] and 1[u < p] of one uniform number an element, both main branches."""
 
     between: ClassVar[Between]
+    broadcasts: ClassVar[bool] = True
 
     def noise(self, d: Distribution) -> dict[str, BaseNoise]:
         """A uniform number an element."""
@@ -91,8 +93,9 @@ class ARM(CoupledBits):
         d, u = bernoulli(d, "ARM"), noise["u"]
         p = d.probs.detach()
         values = torch.stack([(u < p).to(p.dtype), (u > 1 - p).to(p.dtype)])
-        return SiteDraw(values, {"term": ((u - 0.5) * zero(d.logits)).sum()})
+        return SiteDraw(values, {"term": (u - 0.5) * zero(d.logits)})
 
     def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         """Mean surrogate + (f_1 - f_0) sum (u - 1/2) zero(phi)."""
-        return live.mean(-2) + (costs[..., 1, :] - costs[..., 0, :]) * record["term"][..., None]
+        term = element_sum(record["term"], costs)
+        return live.mean(-2) + (costs.select(-2, 1) - costs.select(-2, 0)) * term.unsqueeze(-1)

@@ -149,7 +149,7 @@ class ReverseChain:
         rules: StepRule | Sequence[StepRule] = "pathwise",
         baseline: Baseline | None = None,
         state: SiteState | None = None,
-        checkpoint: int = 1,
+        checkpoint: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         weight: Tensor | None = None,
@@ -164,13 +164,14 @@ class ReverseChain:
             rules: one for every step, or one for all.
             baseline: subtracted from the cost at score steps; None is 0.
             state: the baseline's.
-            checkpoint: steps a segment that is computed again in the backward pass; 0 keeps everything (needed under
-                `torch.func` and for second derivatives).
+            checkpoint: steps a segment that is computed again in the backward pass; 0 keeps everything (needed for
+                second derivatives). None: 1, or 0 under `torch.func`, whose transforms cannot compute again.
             dtype, device: of the states.
             weight: of each chain in the loss, (B,); None: 1 / B.
 
         Raises:
-            ValueError: if the rules do not fit the steps, or a step without noise is to be scored.
+            ValueError: if the rules do not fit the steps, a step without noise is to be scored, or segments are asked
+                for under `torch.func`.
         """
         every: tuple[StepRule, ...]
         every = tuple(rules) if not isinstance(rules, str | Roulette) else (rules,) * self.steps  # pyright: ignore[reportAssignmentType]
@@ -183,8 +184,16 @@ class ReverseChain:
                 raise ValueError(f"step {k} has rule {rule!r}; allowed: pathwise, score, stop, Roulette(keep)")
             if rule == "score" and not self.noisy(k):
                 raise ValueError(f"step {k} adds no noise, so it has no score; allowed there: pathwise, stop")
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+        if checkpoint is None:
+            checkpoint = 0 if transformed else 1
         if checkpoint < 0:
             raise ValueError(f"checkpoint is {checkpoint}; give a number of steps, or 0 to keep everything")
+        if checkpoint and transformed:
+            raise ValueError(
+                f"checkpoint is {checkpoint} under a transform of torch.func, which cannot compute again; give 0 "
+                "there, or call backward()"
+            )
         index = torch.as_tensor(index)
         z = source.normal(index, shape, draw=0, dtype=dtype, device=device)
         x = self.kernel.initial(z, self.denoiser.schedule.at(1.0), self.levels[0])

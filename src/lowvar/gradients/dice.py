@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from lowvar.gradients.distributions import breaks, log_prob, noise_of, sample
+from lowvar.gradients.distributions import breaks, element_log_prob, noise_of, sample
 from lowvar.gradients.estimator import (
     BaseNoise,
     GradientLabel,
@@ -27,6 +27,7 @@ from lowvar.gradients.estimator import (
     SiteRecord,
     SiteState,
     Stateless,
+    element_sum,
     zero,
 )
 
@@ -55,6 +56,7 @@ class DiCE(OneBranch, Stateless):
     label: ClassVar[GradientLabel] = "unbiased"
     source: ClassVar[str] = "Foerster et al. 2018"
     orders: ClassVar[int] = 0
+    broadcasts: ClassVar[bool] = True
 
     baseline: float = 0.0
 
@@ -67,12 +69,12 @@ class DiCE(OneBranch, Stateless):
         return breaks(d)
 
     def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> SiteDraw:
-        """One sample without a gradient, and its log p."""
+        """One sample without a gradient, and the log p of its elements."""
         x = sample(d, noise).detach()
-        return SiteDraw(x[None], {"log_prob": log_prob(d, x)})
+        return SiteDraw(x[None], {"log_prob": element_log_prob(d, x)})
 
     def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         """(S_main - b) box + b."""
-        box = torch.exp(zero(record["log_prob"]))[..., None]
+        box = torch.exp(zero(element_sum(record["log_prob"], costs)))[..., None]
         b = self.baseline / costs.shape[-1]
         return (live[..., 0, :] - b) * box + b

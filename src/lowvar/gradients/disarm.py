@@ -26,6 +26,7 @@ from lowvar.gradients.estimator import (
     SiteDraw,
     SiteRecord,
     SiteState,
+    element_sum,
     zero,
 )
 
@@ -53,8 +54,9 @@ class DisARM(CoupledBits):
         p = d.probs.detach()
         b, mirror = (u > 1 - p).to(p.dtype), (u < p).to(p.dtype)
         weight = 0.5 * (b - mirror) * torch.sigmoid(d.logits.detach().abs())  # (-1)^b~ 1[b != b~] = b - b~
-        return SiteDraw(torch.stack([b, mirror]), {"term": (weight * zero(d.logits)).sum()})
+        return SiteDraw(torch.stack([b, mirror]), {"term": weight * zero(d.logits)})
 
     def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         """Mean surrogate + (f(b) - f(b~)) sum of weights zero(phi)."""
-        return live.mean(-2) + (costs[..., 0, :] - costs[..., 1, :]) * record["term"][..., None]
+        term = element_sum(record["term"], costs)
+        return live.mean(-2) + (costs.select(-2, 0) - costs.select(-2, 1)) * term.unsqueeze(-1)

@@ -24,7 +24,18 @@ from torch.distributions import Distribution
 
 from lowvar.gradients.estimator import BaseNoise
 
-__all__ = ["base", "breaks", "is_discrete", "log_prob", "natural", "noise_of", "sample", "support", "with_natural"]
+__all__ = [
+    "base",
+    "breaks",
+    "element_log_prob",
+    "is_discrete",
+    "log_prob",
+    "natural",
+    "noise_of",
+    "sample",
+    "support",
+    "with_natural",
+]
 
 _ICDF = (td.Laplace, td.Exponential, td.Uniform, td.Cauchy)
 POISSON_MAX = 512
@@ -49,7 +60,12 @@ def is_discrete(d: Distribution) -> bool:
 
 def log_prob(d: Distribution, x: Tensor) -> Tensor:
     """log p(x) of all elements together, a scalar."""
-    return base(d).log_prob(x).sum()
+    return element_log_prob(d, x).sum()
+
+
+def element_log_prob(d: Distribution, x: Tensor) -> Tensor:
+    """log p(x) of each element, with the axes of the distribution inside `Independent`."""
+    return base(d).log_prob(x)
 
 
 def _cdf_steps(d: Distribution) -> Tensor:

@@ -47,6 +47,7 @@ __all__ = [
     "SiteRecord",
     "SiteState",
     "Stateless",
+    "element_sum",
     "zero",
 ]
 
@@ -66,6 +67,17 @@ def zero(y: Tensor) -> Tensor:
         (0.0, 6.0)
     """
     return y - y.detach()
+
+
+def element_sum(x: Tensor, costs: Tensor) -> Tensor:
+    """A record (n, ..., *own) summed over its own axes, for costs (n, ..., branches, G).
+
+    Example:
+        >>> element_sum(torch.ones(4, 2, 3), torch.zeros(4, 1, 1)).tolist()
+        [6.0, 6.0, 6.0, 6.0]
+    """
+    lead = costs.ndim - 2
+    return x.sum(tuple(range(lead, x.ndim))) if x.ndim > lead else x
 
 
 Between = Literal["constant", "linear", "smooth"]
@@ -105,6 +117,10 @@ class Estimator(ABC):
     The other methods get whole batches: n samples first, then any axes `...`, then a record's own axes, or a branch
     axis and an axis of G cost groups, whose terms add up.
 
+    An estimator that `broadcasts` can also be handed a whole batch in `draw`: the distribution's parameters and the
+    noise then have further axes in front, and so have values (behind the branch axis) and records. So it works element
+    by element, and leaves sums over the site's elements to `surrogate` (`element_sum`).
+
     Attributes:
         label: "unbiased" or "biased".
         source: paper.
@@ -112,6 +128,7 @@ class Estimator(ABC):
         smooth: whether costs have to be differentiable in the site's value.
         apart: names of noise in which the gradient is a sum, given all other noise: of functions of one of them each.
             Certificates integrate these one by one.
+        broadcasts: whether `draw` takes axes in front; where it does not, it is mapped over them (`batches`).
     """
 
     label: ClassVar[GradientLabel]
@@ -119,6 +136,7 @@ class Estimator(ABC):
     orders: ClassVar[int] = 1
     smooth: ClassVar[bool] = False
     apart: ClassVar[tuple[str, ...]] = ()
+    broadcasts: ClassVar[bool] = False
 
     @abstractmethod
     def noise(self, d: Distribution) -> dict[str, BaseNoise]:

@@ -11,33 +11,38 @@ and `hessian` where every site's estimator holds for any order (`orders == 0`). 
 `validate_args=False`, or call the compiled function within `without_validation()`.
 
 How it works. `init` runs the program once and finds its sites; their branches give a table of worlds (`worlds`). A
-batch runs the program under vmap over data, samples and worlds, innermost last. Then, from the last site to the first,
-each estimator turns its branches' surrogates and costs into one surrogate. Costs that depend on the same sites are one
-group.
+batch runs the program over data, samples and worlds, under vmap or by broadcasting (`execution`). Then, from the last
+site to the first, each estimator turns its branches' surrogates and costs into one surrogate. Costs that depend on the
+same sites are one group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
-from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from lowvar.gradients.estimator import Estimator, SiteRecord, SiteState
-from lowvar.gradients.program import ProgramPlan, Sites, _number, refuse_steps, traced
+from lowvar.gradients.estimator import SiteRecord, SiteState
+from lowvar.gradients.execution import (
+    Batch,
+    BatchRun,
+    Noises,
+    broadcast,
+    mapped,
+    refuse_mixed_axes,
+    without_validation,
+)
+from lowvar.gradients.program import ProgramPlan, draw_number
+from lowvar.gradients.tracing import refuse_steps, traced
 from lowvar.gradients.worlds import Worlds, grow
-from lowvar.process.noise import NoiseSource
+from lowvar.process.noise import Independent, NoiseSource
 
 __all__ = ["BatchEvaluation", "Expectation", "Info", "Noises", "ProgramState", "without_validation"]
-
-Noises = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,9 @@ class Expectation:
     Args:
         program: `program(theta, s, *data)`, see `lowvar.gradients.program`.
         n: samples a datum, >= 1.
+        batched: whether the program runs on whole batches at once, for which it has to broadcast over axes in front of
+            a sample's (`init` compares with single samples and refuses a program that does not). Without vmap, so
+            faster where operations are small.
 
     Raises:
         ValueError: if n < 1.
@@ -128,6 +136,7 @@ class Expectation:
 
     program: Callable[..., Any]
     n: int = 1
+    batched: bool = False
 
     def __post_init__(self) -> None:
         """Checks n."""
@@ -142,12 +151,24 @@ class Expectation:
             data: tensors (or pytrees of them) with data along the first axis.
 
         Raises:
-            ValueError: if the program is not one (see `Sites`), or a cost is a step function of a pathwise site.
+            ValueError: if the program is not one (see `Sites`), a cost is a step function of a pathwise site, or the
+                program is to run on batches and does not broadcast.
         """
         row = pytree.tree_map(lambda x: x[0], tuple(data))
         found = traced(self.program, theta, row)
         refuse_steps(self.program, theta, row, found)
-        return ProgramState(found.plan, grow([site.branches for site in found.plan.sites]), found.starts)
+        state = ProgramState(found.plan, grow([site.branches for site in found.plan.sites]), found.starts)
+        if self.batched:
+            self._refuse_mixed_axes(theta, data, state)
+        return state
+
+    def _refuse_mixed_axes(self, theta: Any, data: Sequence[Any], state: ProgramState) -> None:
+        """Three samples of two data: sizes that differ, so that an axis taken for another shows."""
+        several, two = replace(self, n=3), pytree.tree_map(lambda x: x[[0, -1]], tuple(data))
+        noises = several.noises(Independent(0), state, data=two)
+        refuse_mixed_axes(
+            Batch(self.program, theta, noises, state.plan, state.worlds, state.sites, 3, _count(two), two)
+        )
 
     def noises(self, source: NoiseSource, state: ProgramState, *, step: int = 0, data: Sequence[Any] = ()) -> Noises:
         """Noise of all sites, (data, n, *shape); without data (n, *shape). Sample j of datum b is number b n + j."""
@@ -158,7 +179,7 @@ class Expectation:
         return {
             site.name: {
                 name: getattr(source, noise.kind)(
-                    index.to(site.device), noise.shape, draw=_number(k, j), dtype=site.dtype, device=site.device
+                    index.to(site.device), noise.shape, draw=draw_number(k, j), dtype=site.dtype, device=site.device
                 ).reshape(*lead, *noise.shape)
                 for j, (name, noise) in enumerate(site.noise.items())
             }
@@ -167,74 +188,24 @@ class Expectation:
 
     def evaluate(self, theta: Any, noises: Noises, state: ProgramState, *, data: Sequence[Any] = ()) -> BatchEvaluation:
         """A batch on explicit noise (as `noises` gives it)."""
-        plan, worlds = state.plan, state.worlds
-        groups = list(dict.fromkeys(cost.ancestors for cost in plan.costs))
-        seen: list[Sites] = []
-        many, plate = len(worlds.choices) > 1, _count(data)
-        # one sample a datum: a level of vmap less; without data it stays, as only it makes integers fit to be an index
-        alone = self.n == 1 and plate is not None
-        device = plan.sites[0].device if plan.sites else None
-        choice = torch.tensor(worlds.choices, device=device) if many else None
-        names = [(site.name, name) for site in plan.sites for name in site.noise]
-        rows, spec = pytree.tree_flatten(tuple(data))
-        keys: list[tuple[str, str]] = []
+        plan, plate = state.plan, _count(data)
+        batch = Batch(self.program, theta, noises, plan, state.worlds, state.sites, self.n, plate, data)
+        found = broadcast(batch) if self.batched else mapped(batch)
+        each = [reduce(torch.add, [found.costs[c] for c in group]) for group in plan.groups]
+        lead = (self.n, 1 if plate is None else plate)
+        surrogates, values, sites, auxiliary = _assembled(each, found, state, lead)
 
-        def one(choice: Tensor | None, rows: Sequence[Tensor], _: Tensor, *noise: Tensor) -> tuple[Tensor, ...]:
-            given: dict[str, dict[str, Tensor]] = {site.name: {} for site in plan.sites}
-            for (site, name), e in zip(names, noise, strict=True):
-                given[site][name] = e
-            s = Sites(plan, given, None if choice is None else choice.unbind(0), state.sites)
-            self.program(theta, s, *pytree.tree_unflatten(rows, spec))
-            if len(s.sites) != len(plan.sites) or len(s.costs) != len(plan.costs):
-                raise ValueError("the program left out a site or a cost that init saw: they may not depend on values")
-            seen[:] = [s]
-            keys[:] = [(site, key) for site, record in s.records.items() for key in record]
-            parts = [value for _, value in s.costs]
-            dtype = reduce(torch.promote_types, [value.dtype for value in parts])
-            each = torch.stack([value.to(dtype) for value in parts])
-            return (each, *(s.records[site][key] for site, key in keys))  # flat: vmap walks through what it is given
+        def flat(x: Tensor) -> Tensor:  # in the first world
+            x = x[:, 0, 0] if plate is None else x.select(2, 0)
+            return x if x.shape == shape else x.expand(shape)
 
-        run: Callable[..., Any] = one
-        each_noise = [noises[site][name] for site, name in names]
-        lead = (*(() if plate is None else (plate,)), *(() if alone else (self.n,)))
-        samples = (0,) * (1 + len(names))
-        if many:
-            run = vmap(run, in_dims=(0, None, None, *[None] * len(names)))
-        if alone:
-            each_noise = [x.squeeze(1) for x in each_noise]
-        else:
-            run = vmap(run, in_dims=(None, None, *samples))
-        if plate is not None:
-            run = vmap(run, in_dims=(None, 0, *samples))
-        # torch.compile cannot follow the switch: call `without_validation()` around compiled code
-        with nullcontext() if torch.compiler.is_compiling() else without_validation():
-            found = run(choice, rows, torch.zeros(lead), *each_noise)  # zeros: programs without noise have samples too
-
-        def shaped(x: Tensor) -> Tensor:  # (n, data, worlds, ...)
-            x = x.unsqueeze(0) if plate is None else x
-            x = x.unsqueeze(1) if alone else x
-            x = x if many else x.unsqueeze(2)
-            return x.transpose(0, 1)
-
-        each = shaped(found[0])
-        values = each.detach()
-        records: dict[str, dict[str, Tensor]] = {site.name: {} for site in plan.sites}
-        for (site, key), x in zip(keys, found[1:], strict=True):
-            records[site][key] = shaped(x)
-        which = [[c for c, cost in enumerate(plan.costs) if cost.ancestors == group] for group in groups]
-        surrogate = torch.stack([each[..., w].sum(-1) for w in which], -1) if len(groups) < len(plan.costs) else each
-        value = surrogate.detach()
-        surrogate, value, sites, auxiliary = _assembled(
-            surrogate, value, records, groups, plan, worlds, seen[0].estimators, state.sites
-        )
-        flat = (lambda x: x[:, 0]) if plate is None else (lambda x: x)
-        costs = {cost.name: flat(values[:, :, 0, c]) for c, cost in enumerate(plan.costs)}
+        shape = lead[:1] if plate is None else lead
         return BatchEvaluation(
-            flat(surrogate[:, :, 0].sum(-1)),
-            flat(value[:, :, 0].sum(-1)),
-            costs,
+            flat(reduce(torch.add, surrogates)),
+            flat(reduce(torch.add, values)),
+            {cost.name: flat(x.detach()) for cost, x in zip(plan.costs, found.costs, strict=True)},
             auxiliary,
-            replace(state, sites=sites),
+            ProgramState(plan, state.worlds, sites),
         )
 
     def surrogate(
@@ -256,19 +227,10 @@ class Expectation:
 
 
 def _count(data: Sequence[Any]) -> int | None:
+    if data and isinstance(data[0], Tensor):
+        return len(data[0])
     leaves = pytree.tree_leaves(tuple(data))
     return len(leaves[0]) if leaves else None
-
-
-@contextmanager
-def without_validation() -> Iterator[None]:
-    """Distributions made here do not look at their arguments' values, which vmap forbids; init has looked at them."""
-    before = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
-    try:
-        yield
-    finally:
-        Distribution.set_default_validate_args(before)
 
 
 def _take(x: Tensor, index: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
@@ -276,62 +238,78 @@ def _take(x: Tensor, index: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
     if len(index) == 1:
         only = index[0]
         if isinstance(only, int):
-            return x[:, :, only : only + 1]
-        if list(only) == list(range(only[0], only[0] + len(only))):
-            return x[:, :, only[0] : only[0] + len(only)].unsqueeze(2)
+            return x if x.shape[2] == 1 else x[:, :, only : only + 1]
+        if tuple(only) == tuple(range(only[0], only[0] + len(only))):
+            return (x if len(only) == x.shape[2] else x.narrow(2, only[0], len(only))).unsqueeze(2)
     return x[:, :, torch.tensor(index, device=x.device)]
 
 
+def _whole(x: Tensor, lead: tuple[int, int], worlds: int) -> Tensor:
+    """(n, data, worlds) from sizes of 1."""
+    return x if x.shape == (*lead, worlds) else x.expand(*lead, worlds)
+
+
+def _of(record: SiteRecord, nodes: Sequence[int]) -> dict[str, Tensor]:
+    """A site's record at these worlds, (n, data, nodes, *own)."""
+    own = {}
+    for key, x in record.items():
+        if x.shape[2] > 1:
+            own[key] = _take(x, nodes)
+        else:
+            own[key] = x if len(nodes) == 1 else x.expand(*x.shape[:2], len(nodes), *x.shape[3:])
+    return own
+
+
 def _assembled(
-    surrogate: Tensor,
-    value: Tensor,
-    records: Mapping[str, SiteRecord],
-    groups: Sequence[frozenset[str]],
-    plan: ProgramPlan,
-    worlds: Worlds,
-    estimators: Sequence[Estimator],
-    states: Mapping[str, SiteState],
-) -> tuple[Tensor, Tensor, dict[str, SiteState], Tensor]:
-    """From the worlds' costs (n, data, W, G) to surrogate and value (n, data, 1, G), last site first."""
-    after: dict[str, SiteState] = {}
-    auxiliary = value.new_zeros(())
-    surrogate = surrogate[:, :, : worlds.full]
+    surrogates: list[Tensor], found: BatchRun, state: ProgramState, lead: tuple[int, int]
+) -> tuple[list[Tensor], list[Tensor], dict[str, SiteState], Tensor]:
+    """From the worlds' costs (n, data, W), a group each, to surrogates and values (n, data, 1), last site first.
+
+    A group that does not hear of a site and is the same in all worlds (size 1) passes it as it is.
+    """
+    plan, worlds = state.plan, state.worlds
+    after = dict(state.sites)
+    values = [x.detach() for x in surrogates]
+    if worlds.full < len(worlds.choices):
+        surrogates = [x if x.shape[2] == 1 else x.narrow(2, 0, worlds.full) for x in surrogates]
+    auxiliary = values[0].new_zeros(())
+    full, every = worlds.full, len(worlds.choices)
     for k in reversed(range(len(plan.sites))):
-        name, level, rule = plan.sites[k].name, worlds.levels[k], estimators[k]
-        own = {key: _take(x, level.full) for key, x in records[name].items()}
-        live, total = _take(surrogate, level.live), _take(value, level.total)
-        heard = [g for g, group in enumerate(groups) if name in group]
-        if not heard:
-            after[name] = states[name]
-            surrogate, value = live[..., 0, :], _joined(total[..., 0, :], value, level.main)
-            continue
-        everything = len(heard) == len(groups)
-        mains = [v for v, kind in enumerate(plan.sites[k].branches) if kind == "main"]
-        main = total[..., : len(mains), :] if mains[-1] == len(mains) - 1 else total[..., mains, :]
-        some_live, some_total, some_main = (
-            (live, total, main) if everything else (live[..., heard], total[..., heard], main[..., heard])
-        )
-        s = rule.surrogate(own, some_live, some_total, states[name])
-        v = rule.value(own, some_main).detach()
-        extra = rule.auxiliary(own, some_total, states[name])
-        auxiliary = auxiliary if extra is None else auxiliary + extra
-        after[name] = rule.updated(states[name], own, some_total)
-        if not everything:
-            s, v = _spread(s, live[..., 0, :], heard), _spread(v, total[..., 0, :], heard)
-        if level.valued:
-            theirs = {key: _take(x, level.valued) for key, x in records[name].items()}
-            others = _take(value, level.main)
-            o = rule.value(theirs, others if everything else others[..., heard]).detach()
-            v = torch.cat([v, o if everything else _spread(o, others[..., 0, :], heard)], 2)
-        surrogate, value = s, v
-    return surrogate, value, {site.name: after[site.name] for site in plan.sites}, auxiliary
+        site, level, rule, heard = plan.sites[k], worlds.levels[k], found.estimators[k], plan.heard[k]
+        if len(heard) < len(values):
+            for g in set(range(len(values))).difference(heard):
+                if surrogates[g].shape[2] > 1:
+                    surrogates[g] = _take(surrogates[g], level.live).select(-1, 0)
+                if values[g].shape[2] > 1:
+                    first = _take(values[g], level.total).select(-1, 0)
+                    others = [_take(values[g], level.main).select(-1, 0)] if level.main else []
+                    values[g] = torch.cat([first, *others], 2) if others else first
+        if heard:
+            before, record = state.sites[site.name], found.records[site.name]
+            costs = [_whole(values[g], lead, every) for g in heard]
+            live = _stacked([_take(_whole(surrogates[g], lead, full), level.live) for g in heard])
+            total = _stacked([_take(x, level.total) for x in costs])
+            own, mains = _of(record, level.full), plan.mains[k]
+            surrogate = rule.surrogate(own, live, total, before)
+            value = rule.value(own, _narrowed(total, mains)).detach()
+            extra = rule.auxiliary(own, total, before)
+            auxiliary = auxiliary if extra is None else auxiliary + extra
+            after[site.name] = rule.updated(before, own, total)
+            if level.valued:
+                theirs = _stacked([_take(x, level.main) for x in costs])
+                value = torch.cat([value, rule.value(_of(record, level.valued), theirs).detach()], 2)
+            for i, g in enumerate(heard):
+                surrogates[g], values[g] = surrogate.select(-1, i), value.select(-1, i)
+        full, every = len(level.full), len(level.full) + len(level.valued)
+    return surrogates, values, after, auxiliary
 
 
-def _joined(full: Tensor, value: Tensor, main: Sequence[Sequence[int]]) -> Tensor:
-    return torch.cat([full, _take(value, main)[..., 0, :]], 2) if main else full
+def _narrowed(costs: Tensor, mains: Sequence[int]) -> Tensor:
+    """The main branches' costs."""
+    if len(mains) == costs.shape[-2]:
+        return costs
+    return costs[..., : len(mains), :] if mains[-1] == len(mains) - 1 else costs[..., list(mains), :]
 
 
-def _spread(part: Tensor, rest: Tensor, heard: Sequence[int]) -> Tensor:
-    """`part` in the groups heard, `rest` in the others."""
-    columns = {g: part[..., i] for i, g in enumerate(heard)}
-    return torch.stack([columns.get(g, rest[..., g]) for g in range(rest.shape[-1])], -1)
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0].unsqueeze(-1) if len(parts) == 1 else torch.stack(list(parts), -1)

@@ -53,6 +53,7 @@ class GumbelSoftmax(OneBranch, Stateless):
     label: ClassVar[GradientLabel] = "biased"
     source: ClassVar[str] = "Jang, Gu & Poole 2017"
     smooth: ClassVar[bool] = True
+    broadcasts: ClassVar[bool] = True
 
     temperature: float = 0.5
 

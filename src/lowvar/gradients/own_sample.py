@@ -71,7 +71,7 @@ def refuse_own_sample(baseline: Baseline, d: Distribution) -> None:
             ) from missing
         if not bool(plain.isfinite().all()):
             raise ValueError(
-                f"baseline {name} is {float(plain):g} at a site of {kind}, whose mean or variance is not finite; give "
+                f"baseline {name} is {plain.flatten().tolist()[0]:g} at a site of {kind}, whose mean or variance is not finite; give "
                 "a function whose mean is known, Regression(h, mean)"
             )
         if not torch.equal(plain, subtracted(draws[0], 1.0)):

@@ -45,6 +45,7 @@ class Pathwise(OneBranch, Stateless):
     source: ClassVar[str] = "Kingma & Welling 2014"
     smooth: ClassVar[bool] = True
     orders: ClassVar[int] = 0
+    broadcasts: ClassVar[bool] = True
 
     def noise(self, d: Distribution) -> dict[str, BaseNoise]:
         """That of the distribution's transform."""

@@ -7,7 +7,8 @@ r"""Programs: plain functions with sample sites and costs, for one sample.
         s.cost("kl", kl, parents=("z",))
 
 Write it for one sample and one datum: batches of samples, data and branches are `torch.func.vmap`'s business, so what
-does not depend on a branch is computed once however many branches there are. `theta` is anything the program
+does not depend on a branch runs once. A program that uses its last axes only (`sum(-1)`, linear layers) broadcasts as
+well, and `Expectation(program, batched=True)` does without vmap (see `batches`). `theta` is anything the program
 understands (a tensor, a dict of them, a module, nothing).
 
 A cost depends on the sites sampled before it, or on the `parents` it names and what these depend on; a site likewise. A
@@ -17,13 +18,14 @@ site's estimator only hears of costs that depend on it, which is the Rao-Blackwe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from lowvar.gradients.batches import Front, axes_of, drawn_one_by_one
 from lowvar.gradients.estimator import BaseNoise, Branch, Estimator, GradientLabel, SiteDraw, SiteRecord, SiteState
 from lowvar.process.noise import Independent
 
@@ -45,6 +47,9 @@ class SitePlan:
         label: of its estimator.
         estimator: its estimator's name.
         dtype, device: of its noise.
+        shape: of its value.
+        axes: of the tensors of its distribution (`batches.axes_of`).
+        record: number of axes of each entry of its record.
     """
 
     name: str
@@ -55,6 +60,9 @@ class SitePlan:
     estimator: str
     dtype: torch.dtype
     device: torch.device
+    shape: torch.Size
+    axes: Mapping[str, int]
+    record: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,10 +75,31 @@ class CostPlan:
 
 @dataclass(frozen=True)
 class ProgramPlan:
-    """Sites and costs of a program, in order."""
+    """Sites and costs of a program, in order.
+
+    Attributes:
+        sites, costs: as they came.
+        groups: numbers of the costs that depend on the same sites, a group each.
+        heard: for each site the numbers of the groups that depend on it.
+        mains: for each site the numbers of its main branches.
+    """
 
     sites: tuple[SitePlan, ...]
     costs: tuple[CostPlan, ...]
+    groups: tuple[tuple[int, ...], ...] = field(init=False)
+    heard: tuple[tuple[int, ...], ...] = field(init=False)
+    mains: tuple[tuple[int, ...], ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Groups the costs."""
+        parts: dict[frozenset[str], list[int]] = {}
+        for c, cost in enumerate(self.costs):
+            parts.setdefault(cost.ancestors, []).append(c)
+        heard = [tuple(g for g, names in enumerate(parts) if site.name in names) for site in self.sites]
+        object.__setattr__(self, "groups", tuple(tuple(part) for part in parts.values()))
+        object.__setattr__(self, "heard", tuple(heard))
+        mains = [tuple(v for v, kind in enumerate(site.branches) if kind == "main") for site in self.sites]
+        object.__setattr__(self, "mains", tuple(mains))
 
 
 class Sites:
@@ -81,6 +110,7 @@ class Sites:
         noise: of every site, by site and name.
         choice: branch number of every site, or None where every site has one.
         states: states of the sites' estimators.
+        front: axes of a batch, where the program runs on all of it at once.
     """
 
     def __init__(
@@ -89,8 +119,10 @@ class Sites:
         noise: Mapping[str, Mapping[str, Tensor]],
         choice: Sequence[Tensor] | None,
         states: Mapping[str, SiteState],
+        front: Front | None = None,
     ) -> None:
         self._plan, self._noise, self._choice, self._states = plan, noise, choice, states
+        self._front = front
         self.sites: list[SitePlan] = []
         self.estimators: list[Estimator] = []
         self.starts: dict[str, SiteState] = {}
@@ -127,7 +159,7 @@ class Sites:
             raise ValueError(f"site {name!r} has estimator {estimator!r}; give an Estimator, {hint}")
         if self._plan is None:
             site = self._found(name, distribution, estimator, parents)
-            noise: Mapping[str, Tensor] = self._noise.get(name) or _traced(site, k)
+            noise: Mapping[str, Tensor] = self._noise.get(name) or first_noise(site, k)
             self.starts[name] = estimator.start(distribution)
             draw = estimator.draw(distribution, noise, self.starts[name])
             if draw.values.shape[0] != len(site.branches) or site.branches[0] != "main":
@@ -135,6 +167,7 @@ class Sites:
                     f"{type(estimator).__name__} drew {draw.values.shape[0]} values at site {name!r} and announced "
                     f"{site.branches}: branches() and draw() must agree, and the first be a main one"
                 )
+            site = replace(site, record={key: x.ndim for key, x in draw.record.items()})
         else:
             if k >= len(self._plan.sites) or self._plan.sites[k].name != name:
                 known = [s.name for s in self._plan.sites]
@@ -142,7 +175,7 @@ class Sites:
                     f"site {name!r} is number {k + 1} here and init saw {known}: sites may not depend on values"
                 )
             site = self._plan.sites[k]
-            draw = estimator.draw(distribution, self._noise[name], self._states[name])
+            draw = self._drawn(site, distribution, estimator)
         self.sites.append(site)
         self.estimators.append(estimator)
         self.records[name] = draw.record
@@ -150,7 +183,15 @@ class Sites:
         self.values[name] = value = self._pick(k, draw)
         return value
 
+    def _drawn(self, site: SitePlan, d: Distribution, estimator: Estimator) -> SiteDraw:
+        noise, state, front = self._noise[site.name], self._states[site.name], self._front
+        if front is None or estimator.broadcasts:
+            return estimator.draw(d, noise, state)
+        return drawn_one_by_one(estimator, d, site.axes, noise, state, front.lead, len(front.worlds.choices))
+
     def _pick(self, k: int, draw: SiteDraw) -> Tensor:
+        if self._front is not None:
+            return self._front.chosen(k, draw.values, len(self.sites[k].shape))
         if draw.values.shape[0] == 1 or self._choice is None:
             return draw.values[0]
         if draw.values.shape[0] == 2:  # cheaper than a gather under vmap
@@ -174,6 +215,8 @@ class Sites:
             type(estimator).__name__,
             dtype,
             reference.device,
+            d.batch_shape + d.event_shape,
+            axes_of(d),
         )
 
     def _ancestors(self, parents: Iterable[str] | None, who: str) -> frozenset[str]:
@@ -276,87 +319,6 @@ def swapped(program: Callable[..., Any], choose: Choose) -> Callable[..., Any]:
     return other
 
 
-@dataclass(frozen=True)
-class _Found:
-    """A trace: the plan, states before any batch, values and distributions."""
-
-    plan: ProgramPlan
-    starts: Mapping[str, SiteState]
-    sites: Sites = field(repr=False)
-
-
-def traced(program: Callable[..., Any], theta: Any, data: Sequence[Any]) -> _Found:
-    """Runs a program once, on one sample, to see what it is made of."""
-    s = Sites(None, {}, None, {})
-    program(theta, s, *data)
-    if not s.costs:
-        raise ValueError("the program has no cost; say s.cost(name, value) at least once")
-    return _Found(ProgramPlan(tuple(s.sites), tuple(c for c, _ in s.costs)), s.starts, s)
-
-
-class _Watched(Sites):
-    """Sites whose values carry a leaf of value 0, to see whether costs pass a gradient to them."""
-
-    def sample(
-        self,
-        name: str,
-        distribution: Distribution,
-        estimator: Estimator | Literal["auto"],
-        *,
-        parents: Iterable[str] | None = None,
-    ) -> Tensor:
-        value = super().sample(name, distribution, estimator, parents=parents)
-        if not value.is_floating_point():
-            return value
-        self.values[name] = leaf = torch.zeros_like(value).requires_grad_()
-        return value + leaf
-
-
-def refuse_steps(program: Callable[..., Any], theta: Any, data: Sequence[Any], found: _Found) -> None:
-    """Refuses a cost that changes with a pathwise site without a derivative in it (rounding, arg max, detach).
-
-    Looks at three draws; where a derivative is 0 in all, at whether the cost changes with this site's noise alone.
-    Sites with later ones that are not pathwise are left out, as these carry a gradient of their own.
-    """
-    sites = found.plan.sites
-    plain = {s.name for s in sites if s.estimator == "Pathwise"}
-    watched = [
-        (k, site)
-        for k, site in enumerate(sites)
-        if site.name in plain and all(s.name in plain for s in sites[k + 1 :] if site.name in s.ancestors)
-    ]
-    if not watched:
-        return
-
-    def run(seeds: Mapping[str, int]) -> Sites:
-        noise = {site.name: _traced(site, k, seeds.get(site.name, 0)) for k, site in enumerate(sites)}
-        s = _Watched(None, noise, None, {})
-        with torch.enable_grad():
-            program(theta, s, *data)
-        return s
-
-    seen: set[tuple[str, str]] = set()
-    for seed in range(3):
-        s = run({site.name: seed for site in sites})
-        for cost, value in s.costs:
-            names = [site.name for _, site in watched if site.name in cost.ancestors]
-            if names and value.requires_grad:
-                leaves = [s.values[name] for name in names]
-                slopes = torch.autograd.grad(value, leaves, allow_unused=True, retain_graph=True)
-                seen |= {(cost.name, n) for n, g in zip(names, slopes, strict=True) if g is not None and bool(g.any())}
-    for _, site in watched:
-        missing = [c.name for c in found.plan.costs if site.name in c.ancestors and (c.name, site.name) not in seen]
-        if not missing:
-            continue
-        draws = [{c.name: float(v.detach()) for c, v in run({site.name: seed}).costs} for seed in range(3)]
-        for name in missing:
-            if len({draw[name] for draw in draws}) > 1:
-                raise ValueError(
-                    f"cost {name!r} changes with site {site.name!r} and has no derivative in it (rounded, compared or "
-                    "detached?), so Pathwise would be wrong there; use Score or MeasureValued"
-                )
-
-
 def _reference(d: Distribution) -> Tensor:
     """A tensor with the distribution's dtype and device."""
     inner = getattr(d, "base_dist", None)
@@ -369,14 +331,15 @@ def _reference(d: Distribution) -> Tensor:
     return d.mean
 
 
-def _traced(site: SitePlan, k: int, seed: int = 0) -> dict[str, Tensor]:
+def first_noise(site: SitePlan, k: int, seed: int = 0) -> dict[str, Tensor]:
+    """One sample of the noise of site number k, which init and the checks look at."""
     where = {"dtype": site.dtype, "device": site.device}
     return {
-        name: getattr(Independent(seed), noise.kind)([0], noise.shape, draw=_number(k, j), **where)[0]
+        name: getattr(Independent(seed), noise.kind)([0], noise.shape, draw=draw_number(k, j), **where)[0]
         for j, (name, noise) in enumerate(site.noise.items())
     }
 
 
-def _number(site: int, noise: int) -> int:
+def draw_number(site: int, noise: int) -> int:
     """Draw number of a site's noise."""
     return 8 * site + noise

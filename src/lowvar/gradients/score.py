@@ -17,9 +17,18 @@ from typing import ClassVar
 from torch import Tensor
 from torch.distributions import Distribution
 
-from lowvar.gradients.baselines import Baseline, Nothing
-from lowvar.gradients.distributions import breaks, log_prob, noise_of, sample
-from lowvar.gradients.estimator import BaseNoise, GradientLabel, OneBranch, SiteDraw, SiteRecord, SiteState, zero
+from lowvar.gradients.baselines import Baseline, Nothing, Recordless
+from lowvar.gradients.distributions import breaks, element_log_prob, noise_of, sample
+from lowvar.gradients.estimator import (
+    BaseNoise,
+    GradientLabel,
+    OneBranch,
+    SiteDraw,
+    SiteRecord,
+    SiteState,
+    element_sum,
+    zero,
+)
 from lowvar.gradients.own_sample import refuse_own_sample
 
 __all__ = ["Score"]
@@ -27,7 +36,7 @@ __all__ = ["Score"]
 _NOTHING = Nothing()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Score(OneBranch):
     """f times the gradient of log p; holds for any distribution with a log_prob.
 
@@ -45,7 +54,16 @@ class Score(OneBranch):
     label: ClassVar[GradientLabel] = "unbiased"
     source: ClassVar[str] = "Williams 1992"
 
-    baseline: Baseline = _NOTHING
+    baseline: Baseline
+
+    def __init__(self, baseline: Baseline | None = None) -> None:
+        """None is `Nothing()`."""
+        object.__setattr__(self, "baseline", _NOTHING if baseline is None else baseline)
+
+    @property
+    def broadcasts(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Where the baseline keeps nothing of a sample."""
+        return isinstance(self.baseline, Recordless)
 
     def noise(self, d: Distribution) -> dict[str, BaseNoise]:
         """That of the sample."""
@@ -56,16 +74,17 @@ class Score(OneBranch):
         return breaks(d)
 
     def draw(self, d: Distribution, noise: Mapping[str, Tensor], state: SiteState) -> SiteDraw:
-        """One sample without a gradient, its log p and what the baseline needs."""
+        """One sample without a gradient, the log p of its elements and what the baseline needs."""
         x = sample(d, noise).detach()
-        return SiteDraw(x[None], {"log_prob": log_prob(d, x), **self.baseline.record(d, x, state)})
+        return SiteDraw(x[None], {"log_prob": element_log_prob(d, x), **self.baseline.record(d, x, state)})
 
     def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
         """S_main + stop(f - b) zero(log p) + the baseline's own gradient."""
         f = costs[..., 0, :]
         b = self.baseline.subtracted(record, f.sum(-1), state)
         groups = f.shape[-1]  # the baseline is of the groups' sum: each takes its share
-        term = (f - (b.value.detach() / groups)[..., None]) * zero(record["log_prob"])[..., None]
+        score = zero(element_sum(record["log_prob"], costs))
+        term = (f - (b.value.detach() / groups)[..., None]) * score[..., None]
         return live[..., 0, :] + term + (b.known / groups)[..., None]
 
     def start(self, d: Distribution) -> SiteState:

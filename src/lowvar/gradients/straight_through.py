@@ -49,6 +49,7 @@ class StraightThrough(OneBranch, Stateless):
     label: ClassVar[GradientLabel] = "biased"
     source: ClassVar[str] = "Bengio, Leonard & Courville 2013"
     smooth: ClassVar[bool] = True
+    broadcasts: ClassVar[bool] = True
 
     def noise(self, d: Distribution) -> dict[str, BaseNoise]:
         """That of the sample."""
