@@ -19,6 +19,7 @@ from lowvar.gradients.estimator import (
     SiteRecord,
     SiteState,
     Stateless,
+    element_sum,
     zero,
 )
 from lowvar.testing import PROBLEMS, QuadratureRule, certify, exact_gradient, exact_moments
@@ -80,7 +81,7 @@ class Halved(Score):
     """Wrong: half the score."""
 
     def surrogate(self, record: SiteRecord, live: Tensor, costs: Tensor, state: SiteState) -> Tensor:
-        return live[..., 0, :] + 0.5 * costs[..., 0, :] * zero(record["log_prob"])[..., None]
+        return live[..., 0, :] + 0.5 * costs[..., 0, :] * zero(element_sum(record["log_prob"], costs))[..., None]
 
 
 class Detached(OneBranch, Stateless):

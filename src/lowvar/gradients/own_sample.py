@@ -71,8 +71,8 @@ def refuse_own_sample(baseline: Baseline, d: Distribution) -> None:
             ) from missing
         if not bool(plain.isfinite().all()):
             raise ValueError(
-                f"baseline {name} is {plain.flatten().tolist()[0]:g} at a site of {kind}, whose mean or variance is not finite; give "
-                "a function whose mean is known, Regression(h, mean)"
+                f"baseline {name} is {plain.flatten().tolist()[0]:g} at a site of {kind}, whose mean or variance is "
+                "not finite; give a function whose mean is known, Regression(h, mean)"
             )
         if not torch.equal(plain, subtracted(draws[0], 1.0)):
             continue  # a network with a random part: one cannot tell
