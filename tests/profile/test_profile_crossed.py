@@ -106,11 +106,23 @@ def test_shares_sum_to_one_and_parts_add_up() -> None:
     assert sum(i.value for i in found.group_variance) == pytest.approx(1, abs=1e-12)
 
 
+def test_noise_scale() -> None:
+    """V / ||E g||^2 of the table, within its interval; without an upper end where the mean gradient is 0."""
+    g = gradients()
+    mean = mean_over(g, (0, 1, 2)).flatten()
+    wanted = float(sum(v.sum() for v in truth(g).values())) / float(mean @ mean)
+    found = drawn(800, 4).decomposition(T).noise_scale
+    assert found.low < wanted < found.high < 2 * wanted
+    x, t, e = (v[::7] for v in every_block()[:3])
+    centred = Crossed.of(grams(g - mean_over(g, (0, 1, 2)), x, t, e), t).decomposition(T)
+    assert centred.noise_scale.high == float("inf")
+
+
 def test_one_estimate_in_two_halves() -> None:
     whole, both = drawn(40, 9), drawn(40, 9)
     halves = [Crossed(both.terms[s], both.square[s], both.levels[s], both.bins[s]) for s in (slice(20), slice(20, 40))]
-    assert torch.equal(halves[0].and_more(halves[1]).terms, whole.terms)
-    assert halves[0].and_more(halves[1]).decomposition(T) == whole.decomposition(T)
+    assert torch.equal(Crossed.joined(halves).terms, whole.terms)
+    assert Crossed.joined(halves).decomposition(T) == whole.decomposition(T)
 
 
 def test_too_few_blocks() -> None:

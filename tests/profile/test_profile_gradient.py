@@ -47,13 +47,6 @@ def exact(network: nn.Module) -> Exact:
     return Exact(parameter_groups(network))
 
 
-def joined(blocks: Sequence[Crossed]) -> Crossed:
-    whole = blocks[0]
-    for block in blocks[1:]:
-        whole = whole.and_more(block)
-    return whole
-
-
 def enumerated() -> Tensor:
     """Gradients (images, times, noises, D D) of the line and the noises' weights: Gauss-Hermite, exact to degree 9."""
     nodes, weights = (torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(5))
@@ -91,7 +84,7 @@ def test_shares_of_a_line_are_the_enumerated_ones() -> None:
     """500 blocks: every V_u within four standard errors of the truth, and the largest known to a fifth."""
     denoiser = line()
     stream = crossed_blocks(denoiser, Objective(Simple()), draws(), exact(denoiser.network), EDGES)  # type: ignore[arg-type]
-    terms = joined(list(islice(stream, 500))).terms[..., 0]
+    terms = Crossed.joined(list(islice(stream, 500))).terms[..., 0]
     wanted = truth()
     for k, u in enumerate(SOURCES):
         se = float(terms[:, k].std()) / len(terms) ** 0.5
@@ -127,7 +120,7 @@ def test_a_sketch_by_a_basis_is_exact() -> None:
     denoiser = line()
     groups = parameter_groups(denoiser.network)  # type: ignore[arg-type]
     found = [
-        joined(list(islice(crossed_blocks(denoiser, Objective(Simple()), draws(), inner, EDGES), 3)))
+        Crossed.joined(list(islice(crossed_blocks(denoiser, Objective(Simple()), draws(), inner, EDGES), 3)))
         for inner in (Exact(groups), Sketched(groups, D * D, Basis([D * D])))
     ]
     assert torch.allclose(found[0].terms, found[1].terms, atol=1e-10)
@@ -172,7 +165,7 @@ def test_blocks_follow_from_their_numbers() -> None:
 def test_bins_are_those_of_the_times() -> None:
     denoiser = line()
     inner = exact(denoiser.network)  # type: ignore[arg-type]
-    blocks = joined(list(islice(crossed_blocks(denoiser, Objective(Simple()), draws(), inner, EDGES), 20)))
+    blocks = Crossed.joined(list(islice(crossed_blocks(denoiser, Objective(Simple()), draws(), inner, EDGES), 20)))
     t = torch.stack([draws().of(k)[1] for k in range(20)])
     assert torch.equal(blocks.bins, (CosineVP().at(t).logsnr < 0).long())
 

@@ -29,7 +29,8 @@ estimates of the terms).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -149,11 +150,12 @@ class Crossed:
         """Number of blocks."""
         return len(self.terms)
 
-    def and_more(self, other: Crossed) -> Crossed:
-        """With the blocks of another."""
-        pairs = ((self.terms, other.terms), (self.square, other.square), (self.levels, other.levels))
-        terms, square, levels = (torch.cat(p) for p in pairs)
-        return Crossed(terms, square, levels, torch.cat([self.bins, other.bins]))
+    @classmethod
+    def joined(cls, parts: Sequence[Crossed]) -> Crossed:
+        """The blocks of all parts, in their order."""
+        names = ("terms", "square", "levels", "bins")
+        terms, square, levels, bins = (torch.cat([getattr(p, n) for p in parts]) for n in names)
+        return cls(terms, square, levels, bins)
 
     def decomposition(self, bins: int) -> Decomposition:
         """Shares with 95% intervals.
@@ -188,10 +190,13 @@ class Crossed:
             return Replicates(float(values.sum() / n), (values.sum() - values) / (n - sizes), sizes).interval()
 
         total = whole.sum(1)
+        variance, mean_square = average(total), average(mean)
+        scale = _scale(variance, mean_square, total, mean, sizes)
         return Decomposition(
             blocks=len(self),
-            variance=average(total),
-            square=average(mean),
+            variance=variance,
+            square=mean_square,
+            noise_scale=scale,
             shares={u: ratio(whole[:, k], total) for k, u in enumerate(SOURCES)},
             groups=tuple(
                 {u: ratio(terms[:, k, g], total) for k, u in enumerate(SOURCES)} for g in range(terms.shape[-1])
@@ -199,6 +204,18 @@ class Crossed:
             group_variance=tuple(ratio(each[:, g], total) for g in range(terms.shape[-1])),
             levels=tuple({u: ratio(levels[:, k, i], total) for i, u in enumerate(LEVEL_SOURCES)} for k in range(bins)),
         )
+
+
+def _scale(variance: Interval, square: Interval, above: Tensor, below: Tensor, sizes: Tensor) -> Interval:
+    """V / ||E g||^2 with the jackknife's interval of its log; without an upper end where ||E g||^2 may be 0."""
+    a, b = above.sum() - above, below.sum() - below
+    if square.low <= 0 or bool((b <= 0).any()) or bool((a <= 0).any()):
+        value = variance.value / square.value if square.value > 0 else math.inf
+        return Interval(
+            value, max(variance.low, 0.0) / square.high if square.high > 0 else math.inf, math.inf, math.inf
+        )
+    log = Replicates(math.log(variance.value / square.value), (a / b).log(), sizes).interval()
+    return Interval(math.exp(log.value), math.exp(log.low), math.exp(log.high), math.exp(log.value) * log.se)
 
 
 @dataclass(frozen=True)
@@ -209,6 +226,8 @@ class Decomposition:
         blocks: crossed blocks that it is from, 8 gradients each.
         variance: V = tr Cov g of one sample.
         square: ||E g||^2.
+        noise_scale: V / ||E g||^2 (McCandlish et al. 2018): a batch far below it nearly halves the updates when
+            doubled; without an upper end where ||E g||^2 cannot be told from 0.
         shares: V_u / V by source; they sum to 1, and single ones may be below 0 by noise.
         groups: parts of V by parameter group and source, over V of all parameters.
         group_variance: each group's V over V of all.
@@ -218,6 +237,7 @@ class Decomposition:
     blocks: int
     variance: Interval
     square: Interval
+    noise_scale: Interval
     shares: Mapping[str, Interval]
     groups: tuple[Mapping[str, Interval], ...]
     group_variance: tuple[Interval, ...]

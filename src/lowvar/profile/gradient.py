@@ -76,7 +76,7 @@ def crossed_blocks(
         device: of the network.
 
     Yields:
-        One block each; join them with `Crossed.and_more`.
+        One block each; join them with `Crossed.joined`.
 
     Example:
         >>> from itertools import islice

@@ -11,7 +11,7 @@ are those of R replicate batches at the model's weights, from the inner products
 
 with the jackknife's interval over replicates on the log of the ratio (replicates of plain and of the technique have
 other noise, so their errors add). Replicates are interleaved, so seconds compare too. Of a large network the gradient
-at `_MOST` of its numbers, evenly spread, stands for all.
+at some of its numbers, evenly spread, stands for all.
 
 Times that learn are learned first, on draws of which no replicate knows; what that costs a run in place is in the
 benchmark of the trainer. Expected gradients of all of these are plain's: they are labelled unbiased, and tests of
@@ -44,7 +44,6 @@ from lowvar.train.timesteps import FixedTimes, Times, UniformTimes
 
 __all__ = ["TECHNIQUES", "Measured", "Reduction", "Technique", "measure", "plain_times_of"]
 
-_MOST = 2**21  # numbers of a gradient
 _PILOT = 1000  # number of the first replicate's update: those before it are the pilot's
 _LOSSES, _NORMS, _ROUNDS = 256, 16, 6  # draws a round of learning from losses, from gradient norms; rounds
 _REFERENCES = 1024
@@ -227,6 +226,7 @@ def measure(
     conditional: bool = False,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    numbers: int = 2**19,
 ) -> Iterator[Measured]:
     """Measures techniques beside plain draws.
 
@@ -241,6 +241,7 @@ def measure(
         conditional: whether the network is conditioned on the images' labels.
         seed: of all draws.
         device: of the network.
+        numbers: of a gradient that are kept, R times and for every technique.
 
     Yields:
         A record after the 16th replicate and every 8 more; the last has all.
@@ -279,7 +280,7 @@ def measure(
     ]
     weights = _weights(denoiser.network)
     total = sum(w.numel() for w in weights)
-    kept = torch.arange(0, total, max(math.ceil(total / _MOST), 1), device=where)
+    kept = torch.arange(0, total, max(math.ceil(total / numbers), 1), device=where)
     gradients: list[list[Tensor]] = [[] for _ in methods]
     seconds: list[list[float]] = [[] for _ in methods]
     for r in range(replicates):
