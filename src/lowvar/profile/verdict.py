@@ -74,7 +74,9 @@ def batch_advice(scale: Interval, batch_size: int) -> Advice:
             f"lowvar train --batch-size {n // 2}",
             worth=True,
         )
-    return Advice(f"another batch than {n}", f"nothing much: the noise scale is {value:.3g}", "", worth=False)
+    told = f"{scale.low:.3g} to {scale.high:.3g}" if math.isfinite(scale.high) else f"at least {scale.low:.3g}"
+    near = "nothing much" if scale.low > n / 4 and scale.high < 4 * n else "nothing that can be told"
+    return Advice(f"another batch than {n}", f"{near}: the noise scale is {told}", "", worth=False)
 
 
 def advise(found: Decomposition, reductions: Sequence[Reduction], batch_size: int) -> tuple[Advice, ...]:
@@ -94,7 +96,7 @@ def advise(found: Decomposition, reductions: Sequence[Reduction], batch_size: in
         >>> for line in advise(found, [harmful, pairs], 64):
         ...     print(line.worth, "|", line.do, "|", line.expect)
         True | cross pairs | 1.50 times less variance (1.30 to 1.70), a batch takes 1.02 of the time
-        False | another batch than 64 | nothing much: the noise scale is 70
+        False | another batch than 64 | nothing much: the noise scale is 50 to 90
         False | sobol points | harm: 1.43 times the variance (1.25 to 1.67)
     """
     lines, rest = [], []
