@@ -26,6 +26,7 @@ from lowvar.cli.demo import Demo
 from lowvar.cli.evaluate import Evaluate
 from lowvar.cli.explain import explain
 from lowvar.cli.options import Command
+from lowvar.cli.profile import Profile
 from lowvar.cli.report import Report
 from lowvar.cli.sample import Sample
 from lowvar.cli.stops import Terminated, status_of, stop_word
@@ -40,6 +41,7 @@ COMMANDS: dict[str, type[Command]] = {
     "calibrate": Calibrate,
     "sample": Sample,
     "evaluate": Evaluate,
+    "profile": Profile,
     "report": Report,
 }
 _ABOUT = "Variance reduction in the reverse process of diffusion and flow models."

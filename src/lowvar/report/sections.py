@@ -18,6 +18,7 @@ from lowvar.report.figures import Style
 from lowvar.report.grids import sheets
 from lowvar.report.learning import learning, least_error, weighting
 from lowvar.report.nouns import Nouns, nouns
+from lowvar.report.profile import profile_sources, profile_techniques, profile_verdict
 from lowvar.report.run import Curve, Run, curve, mapping, number
 from lowvar.report.scores import Board, board, steps_text
 from lowvar.report.section import Section
@@ -156,6 +157,9 @@ def settings(run: Run) -> Section | None:
 
 SECTIONS: tuple[Callable[[Run], Section | None], ...] = (
     answer,
+    profile_verdict,
+    profile_sources,
+    profile_techniques,
     samples,
     scores_against_nfe,
     scores_table,

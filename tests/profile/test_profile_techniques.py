@@ -1,0 +1,100 @@
+"""Techniques measured on a model: against variances that are known, and what a report says of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lowvar.data import TensorImages
+from lowvar.process import CosineVP, NetworkDenoiser
+from lowvar.process.discrete import schedule_from_diffusers
+from lowvar.profile.techniques import TECHNIQUES, Measured, Reduction, Technique, measure, plain_times_of
+from lowvar.train import Objective, Simple, config_from
+
+
+class Bias(nn.Module):
+    """b, whatever the state: predicting the noise its gradient is 2 (b - eps) / d, odd in the noise around b."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.b = nn.Parameter(torch.full((d,), 0.5, dtype=torch.float64))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.b.expand(len(x), -1) + 0 * x
+
+
+class Level(nn.Module):
+    """a t, whatever the state: predicting the image x_0 = 1 its gradient, 2 t (a t - 1), is the time's alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor([0.3], dtype=torch.float64))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return (self.a * timestep.double() / 1000)[:, None].expand(len(x), x.shape[1]) + 0 * x
+
+
+def last(denoiser: NetworkDenoiser, names: list[str], images: Tensor, replicates: int = 48) -> dict[str, Reduction]:
+    chosen = [t for t in TECHNIQUES if t.name in names]
+    *_, record = measure(
+        denoiser, Objective(Simple()), TensorImages(images), techniques=chosen, replicates=replicates, batch_size=16
+    )
+    assert isinstance(record, Measured)
+    assert record.replicates == replicates
+    return {r.name: r for r in record.reductions}
+
+
+def test_pairs_take_all_of_an_odd_gradient() -> None:
+    """Antithetic noises leave nothing of it; stratified times leave it as it is; an honest interval holds 1."""
+    found = last(
+        NetworkDenoiser(Bias(3), CosineVP(), "epsilon"), ["same-image pairs", "stratified times"], torch.zeros(40, 3)
+    )
+    assert found["same-image pairs"].vrf > 1e10
+    assert found["same-image pairs"].verdict == "helps"
+    assert found["stratified times"].low < 1 < found["stratified times"].high
+    assert found["stratified times"].verdict == "does nothing that can be told"
+
+
+def test_strata_take_what_times_bring() -> None:
+    """A gradient of the time alone, g(u) = 2 u (.3 u - 1): plain has Var g / B, a lattice what its shift leaves.
+
+    By quadrature over u and over the shift: a factor of about 16. The interval holds it, a factor of 2 wide at most.
+    """
+    u = (torch.arange(20_000).double() + 0.5) / 20_000
+    mean = (2 * u * (0.3 * u - 1)).reshape(16, -1).mean(0)
+    wanted = float((2 * u * (0.3 * u - 1)).var()) / 16 / float(mean.var())
+    schedule = schedule_from_diffusers({"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"})
+    found = last(NetworkDenoiser(Level(), schedule, "sample"), ["stratified times"], torch.ones(40, 1), 200)
+    one = found["stratified times"]
+    assert one.low < wanted < one.high
+    assert one.high / one.low < 2
+
+
+def test_every_technique_runs_and_is_a_setting() -> None:
+    """All of them on digits-sized images, each with words that `lowvar train` knows."""
+    from lowvar.data import load
+    from lowvar.train import NetworkConfig, build_network
+
+    network = build_network((1, 8, 8), NetworkConfig(width=8), None, seed=0)
+    denoiser = NetworkDenoiser(network, CosineVP(), "v_prediction")
+    *_, record = measure(
+        denoiser, Objective(Simple()), load("digits").train, replicates=16, batch_size=4, techniques=TECHNIQUES
+    )
+    assert [r.name for r in record.reductions] == [t.name for t in TECHNIQUES]
+    assert all(0 < r.low <= r.vrf <= r.high for r in record.reductions)
+    for technique in TECHNIQUES:
+        config_from(dict(technique.settings))
+    assert Technique("auto", {"variance_reduction": "auto"}).command == "lowvar train --variance-reduction auto"
+
+
+def test_times_of_a_table() -> None:
+    schedule = schedule_from_diffusers({"num_train_timesteps": 50})
+    assert plain_times_of(NetworkDenoiser(Bias(1), schedule, "epsilon")).steps == 50
+
+
+def test_too_few_replicates() -> None:
+    denoiser = NetworkDenoiser(Bias(1), CosineVP(), "epsilon")
+    for words in ({"replicates": 8}, {"batch_size": 6}):
+        with pytest.raises(ValueError, match="give at least 16 replicates, and batches that are a multiple of 4"):
+            next(measure(denoiser, Objective(Simple()), TensorImages(torch.zeros(4, 1)), **words))  # type: ignore[arg-type]
