@@ -64,14 +64,18 @@ class Technique:
 
     @property
     def command(self) -> str:
-        """The words for `lowvar train`.
+        """The words for `lowvar train`, or the lines of its config.
 
         Example:
             >>> Technique("cross pairs", {"pairing": "cross", "stratified": True}).command
-            'lowvar train --pairing cross --stratified'
+            'in the config of lowvar train: pairing: cross, stratified: true'
+            >>> Technique("auto", {"variance_reduction": "auto"}).command
+            'lowvar train --variance-reduction auto'
         """
-        words = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in self.settings.items()]
-        return " ".join(["lowvar train", *words])
+        if set(self.settings) <= {"variance_reduction"}:
+            return " ".join(["lowvar train", *(f"--variance-reduction {v}" for v in self.settings.values())])
+        lines = [f"{k}: {str(v).lower()}" for k, v in self.settings.items()]
+        return f"in the config of lowvar train: {', '.join(lines)}"
 
 
 CROSS: Mapping[str, Any] = {"pairing": "cross", "stratified": True}
@@ -112,7 +116,7 @@ class Reduction:
         """`helps`, `harms` or `does nothing that can be told`.
 
         Example:
-            >>> Reduction("sobol points", 1.9, 1.7, 2.1, 1.02, "lowvar train --pairing sobol").verdict
+            >>> Reduction("sobol points", 1.9, 1.7, 2.1, 1.02, "").verdict
             'helps'
         """
         return "helps" if self.low > 1 else "harms" if self.high < 1 else "does nothing that can be told"

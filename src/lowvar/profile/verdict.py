@@ -88,8 +88,8 @@ def advise(found: Decomposition, reductions: Sequence[Reduction], batch_size: in
         batch_size: of the model's training.
 
     Example:
-        >>> pairs = Reduction("cross pairs", 1.5, 1.3, 1.7, 1.02, "lowvar train --pairing cross")
-        >>> harmful = Reduction("sobol points", 0.7, 0.6, 0.8, 1.0, "lowvar train --pairing sobol")
+        >>> pairs = Reduction("cross pairs", 1.5, 1.3, 1.7, 1.02, "pairing: cross")
+        >>> harmful = Reduction("sobol points", 0.7, 0.6, 0.8, 1.0, "pairing: sobol")
         >>> one = Interval(1.0, 0.5, 2.0, 0.3)
         >>> scale = Interval(70.0, 50.0, 90.0, 10.0)
         >>> found = Decomposition(16, one, one, scale, {}, (), (), ())
