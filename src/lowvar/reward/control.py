@@ -24,7 +24,7 @@ from torch import Tensor
 from lowvar.process.noise import NoiseSource
 from lowvar.reward.advantages import Advantages
 from lowvar.reward.claims import Claim, combined
-from lowvar.reward.pathwise import AdvantageRule, PathwiseLoss, leave_one_out
+from lowvar.reward.pathwise import AdvantageRule, RewardLoss, leave_one_out
 from lowvar.reward.policy import Policy
 from lowvar.reward.rewards import Reward, evaluated
 from lowvar.reward.ridge import Ridge, cross_fitted, fold_numbers
@@ -95,7 +95,7 @@ def surrogate_control(
     checkpoint: int = 1,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> PathwiseLoss:
+) -> RewardLoss:
     """The loss of a black-box reward with a surrogate as control variate.
 
     Args:
@@ -139,4 +139,4 @@ def surrogate_control(
         lambda x: -h(x), noise, first + torch.arange(n), shape, checkpoint=checkpoint, dtype=dtype, device=device
     )
     each = path.each + surrogate_loss(policy, ran, given).each
-    return PathwiseLoss(each.mean(), each, R, ran.samples, policy.steps, claim)
+    return RewardLoss(each.mean(), each, R, ran.samples, policy.steps, claim)

@@ -11,7 +11,8 @@ has two parts, since the parameters move the law at each state *and* which state
     "direct"    the first part only (DPOK, Flow-GRPO): direction, the states' part is missing
     "k1"        S_t times sum_{u >= t} log p/q of the actions: unbiased, of far larger variance
     "k2"        grad of (log p/q)^2 / 2, the actions held: the first part, unbiased of "direct", with more variance
-    "k3"        grad of q/p - 1 - log q/p, the actions held (GRPO): in expectation grad KL(q || p), the other way round
+    "k3"        grad of q/p - 1 - log q/p, the actions held (GRPO): in expectation the first part of grad KL(q || p),
+                the other way round; for kernels of one variance that is "direct", with heavy tails
 
 Sources: J. Schulman, "Approximating KL divergence", 2020 (k1, k2, k3); Y. Fan et al., "DPOK", 2023; J. Liu et al.,
 "Flow-GRPO", 2025; the score part is the policy gradient theorem applied to -KL as a reward.
@@ -43,7 +44,11 @@ KL_ESTIMATORS: Mapping[str, Claim] = {
     "direct": Claim("direction", "the KL of later steps does not reach earlier ones", "Fan et al. 2023"),
     "k1": Claim("none", source="Schulman 2020"),
     "k2": Claim("direction", "the KL of later steps does not reach earlier ones", "Schulman 2020"),
-    "k3": Claim("direction", "the gradient is that of KL(q || p)", "Schulman 2020; Shao et al. 2024"),
+    "k3": Claim(
+        "direction",
+        "of KL(q || p), and the KL of later steps does not reach earlier ones",
+        "Schulman 2020; Shao et al. 2024",
+    ),
 }
 
 

@@ -46,9 +46,9 @@ __all__ = [
     "Full",
     "Last",
     "LastAveraged",
-    "PathwiseLoss",
     "PathwiseRule",
     "RandomTruncation",
+    "RewardLoss",
     "Roulette",
     "leave_one_out",
     "pathwise_loss",
@@ -165,7 +165,7 @@ PathwiseRule = Full | Last | RandomTruncation | Roulette | LastAveraged
 
 
 @dataclass(frozen=True, eq=False)
-class PathwiseLoss:
+class RewardLoss:
     """Of a batch of runs.
 
     Attributes:
@@ -175,6 +175,7 @@ class PathwiseLoss:
         samples: x_0, (n, *shape), without gradient.
         steps: how many steps were differentiated.
         claim: what holds for the estimate.
+        ran: the rollout of the steps by scores, where there are any.
     """
 
     loss: Tensor
@@ -183,6 +184,7 @@ class PathwiseLoss:
     samples: Tensor
     steps: int
     claim: Claim
+    ran: Rollout | None = None
 
 
 def pathwise_loss(
@@ -202,7 +204,7 @@ def pathwise_loss(
     checkpoint: int = 1,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> PathwiseLoss:
+) -> RewardLoss:
     """Runs the policy and differentiates the reward through it.
 
     A policy whose last step is "drop" or "pathwise" is differentiated there, as by any of these rules.
@@ -249,7 +251,7 @@ def pathwise_loss(
         ran = rollout(policy, noise, n, shape, steps=[K - 1], x0_hat=False, **run)
         each = _averaged(chain, ran.samples, cost, noise, index, rule.m)
         rewards = evaluated(reward, ran.samples, prompts, columns)
-        return PathwiseLoss(each.mean(), each, rewards, ran.samples, 1, rule.claim)
+        return RewardLoss(each.mean(), each, rewards, ran.samples, 1, rule.claim)
     k, claim = K, Claim("none", source="own derivation") if isinstance(rule, Roulette) else rule.claim
     if isinstance(rule, RandomTruncation):
         k = rule.drawn(float(noise.uniform(index[:1], (), draw=K + 1, dtype=torch.float64)), K)
@@ -262,7 +264,7 @@ def pathwise_loss(
         every = ["pathwise", *[rule] * (K - 1)]
     if k == K:
         out = chain.surrogate(cost, noise, index, shape, rules=every, **how)
-        return PathwiseLoss(out.loss, out.each, -out.costs, out.samples, K, claim)
+        return RewardLoss(out.loss, out.each, -out.costs, out.samples, K, claim)
     scores = isinstance(rule, Last) and rule.rest == "score"
     early = range(K - k) if scores else [K - k - 1]
     ran = rollout(
@@ -275,7 +277,7 @@ def pathwise_loss(
         claim = combined(claim, given.claim) if isinstance(given, Advantages) else claim
         early_policy = replace(policy, terminal="drop") if policy.terminal == "pathwise" else policy
         each = each + surrogate_loss(early_policy, ran, given).each
-    return PathwiseLoss(each.mean(), each, -out.costs, out.samples, k, claim)
+    return RewardLoss(each.mean(), each, -out.costs, out.samples, k, claim)
 
 
 def _averaged(
