@@ -42,7 +42,7 @@ from lowvar.process.kernel import Gaussian
 from lowvar.process.noise import NoiseSource
 from lowvar.process.posterior import Posterior
 from lowvar.process.schedule import Level
-from lowvar.process.solver import Solver, State
+from lowvar.process.solver import Solver
 
 __all__ = ["ChainGradient", "ReverseChain", "Roulette", "StepRule", "reverse_chain"]
 
@@ -134,8 +134,9 @@ class ReverseChain:
             ValueError: if the solver's steps are no Gaussian kernels.
         """
         posterior = self.denoiser(x, self.levels[k])
-        law = self.kernel.step(self.plan, k, State(x), posterior, None)[1].law
-        if law is None:
+        state = self.kernel.start(x)
+        law = None if state.memory is not None else self.kernel.step(self.plan, k, state, posterior, None)[1].law
+        if law is None or self.kernel.nfe(2) != 2:
             raise ValueError(
                 f"{type(self.kernel).__name__} has no density given the state alone; give a solver whose steps are "
                 "Gaussian kernels: ReverseKernel, or WithNoise around one"

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -72,7 +72,13 @@ class RewardProblem:
 
 
 class RewardEstimator(ABC):
-    """See the module; subclasses are frozen dataclasses."""
+    """See the module; subclasses are frozen dataclasses.
+
+    Attributes:
+        multiplies: whether an estimate is a product of derivatives over steps, which a few runs may dominate.
+    """
+
+    multiplies: ClassVar[bool]
 
     @property
     @abstractmethod
@@ -101,6 +107,8 @@ class Scores(RewardEstimator):
         >>> Scores("x0").name
         'scores, x0 baseline'
     """
+
+    multiplies: ClassVar[bool] = False
 
     baseline: AdvantageBaseline | Literal["x0", "optimal"] = "leave-one-out"
     scale_rewards: ScaleRewards = "none"
@@ -157,6 +165,8 @@ class Paths(RewardEstimator):
         'pathwise, Full()'
     """
 
+    multiplies: ClassVar[bool] = True
+
     rule: PathwiseRule = field(default_factory=Full)
     scores: Scores = field(default_factory=Scores)
     checkpoint: int = 1
@@ -197,6 +207,8 @@ class SurrogateControl(RewardEstimator):
         >>> SurrogateControl().name
         'surrogate control variate'
     """
+
+    multiplies: ClassVar[bool] = True
 
     scores: Scores = field(default_factory=Scores)
     folds: int = 4

@@ -9,6 +9,12 @@ An estimate g of a batch of n runs is repeated on fresh noise, R times:
 
 `choose` runs the admissible estimators as a pilot and takes the one of least work; biased ones only where asked. The
 answer is of these parameters, reward and batch: ask again when they have moved.
+
+**Rare events.** Where a process decides between modes, the pathwise gradient is nothing for nearly all runs and huge
+for a few that a pilot does not meet: its variance then *looks* like zero. But its mean looks like zero too, and
+unbiased estimators have one mean. So where two disagree on the common runs, |mean d|^2 > 6.6 sum Var(d) / R with d the
+differences (6.6: 1% if one direction has all the variance, less otherwise), one of them is refused: the one that is a
+product over steps (`multiplies`), or else the one whose variance is less certain.
 """
 
 from __future__ import annotations
@@ -40,6 +46,7 @@ class GradientRow:
         seconds: a batch.
         n: runs a batch.
         claim: what it says of itself.
+        gradients: each batch's, (R, P).
     """
 
     estimator: RewardEstimator
@@ -51,11 +58,24 @@ class GradientRow:
     seconds: float
     n: int
     claim: Claim
+    gradients: Tensor = field(repr=False)
 
     @property
     def work(self) -> float:
         """Variance x seconds a run."""
         return self.variance * self.seconds / self.n
+
+    @property
+    def trust(self) -> tuple[bool, float]:
+        """What settles a disagreement: no product over steps, then the variance over its interval's half width."""
+        half = self.high - self.variance
+        return not self.estimator.multiplies, self.variance / half if half > 0 else float("inf")
+
+    def disagrees(self, other: GradientRow) -> bool:
+        """Whether the means differ by more than noise, over the common runs (see the module)."""
+        d = self.gradients - other.gradients
+        spread = float(d.var(0).sum()) / len(d)
+        return float(d.mean(0).square().sum()) > 6.6 * spread + 1e-12 * float(other.mean.square().sum())
 
 
 @dataclass(frozen=True)
@@ -152,6 +172,7 @@ def _measured(
         sorted(seconds)[repeats // 2],
         n,
         claim,
+        g,
     )
 
 
@@ -223,13 +244,20 @@ def choose(
             f"no estimator may be chosen: biased ones are {list(report.rows)}, and left out were "
             f"{dict(report.left_out)}; allow biased=True or give others"
         )
+    truth = [row for row in report.rows.values() if row.claim.label == "unbiased"]
+    misses = {
+        name: "its mean differs from that of a surer unbiased estimator: it is made of rare events, not in the pilot"
+        for name, row in allowed.items()
+        if row.claim.label == "unbiased" and any(t.trust > row.trust and row.disagrees(t) for t in truth)
+    }
+    allowed = {name: row for name, row in allowed.items() if name not in misses}
     name = min(allowed, key=lambda key: allowed[key].work)
     best = allowed.pop(name)
     others = ", ".join(
         f"{other} {row.work:.3g} (variance {row.variance:.3g}, {row.low:.3g} to {row.high:.3g})"
         for other, row in allowed.items()
     )
-    refused = "".join(f"; not {other}: {reason}" for other, reason in report.left_out.items())
+    refused = "".join(f"; not {other}: {reason}" for other, reason in {**misses, **report.left_out}.items())
     why = (
         f"{name}: variance x cost {best.work:.3g} (variance {best.variance:.3g}, {best.low:.3g} to {best.high:.3g}, "
         f"{best.seconds:.3g} s for {n} runs), against {others or 'nothing else'}{refused}"

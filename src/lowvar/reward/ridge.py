@@ -54,7 +54,7 @@ class Ridge:
         w = w * (n / total)
         centre, mean = w @ x / n, w @ y / n
         spread = (w @ (x - centre).square() / n).sqrt()
-        usable = spread > 1e-9 * (1 + centre.abs())  # else it does not vary
+        usable = spread > 1e-7 * (1 + centre.abs())  # else it does not vary
         scale = torch.where(usable, 1 / torch.where(usable, spread, 1.0), 0.0)
         root = w.sqrt()[:, None]
         Z, t = root * (x - centre) * scale, root[:, 0] * (y - mean)

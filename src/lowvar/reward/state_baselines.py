@@ -7,7 +7,8 @@ the other folds of the batch it costs no bias.
 E[|S_t|^2 R | x_t] / E[|S_t|^2 | x_t]; here it is a ridge regression of R on features of x0_hat(x_t), a step at a time,
 weighted by |S_t|^2 and cross-fitted: no critic network, no further reward calls. |S_t|^2 is taken with respect to the
 step's mean (`Rollout.score2`), which the rollout has at no cost; exact norms for the parameters are `score_norms`. The
-weights matter where R has tails: unweighted fits can be worse than a constant.
+weights matter where R has tails: unweighted fits can be worse than a constant. Predictions are kept within the rewards
+of the runs that were fitted: where x0_hat saturates (modes), a regression extrapolates without bound.
 
 **A learned value.** `ValueNetwork` is a regression on earlier batches, for prompts and long runs. Whatever predicts
 *before* it is fitted to a batch costs no bias there.
@@ -150,5 +151,6 @@ def x0_baseline(
         w = W[row] if float(W[row].sum()) > 0 else None
         for f, fit in enumerate(cross_fitted(x, rewards, fold, w, ridge)):
             mine = (fold == f).to(rewards.device)
-            out[row, mine] = fit(x[mine]).to(out)
+            seen = rewards[~mine]
+            out[row, mine] = fit(x[mine]).to(out).clamp(seen.min(), seen.max())
     return out

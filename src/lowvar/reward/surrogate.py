@@ -92,11 +92,11 @@ def _steps(
 ) -> Iterator[SurrogateLoss]:
     scored = set(policy.scored)
     A = A.to(ran.samples)
-    A = A if A.ndim == 2 else A.expand(len(ran.steps), -1)
-    if A.shape != (len(ran.steps), ran.n):
+    if A.shape not in ((ran.n,), (len(ran.steps), ran.n)):
         raise ValueError(
             f"advantages have shape {tuple(A.shape)}; give ({ran.n},), or ({len(ran.steps)}, {ran.n}): one a kept step"
         )
+    A = A.expand(len(ran.steps), ran.n)
     if policy.terminal == "pathwise" and reward_gradient is None:
         raise ValueError(
             "the policy's last step is differentiated, so the loss needs reward_gradient, dR/dx_0 at the samples; for "
