@@ -85,16 +85,16 @@ def test_sums_are_differentiable_if_all_are() -> None:
 
 
 def test_a_learned_value_lowers_the_variance_without_bias(make: Callable[..., Any]) -> None:
-    """Fitted to earlier batches only; the next ones have the gradient of the truth and less variance than a constant."""
+    """Fitted to earlier batches only; the next ones have the true gradient and less variance than a constant."""
     world = make(3, 2)
     value, grads = ValueNetwork(1, 3).double(), []
     optimizer = torch.optim.Adam(value.parameters(), 3e-3)
-    for batch in range(60):
+    for batch in range(50):
         ran = rollout(world.policy, Independent(0), 256, (1,), first=256 * batch, dtype=torch.float64)
         R = world.reward(ran.samples)
         b = value.predict(ran)
         value.fit(ran, R, optimizer)
-        if batch >= 30:
+        if batch >= 20:
             loss = surrogate_loss(world.policy, ran, advantages(R, baseline=b)).loss
             grads.append(-torch.autograd.grad(loss, world.theta)[0].flatten())
     g = torch.stack(grads)

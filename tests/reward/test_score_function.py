@@ -69,8 +69,8 @@ def test_at_ratio_one_clipping_changes_nothing(world: Any) -> None:
     runs = rollout(world.policy, Independent(1), 32, (1,), num_generations=4, dtype=torch.float64)
     A = advantages(world.reward(runs.samples), runs.groups)
     grads = []
-    for bound in ({}, {"epsilon": 0.1}, {"trust_nats": 1e-3}):
-        out = surrogate_loss(world.policy, runs, A, **bound)
+    for epsilon, nats in ((None, None), (0.1, None), (None, 1e-3)):
+        out = surrogate_loss(world.policy, runs, A, epsilon=epsilon, trust_nats=nats)
         assert out.claim.label == "unbiased"
         assert out.clipped == 0
         grads.append(torch.autograd.grad(out.loss, world.theta)[0])

@@ -56,7 +56,7 @@ def combined(*claims: Claim) -> Claim:
     given = [claim for claim in claims if claim.bias != "none"]
     if not given:
         return Claim("none", source="; ".join(dict.fromkeys(c.source for c in claims if c.source)))
-    bias = max((claim.bias for claim in given), key=_WORST.index)
+    bias: Bias = max(given, key=lambda claim: _WORST.index(claim.bias)).bias
     why, source = (
         "; ".join(dict.fromkeys(text for text in texts if text))
         for texts in ([c.why for c in given], [c.source for c in claims])
