@@ -14,7 +14,7 @@ or in which way not. Estimators:
     KL          `kl_loss` to a reference, `BetaController`
 
 Which one is measured, not guessed: `gradient_report` compares them on a `RewardProblem`, `choose` takes the one of
-least variance x cost and says why.
+least variance x cost and says why. `Tuner` is the loop around all this: records, checkpoints, KL control.
 
 Names are those of TRL's GRPO where it has them: `num_generations`, `beta`, `scale_rewards`, `epsilon`, `reward_funcs`.
 """
@@ -42,6 +42,7 @@ from lowvar.reward.rollout import Rollout, rollout, step_window
 from lowvar.reward.running import RunningStatistics
 from lowvar.reward.state_baselines import linear_and_square, optimal_constant, score_norms, x0_baseline
 from lowvar.reward.surrogate import SurrogateLoss, surrogate_loss, surrogate_losses
+from lowvar.reward.tuner import TuneConfig, Tuner, TuneRecord
 from lowvar.reward.value import ValueNetwork
 
 __all__ = [
@@ -74,6 +75,9 @@ __all__ = [
     "Scores",
     "SurrogateControl",
     "SurrogateLoss",
+    "TuneConfig",
+    "TuneRecord",
+    "Tuner",
     "ValueNetwork",
     "WeightedSum",
     "advantages",
