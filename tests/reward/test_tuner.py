@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -125,3 +127,48 @@ def test_a_failed_update_leaves_the_parameters(make: Callable[..., Any]) -> None
         Tuner(one, TuneConfig(5, 12, Scores()), Independent(0))
     with pytest.raises(ValueError, match="give reference"):
         Tuner(one, TuneConfig(5, 16, Scores(), beta=0.1), Independent(0))
+
+
+SCRIPT = """
+import sys, torch
+torch.set_num_threads(1)
+from lowvar.process import CosineVP, Independent, ReverseKernel
+from lowvar.reward import *
+from lowvar.testing.affine import AffineDenoiser, exact_affine
+
+schedule, grid = CosineVP(), torch.linspace(0.95, 0, 4, dtype=torch.float64)
+theta = exact_affine(schedule, grid, 0.5, 0.25)
+
+def policy(theta):
+    return Policy(AffineDenoiser(theta, schedule, grid), ReverseKernel(variance="small"), grid, Floor(0.2))
+
+def reward(x, prompts):
+    return -((x[:, 0] - 1.5) ** 2)
+
+reward.differentiable = True
+ends = []
+for estimator in (Scores(), Paths(Last(1, "score"))):
+    own = theta.clone().requires_grad_()
+    problem = RewardProblem(policy(own), reward, [own], (1,), num_generations=4, dtype=torch.float64)
+    config = TuneConfig(3, 16, estimator, learning_rate=0.05, beta=0.01)
+    tuner = Tuner(problem, config, Independent(0), reference=policy(theta))
+    records = list(tuner.run())
+    ends += [own.detach(), torch.tensor([[r.reward, r.kl, r.gradient_norm] for r in records])]
+if tuner.accelerator.is_main_process:
+    torch.save(ends, sys.argv[1])
+"""
+
+
+@pytest.mark.slow  # three processes import torch
+def test_two_processes_take_the_same_steps_as_one(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    ends = []
+    for n in (1, 2):
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []
+        run = [sys.executable, *launch, str(script), str(tmp_path / f"{n}.pt")]
+        done = subprocess.run(run, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        ends.append(torch.load(tmp_path / f"{n}.pt", weights_only=True))
+    for one, two in zip(*ends, strict=True):
+        assert torch.allclose(one, two, atol=1e-9)
