@@ -13,6 +13,7 @@ from torch import Tensor
 from lowvar.process import Independent
 from lowvar.reward import (
     RewardError,
+    Ridge,
     RidgeSurrogate,
     ValueNetwork,
     WeightedSum,
@@ -112,3 +113,31 @@ def test_a_run_is_not_in_its_own_fit() -> None:
     after = RidgeSurrogate.fit(x, y, folds=3)(x)
     assert torch.equal(before[4:8], after[4:8])
     assert not torch.equal(before[:4], after[:4])
+
+
+@pytest.mark.parametrize(("n", "p"), [(40, 3), (12, 30)], ids=["primal", "dual"])
+@pytest.mark.parametrize("ridge", [0.5, None])
+def test_ridge_is_the_minimum_it_says(n: int, p: int, ridge: float | None) -> None:
+    """The gradient of the weighted, standardised objective vanishes, by more runs than features and by fewer."""
+    x = Independent(0).normal(range(n), (p,), dtype=torch.float64) * torch.linspace(0.1, 5, p)
+    y = x @ torch.linspace(-1, 1, p, dtype=torch.float64) + Independent(1).normal(range(n), (), dtype=torch.float64)
+    w = Independent(2).uniform(range(n), (), dtype=torch.float64)
+    fit = Ridge.fit(x, y, w, ridge)
+    w = w * n / w.sum()
+    scale = (w @ (x - w @ x / n).square() / n).sqrt()
+    residual = y - fit(x)
+    slope = (x - w @ x / n).mul(w[:, None]).T @ residual / scale
+    chosen = slope / (fit.coefficient * scale)  # the ridge that this is the minimum for
+    assert torch.allclose(chosen, torch.full_like(chosen, float(chosen.median())), rtol=1e-5)
+    assert float(w @ residual) == pytest.approx(0, abs=1e-9)
+    if ridge is not None:
+        assert float(chosen.median()) == pytest.approx(ridge, rel=1e-5)
+
+
+def test_the_ridge_is_chosen_by_what_the_data_say() -> None:
+    """Next to none where the features say all, much where they say nothing; better than a fixed one on new runs."""
+    x = Independent(0).normal(range(400), (20,), dtype=torch.float64)
+    noise = Independent(1).normal(range(400), (), dtype=torch.float64)
+    for y, fixed in ((x.sum(1) + 1e-3 * noise, 100.0), (noise, 0.0)):
+        errors = [float((Ridge.fit(x[:60], y[:60], None, r)(x[60:]) - y[60:]).square().mean()) for r in (None, fixed)]
+        assert errors[0] < 0.9 * errors[1]

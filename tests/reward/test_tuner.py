@@ -118,7 +118,8 @@ def test_a_failed_update_leaves_the_parameters(make: Callable[..., Any]) -> None
     one, _ = problem(make, reward)
     tuner = Tuner(one, TuneConfig(5, 16, Scores()), Independent(0))
     run = tuner.run()
-    next(run), next(run)
+    assert next(run).update == 0
+    assert next(run).update == 1
     before = copy.deepcopy(one.parameters[0].detach())
     with pytest.raises(ValueError, match=r"the rewards of runs \[0, 1, 2"):
         next(run)

@@ -52,7 +52,7 @@ class RidgeSurrogate:
     features: Callable[[Tensor], Tensor] = linear_and_square
 
     @classmethod
-    def fit(cls, samples: Tensor, rewards: Tensor, *, folds: int = 4, ridge: float = 1.0) -> RidgeSurrogate:
+    def fit(cls, samples: Tensor, rewards: Tensor, *, folds: int = 4, ridge: float | None = None) -> RidgeSurrogate:
         """Fits.
 
         Args:
@@ -86,7 +86,7 @@ def surrogate_control(
     surrogate: Surrogate | None = None,
     advantage: AdvantageRule = leave_one_out,
     folds: int = 4,
-    ridge: float = 1.0,
+    ridge: float | None = None,
     first: int = 0,
     prompts: Any = None,
     columns: Mapping[str, Any] | None = None,

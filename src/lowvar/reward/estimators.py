@@ -114,7 +114,7 @@ class Scores(RewardEstimator):
     scale_rewards: ScaleRewards = "none"
     clip: float | None = None
     folds: int = 4
-    ridge: float = 1.0
+    ridge: float | None = None
 
     @property
     def name(self) -> str:
@@ -212,7 +212,7 @@ class SurrogateControl(RewardEstimator):
 
     scores: Scores = field(default_factory=Scores)
     folds: int = 4
-    ridge: float = 1.0
+    ridge: float | None = None
     checkpoint: int = 1
 
     @property

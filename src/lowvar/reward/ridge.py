@@ -2,9 +2,13 @@ r"""Ridge regression, weighted and cross-fitted: what predicts a run's reward wi
 
     y_i ~ c_0 + c . z_i,     min sum_i w_i (y_i - c_0 - c . z_i)^2 + ridge |c|^2,     weights of mean 1,
 
-z the features in standard units of the fitting set. `ridge` is a number of runs that say c = 0. With more features than
-runs the dual system is solved. The prediction of a run in fold f comes from the other folds, so it is independent of
-that run's noise given its features: as a baseline it costs no bias.
+z the features in standard units of the fitting set. `ridge` is a number of runs that say c = 0; None chooses it from
+1e-4 .. 1e3 by generalised cross-validation, min n RSS / (n - tr H)^2. With more features than runs the dual system is
+solved. The prediction of a run in fold f comes from the other folds, so it is independent of that run's noise given its
+features: as a baseline it costs no bias.
+
+Source: G. Golub, M. Heath, G. Wahba, "Generalized cross-validation as a method for choosing a good ridge parameter",
+1979.
 """
 
 from __future__ import annotations
@@ -25,14 +29,14 @@ class Ridge:
     intercept: Tensor
 
     @classmethod
-    def fit(cls, features: Tensor, y: Tensor, weights: Tensor | None = None, ridge: float = 1.0) -> Ridge:
+    def fit(cls, features: Tensor, y: Tensor, weights: Tensor | None = None, ridge: float | None = None) -> Ridge:
         """Fits.
 
         Args:
             features: (n, p).
             y: (n,).
             weights: (n,) >= 0; None: equal.
-            ridge: >= 0.
+            ridge: >= 0; None: by generalised cross-validation.
 
         Raises:
             ValueError: if the ridge is negative or nothing has weight.
@@ -43,7 +47,7 @@ class Ridge:
             >>> round(float(fit(torch.tensor([[3.0]]))), 6)
             7.0
         """
-        if ridge < 0:
+        if ridge is not None and ridge < 0:
             raise ValueError(f"ridge is {ridge}; give a number of runs, 0 or more")
         x, y = features.detach().double(), y.detach().double()
         n, p = x.shape
@@ -58,17 +62,34 @@ class Ridge:
         scale = torch.where(usable, 1 / torch.where(usable, spread, 1.0), 0.0)
         root = w.sqrt()[:, None]
         Z, t = root * (x - centre) * scale, root[:, 0] * (y - mean)
-        tiny = 1e-10 * n  # a ridge of 0 with collinear features
-        if p <= n:
-            c = torch.linalg.solve(Z.T @ Z + (ridge + tiny) * torch.eye(p, dtype=x.dtype, device=x.device), Z.T @ t)
-        else:
-            c = Z.T @ torch.linalg.solve(Z @ Z.T + (ridge + tiny) * torch.eye(n, dtype=x.dtype, device=x.device), t)
-        c = c * scale
+        primal = p <= n
+        s, V = torch.linalg.eigh(Z.T @ Z if primal else Z @ Z.T)
+        s = s.clamp_min(0)
+        b = V.T @ (Z.T @ t if primal else t)
+        if ridge is None:
+            explained = b.square() / s.clamp_min(1e-10 * n) if primal else b.square()  # (u . t)^2
+            ridge = _gcv(s, explained, float(t.square().sum()), n)
+        c = V @ (b / (s + ridge + 1e-10 * n))  # the last term: a ridge of 0 with collinear features
+        c = (c if primal else Z.T @ c) * scale
         return cls(c, mean - c @ centre)
 
     def __call__(self, features: Tensor) -> Tensor:
         """Predictions (n,) at features (n, p), with their graph."""
         return features @ self.coefficient.to(features) + self.intercept.to(features)
+
+
+def _gcv(s: Tensor, explained: Tensor, total: float, n: int) -> float:
+    """The ridge of least n RSS / (n - tr H)^2, from eigenvalues s and the squared components of t."""
+    best, least = 1e3, float("inf")
+    for exponent in range(-4, 4):
+        ridge = 10.0**exponent
+        kept = s / (s + ridge)
+        rss = max(total - float(explained.sum()), 0.0) + float(((1 - kept).square() * explained).sum())
+        free = n - 1 - float(kept.sum())
+        score = n * rss / free**2 if free > 0 else float("inf")
+        if score < least * (1 - 1e-9):
+            best, least = ridge, score
+    return best
 
 
 def fold_numbers(n: int, folds: int, groups: Tensor | None = None) -> Tensor:
@@ -85,7 +106,7 @@ def fold_numbers(n: int, folds: int, groups: Tensor | None = None) -> Tensor:
 
 
 def cross_fitted(
-    features: Tensor, y: Tensor, fold: Tensor, weights: Tensor | None = None, ridge: float = 1.0
+    features: Tensor, y: Tensor, fold: Tensor, weights: Tensor | None = None, ridge: float | None = None
 ) -> list[Ridge]:
     """One regression a fold, fitted to the runs of the other folds.
 

@@ -105,7 +105,7 @@ def x0_baseline(
     rewards: Tensor,
     *,
     folds: int = 4,
-    ridge: float = 1.0,
+    ridge: float | None = None,
     weights: Tensor | None = None,
     features: Features = linear_and_square,
     pairs: bool = False,
@@ -118,7 +118,7 @@ def x0_baseline(
         ran: a rollout with `x0_hat`.
         rewards: (n,).
         folds: number of folds.
-        ridge: number of runs that say "no slope".
+        ridge: number of runs that say "no slope"; None: by generalised cross-validation, a step and fold at a time.
         weights: |S_t|^2, (m, n); None: `ran.score2`.
         features: of denoised states (n, *shape), (n, p).
         pairs: whether neighbouring runs (2 i, 2 i + 1) are dependent (antithetic noise) and stay in one fold.

@@ -2,7 +2,8 @@ r"""The tuning loop: a generator of records over accelerate.
 
     update u:  runs u B .. u B + B - 1,   loss = -E R (by an estimator) + beta KL(policy || reference),   clip, AdamW,
 
-`num_iterations` times on the same runs where the estimator is a score function (ratios bounded by `trust_nats`). Noise
+`num_iterations` times on the same runs where the estimator is a score function (ratios bounded by `trust_nats`, the KL
+in the first only). Noise
 is a function of the run's number, so an update is a function of its number and of the last checkpoint: a run that was
 interrupted goes on to the same parameters. With n processes each takes an n-th of the runs, whole groups, and gradients
 are averaged: the same gradient as one process with all of them, for baselines that stay within a group.
@@ -30,6 +31,7 @@ from lowvar.reward.kl import BetaController, kl_loss
 from lowvar.reward.pathwise import RewardLoss
 from lowvar.reward.policy import Policy
 from lowvar.reward.report import candidates, choose
+from lowvar.reward.rewards import reward_gradient
 from lowvar.reward.rollout import rollout
 from lowvar.reward.surrogate import surrogate_loss
 from lowvar.train import checkpoints
@@ -240,11 +242,17 @@ class Tuner:
         out = self.estimator(problem, self.noise, n, first)
         self.calls += config.batch
         kl, norm, ratio, clipped = float("nan"), 0.0, 0.0, 0.0
-        weights = self.estimator.advantages(out.ran, out.rewards) if config.num_iterations > 1 and out.ran else None
+        weights = slope = None
+        if config.num_iterations > 1 and isinstance(self.estimator, Scores) and out.ran is not None:
+            weights = self.estimator.advantages(out.ran, out.rewards)
+            if problem.policy.terminal == "pathwise":
+                slope = reward_gradient(problem.reward, out.samples, out.ran.prompts)[1]
         for i in range(config.num_iterations):
             loss = out.loss
             if i and weights is not None and out.ran is not None:
-                again = surrogate_loss(problem.policy, out.ran, weights, trust_nats=config.trust_nats)
+                again = surrogate_loss(
+                    problem.policy, out.ran, weights, trust_nats=config.trust_nats, reward_gradient=slope
+                )
                 loss, ratio, clipped = again.loss, float(again.log_ratio.abs().max()), again.clipped
             if self.reference is not None and i == 0:
                 value, term = self._kl(out, n, first)
