@@ -155,7 +155,7 @@ def rollout(
         until: the step to stop before; the samples are then the states there. None: all steps.
         x0_hat: whether to keep the denoised states (baselines on them need it).
         batch_size: runs at once; it does not change their noise.
-        store: device of what is kept; None: that of the states.
+        store: device of the kept states and denoised states; None: the one they are made on.
         dtype, device: of the states.
 
     Raises:
@@ -199,7 +199,7 @@ def rollout(
             x = chain.start(noise, index, shape, dtype=dtype, device=device)
         else:
             x = begin[1][row : row + batch_size].to(device, dtype)
-        parts.append(_run(policy, chain, noise, index, x, range(low, high), kept, wanted, store))
+        parts.append(_run(policy, chain, noise, index, x, range(low, high), kept, wanted, store, x0_hat))
     seen, log_prob, score2, denoised, samples = (
         torch.cat(each, dim) for each, dim in zip(zip(*parts, strict=True), (1, 1, 1, 1, 0), strict=True)
     )
@@ -230,6 +230,7 @@ def _run(
     kept: Sequence[int],
     wanted: Sequence[int],
     store: torch.device | str | None,
+    x0_hat: bool,
 ) -> tuple[Tensor, ...]:
     """One batch: states at the wanted levels, log p and score^2 and x0_hat of the kept steps, and the last states."""
     seen, log_prob, score2, denoised = [], [], [], []
@@ -244,13 +245,13 @@ def _run(
         if k in kept:
             nothing = x.new_zeros(len(x))
             density = k in policy.scored
-            log_prob.append((law.log_prob(y) if density else nothing).to(store))
-            score2.append((law.covariance.inverse_quadratic(y - law.mean) if density else nothing).to(store))
-            denoised.append(posterior.mean.to(store))
+            log_prob.append(law.log_prob(y) if density else nothing)
+            score2.append(law.covariance.inverse_quadratic(y - law.mean) if density else nothing)
+            denoised.append(posterior.mean.to(store) if x0_hat else x[:, :0])
         x = y
     if span.stop in wanted:
         seen.append(x.to(store))
-    return torch.stack(seen), torch.stack(log_prob), torch.stack(score2), torch.stack(denoised), x.to(store)
+    return torch.stack(seen), torch.stack(log_prob), torch.stack(score2), torch.stack(denoised), x
 
 
 def _levels(seen: Tensor, places: list[int]) -> Tensor:

@@ -142,13 +142,13 @@ def x0_baseline(
         raise ValueError("the rollout kept no x0_hat; make it with x0_hat=True")
     fold = fold_numbers(ran.n, folds, torch.arange(ran.n) // 2 if pairs else None)
     W = ran.score2 if weights is None else weights
-    place = ran.groups.unique(return_inverse=True)[1]
+    place = ran.groups.unique(return_inverse=True)[1].to(rewards.device)
     out = torch.zeros(len(ran.steps), ran.n, dtype=rewards.dtype, device=rewards.device)
     for row in range(len(ran.steps)):
-        x = features(ran.x0_hat[row]).double()
+        x = features(ran.x0_hat[row].to(rewards.device)).double()
         if int(place.max()):
             x = torch.cat([x, torch.nn.functional.one_hot(place).to(x)], 1)
-        w = W[row] if float(W[row].sum()) > 0 else None
+        w = W[row].to(x) if float(W[row].sum()) > 0 else None
         for f, fit in enumerate(cross_fitted(x, rewards, fold, w, ridge)):
             mine = (fold == f).to(rewards.device)
             seen = rewards[~mine]

@@ -83,7 +83,7 @@ class ValueNetwork(nn.Module):
     def _inputs(self, ran: Rollout) -> Tensor:
         if ran.x0_hat is None:
             raise ValueError("the rollout kept no x0_hat; make it with x0_hat=True")
-        x = ran.x0_hat.flatten(2)
+        x = ran.x0_hat.flatten(2).to(ran.samples.device)
         t = torch.tensor(ran.steps, dtype=x.dtype, device=x.device) / self.steps
         wave = torch.stack([t, 1 / (1.05 - t), torch.sin(math.pi * t), torch.cos(math.pi * t)], 1)
         parts = [x, wave[:, None].expand(-1, ran.n, -1)]
