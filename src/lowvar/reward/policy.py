@@ -12,7 +12,7 @@ done about it silently; a policy says which of these it does:
     Floor(std)      the step gets noise of this standard deviation, and the samples have it. Unbiased for that sampler
     "pathwise"      the step is differentiated: its gradient is grad R(x_0) . d m_theta / d theta. Unbiased, but needs
                     the derivative of R
-    "drop"          the step has no gradient. Biased by that step's share, a third of the whole at 10 steps
+    "drop"          the step has no gradient. Biased by that step's share, over a third at 10 steps
 
 A grid that ends at a noise level above 0, or a kernel with `last="decoder"`, has a density in every step, and needs
 none of them.
