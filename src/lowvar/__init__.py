@@ -43,6 +43,7 @@ __all__ = [
     "pipelines",
     "process",
     "report",
+    "reward",
     "sample",
     "schedulers",
     "testing",

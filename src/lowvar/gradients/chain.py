@@ -12,7 +12,7 @@ with an estimator for every step:
 
 They may be mixed in any order, as sites of a program may; the usual mixture is `chain.last(k, rest)`: the last k steps
 pathwise, where the derivative is short, and the rest by another rule. A step without noise (the last one, to clean
-data) has no density and is not scored.
+data) has no density and is not scored; a `floor` gives it one, N(m_theta, C + floor^2 I), and noise in the output.
 
 Backpropagation keeps one state a segment of `checkpoint` steps and computes a segment again when its turn comes: noise
 is a function of its number, so the second time it is the same. One step a segment keeps K states and one evaluation.
@@ -38,10 +38,11 @@ from lowvar.gradients.baselines import Baseline, Nothing
 from lowvar.gradients.estimator import GradientLabel, SiteState, zero
 from lowvar.process.covariance import Diagonal, Isotropic
 from lowvar.process.denoiser import Denoiser, NetworkDenoiser
-from lowvar.process.kernel import Gaussian, ReverseKernel, StepCoefficients
+from lowvar.process.kernel import Gaussian
 from lowvar.process.noise import NoiseSource
+from lowvar.process.posterior import Posterior
 from lowvar.process.schedule import Level
-from lowvar.process.solver import State
+from lowvar.process.solver import Solver
 
 __all__ = ["ChainGradient", "ReverseChain", "Roulette", "StepRule", "reverse_chain"]
 
@@ -83,6 +84,7 @@ class ChainGradient:
         log_prob: of the score steps, summed, (B,).
         state: of the baseline, after this batch.
         label: "biased" if a step is "stop".
+        each: the chains' terms of the loss, (B,), with their graph.
     """
 
     loss: Tensor
@@ -91,6 +93,7 @@ class ChainGradient:
     log_prob: Tensor
     state: SiteState
     label: GradientLabel
+    each: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,23 +101,49 @@ class ReverseChain:
     """See `reverse_chain`."""
 
     denoiser: Denoiser
-    kernel: ReverseKernel
+    kernel: Solver
     levels: Level
-    plan: list[StepCoefficients] = field(repr=False)
+    plan: Any = field(repr=False)
+    floor: float | None = None
 
     @property
     def steps(self) -> int:
         """K."""
-        return len(self.plan)
+        return len(self.levels) - 1
+
+    def clean(self, k: int) -> bool:
+        """Whether step k is the one to clean data."""
+        return k + 1 == self.steps and float(self.levels.sigma[-1]) == 0
 
     def noisy(self, k: int) -> bool:
-        """Whether step k adds noise, as in `lowvar.sample.trajectory`."""
-        return self.kernel.stochastic and (k + 1 < self.steps or float(self.levels.sigma[-1]) > 0)
+        """Whether step k adds noise, as in `lowvar.sample.trajectory`; with a floor the step to clean data does too."""
+        return self.floor is not None if self.clean(k) else self.kernel.stochastic
 
     def law(self, k: int, x: Tensor) -> Gaussian:
-        """The kernel of step k at states x (B, *shape)."""
+        """The kernel of step k at states x (B, *shape).
+
+        Raises:
+            ValueError: if the solver's steps are no Gaussian kernels.
+        """
+        return self.evaluated(k, x)[0]
+
+    def evaluated(self, k: int, x: Tensor) -> tuple[Gaussian, Posterior]:
+        """The kernel of step k at states x (B, *shape), and the posterior it was made from.
+
+        Raises:
+            ValueError: if the solver's steps are no Gaussian kernels.
+        """
         posterior = self.denoiser(x, self.levels[k])
-        return self.kernel.step(self.plan, k, State(x), posterior, None)[1].law
+        state = self.kernel.start(x)
+        law = None if state.memory is not None else self.kernel.step(self.plan, k, state, posterior, None)[1].law
+        if law is None or self.kernel.nfe(2) != 2:
+            raise ValueError(
+                f"{type(self.kernel).__name__} has no density given the state alone; give a solver whose steps are "
+                "Gaussian kernels: ReverseKernel, or WithNoise around one"
+            )
+        if self.floor and self.clean(k):
+            law = Gaussian(law.mean, law.covariance.affine(self.floor**2, 1.0))
+        return law, posterior
 
     def distribution(self, k: int, x: Tensor) -> Normal:
         """The kernel of step k at one state (*shape), for `s.markov` in a program.
@@ -139,6 +168,19 @@ class ReverseChain:
         early = set(noisy[: len(noisy) - k] if k else noisy)
         return tuple(rest if i in early else "pathwise" for i in range(self.steps))
 
+    def start(
+        self,
+        source: NoiseSource,
+        index: Tensor | Sequence[int],
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """The states at the first level, (B, *shape), from draw 0."""
+        z = source.normal(index, shape, draw=0, dtype=dtype, device=device)
+        return self.kernel.initial(z, self.denoiser.schedule.at(1.0), self.levels[0])
+
     def surrogate(
         self,
         cost: Callable[[Tensor], Tensor],
@@ -153,6 +195,7 @@ class ReverseChain:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         weight: Tensor | None = None,
+        begin: tuple[int, Tensor] | None = None,
     ) -> ChainGradient:
         """Runs chains and builds the surrogate of their cost.
 
@@ -168,6 +211,7 @@ class ReverseChain:
                 second derivatives). None: 1, or 0 under `torch.func`, whose transforms cannot compute again.
             dtype, device: of the states.
             weight: of each chain in the loss, (B,); None: 1 / B.
+            begin: (k, x): not at the start, but at step k from states x (B, *shape), which an earlier run gave.
 
         Raises:
             ValueError: if the rules do not fit the steps, a step without noise is to be scored, or segments are asked
@@ -195,8 +239,7 @@ class ReverseChain:
                 "there, or call backward()"
             )
         index = torch.as_tensor(index)
-        z = source.normal(index, shape, draw=0, dtype=dtype, device=device)
-        x = self.kernel.initial(z, self.denoiser.schedule.at(1.0), self.levels[0])
+        first, x = (0, self.start(source, index, shape, dtype=dtype, device=device)) if begin is None else begin
         log_prob = torch.zeros(len(index), dtype=dtype, device=device)
 
         def run(x: Tensor, log_prob: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
@@ -205,7 +248,7 @@ class ReverseChain:
             return x, log_prob
 
         size = checkpoint or self.steps
-        for low in range(0, self.steps, size):
+        for low in range(first, self.steps, size):
             high = min(low + size, self.steps)
             if checkpoint and torch.is_grad_enabled():
                 x, log_prob = _recomputed(run, x, log_prob, low, high, _leaves(self.denoiser))
@@ -223,7 +266,7 @@ class ReverseChain:
             each = value + (f - rule.subtracted({}, f, before).value.detach()) * zero(log_prob)
         loss = each.mean() if weight is None else (weight * each).sum()
         label: GradientLabel = "biased" if "stop" in every else "unbiased"
-        return ChainGradient(loss, f, x.detach(), log_prob.detach(), rule.updated(before, {}, f), label)
+        return ChainGradient(loss, f, x.detach(), log_prob.detach(), rule.updated(before, {}, f), label, each)
 
     def _step(
         self, k: int, x: Tensor, log_prob: Tensor, rule: StepRule, source: NoiseSource, index: Tensor
@@ -288,16 +331,21 @@ def _recomputed(
     )
 
 
-def reverse_chain(denoiser: Denoiser, kernel: ReverseKernel, grid: Tensor) -> ReverseChain:
+def reverse_chain(denoiser: Denoiser, kernel: Solver, grid: Tensor, *, floor: float | None = None) -> ReverseChain:
     """The reverse process of a denoiser as a chain of Gaussian steps.
 
     Args:
         denoiser: network and schedule; parameters that require gradients are differentiated.
-        kernel: the reverse kernel.
+        kernel: a solver whose steps are Gaussian kernels.
         grid: decreasing times (K + 1,).
+        floor: standard deviation of the noise added to the step to clean data, which then has a density; 0 keeps what
+            the kernel says (`last="decoder"`), None leaves that step without noise.
+
+    Raises:
+        ValueError: if the floor is negative.
 
     Example:
-        >>> from lowvar.process import CosineVP, GaussianTwin, Independent, PixelBasis
+        >>> from lowvar.process import CosineVP, GaussianTwin, Independent, PixelBasis, ReverseKernel
         >>> from lowvar.process.grid import trailing
         >>> schedule, shift = CosineVP(), torch.zeros(2, requires_grad=True)
         >>> twin = GaussianTwin(shift, PixelBasis((2,)), torch.ones(2))
@@ -307,5 +355,7 @@ def reverse_chain(denoiser: Denoiser, kernel: ReverseKernel, grid: Tensor) -> Re
         >>> tuple(shift.grad.shape), out.label
         ((2,), 'unbiased')
     """
+    if floor is not None and floor < 0:
+        raise ValueError(f"floor is {floor}; give a standard deviation >= 0, or None for a last step without noise")
     levels = denoiser.schedule.at(grid)
-    return ReverseChain(denoiser, kernel, levels, kernel.prepare(levels))
+    return ReverseChain(denoiser, kernel, levels, kernel.prepare(levels), floor)

@@ -1,0 +1,241 @@
+r"""Estimators as values: a problem in, a loss whose gradient is the estimate out.
+
+    estimator(problem, noise, n, first) -> RewardLoss
+
+so that they can be compared (`gradient_report`), chosen (`choose`) and run in a loop. `Scores` needs the reward's
+values only; `Paths` its derivative; `SurrogateControl` values, and makes a derivative of its own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lowvar.process.noise import NoiseSource
+from lowvar.reward.advantages import AdvantageBaseline, Advantages, ScaleRewards, advantages
+from lowvar.reward.control import surrogate_control
+from lowvar.reward.pathwise import Full, PathwiseRule, RewardLoss, pathwise_loss
+from lowvar.reward.policy import Policy
+from lowvar.reward.rewards import Reward, evaluated, is_differentiable, reward_gradient
+from lowvar.reward.rollout import Rollout, rollout
+from lowvar.reward.state_baselines import optimal_constant, x0_baseline
+from lowvar.reward.surrogate import surrogate_loss
+
+__all__ = ["Paths", "RewardEstimator", "RewardProblem", "Scores", "SurrogateControl"]
+
+
+@dataclass(frozen=True, eq=False)
+class RewardProblem:
+    """What is tuned for what.
+
+    Args:
+        policy: the policy.
+        reward: f(samples, prompts) -> (n,).
+        parameters: of the policy, that require gradients.
+        shape: of a sample.
+        prompts: from sample numbers (n,) to prompts, for a conditional policy; samples of a group need the same.
+        num_generations: G, size of a group (TRL's name): neighbouring sample numbers.
+        dtype, device: of the states.
+
+    Raises:
+        ValueError: if no parameter requires a gradient.
+    """
+
+    policy: Policy
+    reward: Reward
+    parameters: Sequence[Tensor] = field(repr=False)
+    shape: Sequence[int]
+    prompts: Callable[[Tensor], Any] | None = None
+    num_generations: int = 8
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        """Checks the parameters."""
+        if not self.parameters or not all(p.requires_grad for p in self.parameters):
+            raise ValueError("parameters are the tensors to tune: give at least one, all with requires_grad")
+
+    def run(self, n: int, first: int) -> dict[str, Any]:
+        """Arguments of `rollout` and its kin for the samples first .. first + n - 1."""
+        return {
+            "first": first,
+            "prompts": None if self.prompts is None else self.prompts(first + torch.arange(n)),
+            "num_generations": self.num_generations,
+            "dtype": self.dtype,
+            "device": self.device,
+        }
+
+
+class RewardEstimator(ABC):
+    """See the module; subclasses are frozen dataclasses.
+
+    Attributes:
+        multiplies: whether an estimate is a product of derivatives over steps, which a few runs may dominate.
+    """
+
+    multiplies: ClassVar[bool]
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """In a few words."""
+
+    @abstractmethod
+    def refusal(self, problem: RewardProblem) -> str | None:
+        """Why it cannot run on a problem, or None."""
+
+    @abstractmethod
+    def __call__(self, problem: RewardProblem, noise: NoiseSource, n: int, first: int = 0) -> RewardLoss:
+        """The loss of n runs."""
+
+
+@dataclass(frozen=True)
+class Scores(RewardEstimator):
+    """The score function.
+
+    Args:
+        baseline: as of `advantages`, or "x0" (`x0_baseline`), or "optimal" (`optimal_constant`, a group at a time).
+        scale_rewards, clip: as of `advantages`.
+        folds, ridge: of "x0".
+
+    Example:
+        >>> Scores("x0").name
+        'scores, x0 baseline'
+    """
+
+    multiplies: ClassVar[bool] = False
+
+    baseline: AdvantageBaseline | Literal["x0", "optimal"] = "leave-one-out"
+    scale_rewards: ScaleRewards = "none"
+    clip: float | None = None
+    folds: int = 4
+    ridge: float | None = None
+
+    @property
+    def name(self) -> str:
+        """See the base class."""
+        scale = "" if self.scale_rewards == "none" else f", scaled by {self.scale_rewards}"
+        return f"scores, {self.baseline} baseline{scale}{'' if self.clip is None else f', clipped at {self.clip:g}'}"
+
+    def refusal(self, problem: RewardProblem) -> str | None:
+        """See the base class."""
+        if problem.policy.terminal == "pathwise" and not is_differentiable(problem.reward):
+            return "the last step is differentiated and the reward has no derivative"
+        return None
+
+    def advantages(self, ran: Rollout, rewards: Tensor) -> Advantages:
+        """Of a rollout."""
+        b = self.baseline
+        given: Any = b
+        if b == "x0":
+            given = x0_baseline(ran, rewards, folds=self.folds, ridge=self.ridge)
+        elif b == "optimal":
+            given = optimal_constant(rewards, ran.score2, groups=ran.groups)
+        return advantages(rewards, ran.groups, baseline=given, scale_rewards=self.scale_rewards, clip=self.clip)
+
+    def __call__(self, problem: RewardProblem, noise: NoiseSource, n: int, first: int = 0) -> RewardLoss:
+        """See the base class."""
+        how = problem.run(n, first)
+        ran = rollout(problem.policy, noise, n, problem.shape, x0_hat=self.baseline == "x0", **how)
+        slope = None
+        if problem.policy.terminal == "pathwise":
+            rewards, slope = reward_gradient(problem.reward, ran.samples, how["prompts"])
+        else:
+            rewards = evaluated(problem.reward, ran.samples, how["prompts"]).detach()
+        out = surrogate_loss(problem.policy, ran, self.advantages(ran, rewards), reward_gradient=slope)
+        return RewardLoss(out.loss, out.each, rewards, ran.samples, 0, out.claim, ran)
+
+
+@dataclass(frozen=True)
+class Paths(RewardEstimator):
+    """The pathwise estimator.
+
+    Args:
+        rule: how far the derivative goes.
+        scores: for the steps by scores of `Last(k, rest="score")`.
+        checkpoint: as of `pathwise_loss`.
+
+    Example:
+        >>> Paths().name
+        'pathwise, Full()'
+    """
+
+    multiplies: ClassVar[bool] = True
+
+    rule: PathwiseRule = field(default_factory=Full)
+    scores: Scores = field(default_factory=Scores)
+    checkpoint: int = 1
+
+    @property
+    def name(self) -> str:
+        """See the base class."""
+        return f"pathwise, {self.rule}"
+
+    def refusal(self, problem: RewardProblem) -> str | None:
+        """See the base class."""
+        return None if is_differentiable(problem.reward) else "the reward has no derivative"
+
+    def __call__(self, problem: RewardProblem, noise: NoiseSource, n: int, first: int = 0) -> RewardLoss:
+        """See the base class."""
+        return pathwise_loss(
+            problem.policy,
+            problem.reward,
+            noise,
+            n,
+            problem.shape,
+            rule=self.rule,
+            advantage=self.scores.advantages,
+            checkpoint=self.checkpoint,
+            **problem.run(n, first),
+        )
+
+
+@dataclass(frozen=True)
+class SurrogateControl(RewardEstimator):
+    """A cross-fitted quadratic surrogate as control variate.
+
+    Args:
+        scores: for the residual.
+        folds, ridge, checkpoint: as of `surrogate_control`.
+
+    Example:
+        >>> SurrogateControl().name
+        'surrogate control variate'
+    """
+
+    multiplies: ClassVar[bool] = True
+
+    scores: Scores = field(default_factory=Scores)
+    folds: int = 4
+    ridge: float | None = None
+    checkpoint: int = 1
+
+    @property
+    def name(self) -> str:
+        """See the base class."""
+        return "surrogate control variate"
+
+    def refusal(self, problem: RewardProblem) -> str | None:
+        """See the base class."""
+        whole = len(problem.policy.scored) == problem.policy.steps
+        return None if whole else "the last step has no density, and the residual needs one in every step"
+
+    def __call__(self, problem: RewardProblem, noise: NoiseSource, n: int, first: int = 0) -> RewardLoss:
+        """See the base class."""
+        return surrogate_control(
+            problem.policy,
+            problem.reward,
+            noise,
+            n,
+            problem.shape,
+            advantage=self.scores.advantages,
+            folds=self.folds,
+            ridge=self.ridge,
+            checkpoint=self.checkpoint,
+            **problem.run(n, first),
+        )

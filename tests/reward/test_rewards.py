@@ -1,0 +1,143 @@
+"""Rewards: batches, asynchronous ones, failures that name their batch; running values as baselines."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowvar.process import Independent
+from lowvar.reward import (
+    RewardError,
+    Ridge,
+    RidgeSurrogate,
+    ValueNetwork,
+    WeightedSum,
+    advantages,
+    evaluated,
+    reward_gradient,
+    rollout,
+    surrogate_loss,
+)
+
+
+def test_asynchronous_rewards_are_waited_for_together() -> None:
+    running, most = 0, 0
+
+    def made(factor: float) -> Any:
+        async def slow(x: Tensor, prompts: Any, **columns: Any) -> Tensor:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            await asyncio.sleep(0.01)
+            running -= 1
+            return factor * x[:, 0] + columns["bonus"]
+
+        return slow
+
+    x = torch.tensor([[1.0], [2.0]])
+    total = WeightedSum([made(1.0), made(10.0), lambda x, p, bonus: x[:, 0]], [1.0, 2.0, 0.5])
+    found = evaluated(total, x, columns={"bonus": torch.tensor([0.0, 1.0])})
+    assert found.tolist() == [21.5, 46.0]
+    assert most == 2
+    assert evaluated(made(3.0), x, columns={"bonus": 0.0}).tolist() == [3.0, 6.0]
+
+
+@pytest.mark.parametrize(
+    ("reward", "says"),
+    [
+        (lambda x, p: x[:, 0] / 0 * 0, r"batch 3: the rewards of runs \[0, 1\] are not finite \(nan\)"),
+        (lambda x, p: x, r"batch 3: the reward returned \(2, 1\); give a tensor of one number a run, \(2,\)"),
+        (lambda x, p: 1.0, "batch 3: the reward returned float"),
+        (lambda x, p: x.missing, "batch 3: the reward raised AttributeError"),
+    ],
+    ids=["nan", "shape", "float", "raises"],
+)
+def test_a_failure_names_its_batch(reward: Any, says: str) -> None:
+    with pytest.raises(RewardError, match=says):
+        evaluated(reward, torch.ones(2, 1), batch=3)
+
+
+def test_an_interrupt_is_not_a_failure() -> None:
+    def interrupted(x: Tensor, p: Any) -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(interrupted, torch.ones(2, 1))
+
+
+def test_sums_are_differentiable_if_all_are() -> None:
+    def smooth(x: Tensor, p: Any) -> Tensor:
+        return (x**2).sum(1)
+
+    smooth.differentiable = True  # pyright: ignore[reportFunctionMemberAccess]
+    both = WeightedSum([smooth, smooth], [1.0, -3.0])
+    values, slope = reward_gradient(both, torch.tensor([[2.0]]))
+    assert values.tolist() == [-8.0]
+    assert slope.tolist() == [[-8.0]]
+    with pytest.raises(ValueError, match="has no derivative"):
+        reward_gradient(WeightedSum([smooth, lambda x, p: x[:, 0]]), torch.tensor([[2.0]]))
+    with pytest.raises(ValueError, match="1 weights for 2 rewards"):
+        WeightedSum([smooth, smooth], [1.0])
+
+
+def test_a_learned_value_lowers_the_variance_without_bias(make: Callable[..., Any]) -> None:
+    """Fitted to earlier batches only; the next ones have the true gradient and less variance than a constant."""
+    world = make(3, 2)
+    value, grads = ValueNetwork(1, 3).double(), []
+    optimizer = torch.optim.Adam(value.parameters(), 3e-3)
+    for batch in range(50):
+        ran = rollout(world.policy, Independent(0), 256, (1,), first=256 * batch, dtype=torch.float64)
+        R = world.reward(ran.samples)
+        b = value.predict(ran)
+        value.fit(ran, R, optimizer)
+        if batch >= 20:
+            loss = surrogate_loss(world.policy, ran, advantages(R, baseline=b)).loss
+            grads.append(-torch.autograd.grad(loss, world.theta)[0].flatten())
+    g = torch.stack(grads)
+    variance = 256 * float(g.var(0).sum())
+    assert variance < 0.6 * world.exact.leave_one_out(256).variance
+    assert float((g.mean(0) - world.exact.gradient()).norm()) < 4 * (variance / 256 / 30) ** 0.5
+
+
+def test_a_run_is_not_in_its_own_fit() -> None:
+    """Changing one reward changes the surrogate of runs in other folds, not that of its own."""
+    x = Independent(0).normal(range(12), (2,), dtype=torch.float64)
+    y = x.sum(1)
+    before = RidgeSurrogate.fit(x, y, folds=3)(x)
+    y[5] += 1
+    after = RidgeSurrogate.fit(x, y, folds=3)(x)
+    assert torch.equal(before[4:8], after[4:8])
+    assert not torch.equal(before[:4], after[:4])
+
+
+@pytest.mark.parametrize(("n", "p"), [(40, 3), (12, 30)], ids=["primal", "dual"])
+@pytest.mark.parametrize("ridge", [0.5, None])
+def test_ridge_is_the_minimum_it_says(n: int, p: int, ridge: float | None) -> None:
+    """The gradient of the weighted, standardised objective vanishes, by more runs than features and by fewer."""
+    x = Independent(0).normal(range(n), (p,), dtype=torch.float64) * torch.linspace(0.1, 5, p)
+    y = x @ torch.linspace(-1, 1, p, dtype=torch.float64) + Independent(1).normal(range(n), (), dtype=torch.float64)
+    w = Independent(2).uniform(range(n), (), dtype=torch.float64)
+    fit = Ridge.fit(x, y, w, ridge)
+    w = w * n / w.sum()
+    scale = (w @ (x - w @ x / n).square() / n).sqrt()
+    residual = y - fit(x)
+    slope = (x - w @ x / n).mul(w[:, None]).T @ residual / scale
+    chosen = slope / (fit.coefficient * scale)  # the ridge that this is the minimum for
+    assert torch.allclose(chosen, torch.full_like(chosen, float(chosen.median())), rtol=1e-5)
+    assert float(w @ residual) == pytest.approx(0, abs=1e-9)
+    if ridge is not None:
+        assert float(chosen.median()) == pytest.approx(ridge, rel=1e-5)
+
+
+def test_the_ridge_is_chosen_by_what_the_data_say() -> None:
+    """Next to none where the features say all, much where they say nothing; better than a fixed one on new runs."""
+    x = Independent(0).normal(range(400), (20,), dtype=torch.float64)
+    noise = Independent(1).normal(range(400), (), dtype=torch.float64)
+    for y, fixed in ((x.sum(1) + 1e-3 * noise, 100.0), (noise, 0.0)):
+        errors = [float((Ridge.fit(x[:60], y[:60], None, r)(x[60:]) - y[60:]).square().mean()) for r in (None, fixed)]
+        assert errors[0] < 0.9 * errors[1]
