@@ -120,6 +120,22 @@ def errors(model: str, n: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
     return mean.sqrt(), std.sqrt(), covered
 
 
+@pytest.mark.slow
+def test_posterior_of_a_mixture_is_near_the_exact_one() -> None:
+    """24 measurements x 64 samples, paired: the exact covariance is nearer than one variance, and needs no gradient.
+
+    Seen over 40 measurements: RMS error of the mean .098 (exact covariance), .115 (one variance through the network, as
+    in pseudoinverse guidance), .204 (one variance without the network); coverage of the 95% intervals .956 +- .014.
+    """
+    means, stds, covered = zip(*(errors(model, 64, 24) for model in ("exact", "one variance", "naive")), strict=True)
+    assert means[0].mean() < 0.13
+    assert abs(float(covered[0].mean()) - 0.95) < 3 * float(covered[0].std()) / math.sqrt(24) + 0.02
+    for other in (1, 2):
+        gap = means[other] - means[0]
+        assert float(gap.mean()) > 2 * float(gap.std()) / math.sqrt(24)
+    assert float((stds[2] - stds[0]).mean()) > 0
+
+
 def test_intervals_have_the_coverage_that_order_statistics_give() -> None:
     """Truth and samples exchangeable: the interval of n samples covers 95% for small n too, which quantiles do not."""
     for n in (39, 64, 200):
