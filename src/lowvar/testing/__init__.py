@@ -12,6 +12,7 @@ from lowvar.testing.mixture import (
     mixture64,
     random_mixture,
 )
+from lowvar.testing.observed import observed
 from lowvar.testing.problems import PROBLEMS, Problem
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "mixture2",
     "mixture8",
     "mixture64",
+    "observed",
     "random_mixture",
     "rotation",
 ]
