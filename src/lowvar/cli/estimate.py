@@ -153,9 +153,8 @@ class Estimate(Sampling):
 
     def _chain(self, model: Model, device: torch.device) -> tuple[ChainSampler, dict[str, Any]]:
         """The sampler as a function of noise, and its settings."""
-        from lowvar.cli.chains import chain_of
         from lowvar.cli.models import noise_ready, scheduler_of
-        from lowvar.evaluation import check_steps
+        from lowvar.evaluation import chain_of, check_steps
 
         scheduler = scheduler_of(
             model, self.sampler, covariance=self.covariance, eta=self.eta, tau=self.tau, grid=self.grid
@@ -163,7 +162,8 @@ class Estimate(Sampling):
         check_steps(self.steps, model.denoiser.schedule)
         scheduler, _ = noise_ready(model, scheduler, self.steps, batch_size=self.batch_size, device=device)
         names = ("sampler", "variance", "eta", "tau", "grid", "timestep_spacing")
-        return chain_of(model, scheduler, self.steps, device), {name: scheduler.config[name] for name in names}
+        chain = chain_of(model.denoiser, scheduler, self.steps, model.shape, clip=model.bound, device=device)
+        return chain, {name: scheduler.config[name] for name in names}
 
     # ------------------------------------------------------------------------------------------------------- one model
 
