@@ -58,8 +58,8 @@ class Estimate(Sampling):
     """samples of the pilot, even, at least 32"""
     against: MaybePath = None
     """folder of a second model: estimate the difference, the first less the second, on common noise"""
-    data: str = "digits"
-    """labelled images of the samples' shape, to train the classifier of class:K and fraction:K on"""
+    data: MaybeText = None
+    """labelled images of the samples' shape, to train the classifier of class:K and fraction:K on; default: digits"""
     steps: int = 20
     """number of reverse steps; a power of two gives levels their most"""
     sampler: MaybeText = None
@@ -143,10 +143,10 @@ class Estimate(Sampling):
                 f"statistic {self.statistic!r} is of images in [-1, 1], and the model makes latents; give a "
                 "module:function"
             )
-        data = load(self.data) if needs_data(self.statistic) else None
+        data = load(self.data or "digits") if needs_data(self.statistic) else None
         if data is not None and tuple(data.shape) != tuple(model.shape):
             raise UserError(
-                f"--data {self.data} has images {data.shape}, and the model makes {model.shape}; give labelled images "
+                f"--data {data.name} has images {data.shape}, and the model makes {model.shape}; give labelled images "
                 f"of the model's shape for {self.statistic}"
             )
         return statistic_named(self.statistic, data=data)
@@ -271,7 +271,8 @@ class Estimate(Sampling):
         with new_folder(self.out, overwrite=self.overwrite) as folder:
             _write(folder, summary, found.difference, [], self.tol)
         _say(console, found.difference, self.out)
-        console.result(f"independent runs would need {found.factor:.3g} times the samples for this interval")
+        if math.isfinite(found.factor):
+            console.result(f"independent runs would need {found.factor:.3g} times the samples for this interval")
         return summary
 
 

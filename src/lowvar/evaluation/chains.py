@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from lowvar.evaluation.cells import check_steps
 from lowvar.expect import ChainSampler
 from lowvar.pipelines import TablePipeline, denoiser_of, network_of
 from lowvar.process.denoiser import NetworkDenoiser, WithCovariance
+from lowvar.sample import SAMPLERS
 from lowvar.schedulers import ReverseVarianceScheduler
 
 __all__ = ["chain_of", "event_shape_of", "sampler_of"]
@@ -61,7 +63,12 @@ def chain_of(
     solver, covariance = scheduler.parts
     attached = denoiser if covariance is None else WithCovariance(denoiser, covariance)
     twin = None if scheduler.calibration is None else scheduler.calibration.twin
-    return ChainSampler(attached, solver, scheduler.times, shape, twin=twin, clip=clip, device=device)
+    chain = ChainSampler(attached, solver, scheduler.times, shape, twin=twin, clip=clip, device=device)
+    try:
+        _ = chain.shadow
+    except ValueError:  # a solver that is not affine in the state (the flow of a mixture) has no Gaussian beside it
+        return replace(chain, twin=None)
+    return chain
 
 
 def sampler_of(
@@ -81,8 +88,8 @@ def sampler_of(
         label: number of a class; None: all classes.
         guidance: scale of classifier-free guidance.
         device: where to run it.
-        **settings: fields of `ReverseVarianceScheduler` in the place of the pipeline's own, such as sampler="ddim" or
-            eta=0.0.
+        **settings: fields of `ReverseVarianceScheduler` in the place of the pipeline's own, such as sampler="ddim"
+            (with the grid that the name stands for) or eta=0.0.
 
     Raises:
         UserError: if a setting is not allowed or a calibration is missing.
@@ -101,6 +108,8 @@ def sampler_of(
     if hasattr(network, "eval"):
         network.eval().requires_grad_(False)
     fields: dict[str, Any] = {} if denoiser.head is None else {"head": denoiser.head}
+    if settings.get("sampler") in SAMPLERS:
+        settings = {"grid": SAMPLERS[settings["sampler"]].grid, **settings}
     held = getattr(pipeline.scheduler, "calibration", None)
     scheduler = ReverseVarianceScheduler.from_scheduler(
         pipeline.scheduler, held, **fields, **settings, start_with_twin=True

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -40,6 +41,7 @@ def _figure(run: Run, key: str) -> float:
 
 def _name(run: Run) -> str:
     name, against = str(run.summary.get("statistic", "")), run.summary.get("against")
+    name = "the samples" if name == "mean" else name
     return f"the difference in {name} to {against}" if against else f"the mean of {name}"
 
 
@@ -70,7 +72,8 @@ def estimated(run: Run) -> list[str]:
         a, b, factor = (_figure(run, k) for k in ("value_a", "value_b", "factor"))
         if math.isfinite(a + b):
             sentences.append(f"The two values are {plain(a)} and {plain(b)}.")
-        sentences.append(f"Independent runs of both would need {plain(factor, 2)} times the samples.")
+        if math.isfinite(factor):
+            sentences.append(f"Independent runs of both would need {plain(factor, 2)} times the samples.")
     return sentences
 
 
@@ -83,6 +86,11 @@ def _column(run: Run, key: str) -> NDArray[np.float64]:
 
 def _spent(axes: Axes) -> None:
     axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    subs = (1.0, 2.0, 5.0) if high < 100 * low else (1.0,)
+    axes.xaxis.set_major_locator(LogLocator(10, subs=subs, numticks=12))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x)))
     axes.set_xlabel(_UNITS)
 
 
@@ -171,7 +179,12 @@ def _pictures(run: Run) -> list[Sheet]:
     top = float(se.max())
     first = _picture("estimate", value, low, high, "the estimated image", heat=False)
     error = _picture(
-        f"standard error: dark 0, bright {plain(top)}", se, 0.0, top, f"standard errors up to {plain(top)}", heat=True
+        f"standard error, from 0 (dark) to {plain(top)} (bright)",
+        se,
+        0.0,
+        top,
+        f"standard errors up to {plain(top)}",
+        heat=True,
     )
     return [first, error]
 
@@ -203,8 +216,12 @@ def estimation(run: Run) -> Section | None:
     sentence, rows = _rows(run)
     charts = [chart for chart in (_values(run), _widths(run)) if chart is not None] if run.records else []
     spent = _figure(run, "samples")
+    config = mapping(run, "summary.json", "`config`", run.summary.get("config"))
+    scheduler = mapping(run, "summary.json", "`scheduler`", run.summary.get("scheduler"))
+    sampler = config.get("sampler") or scheduler.get("sampler")
     facts = [
         ("Statistic", str(run.summary.get("statistic"))),
+        ("Sampler", f"{sampler}, {config.get('steps')} steps"),
         ("Design", str(run.summary.get("design"))),
         ("Samples", count(spent)),
         ("Half width", bounds(_figure(run, "half_width"), math.nan, math.nan)[0]),
@@ -214,6 +231,7 @@ def estimation(run: Run) -> Section | None:
         "charts": charts,
         "sentence": sentence[:1].upper() + sentence[1:],
         "rows": rows,
+        "predicted": any(row["nfe"] != "–" for row in rows),
         "pictures": _pictures(run),
     }
     return Section("estimate", "The estimate", "estimate.html.j2", content)
