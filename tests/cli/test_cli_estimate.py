@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ KEYS |= {"statistic", "value", "low", "high", "nfe", "design", "vrf", "nfe_indep
 
 
 @pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A module of one's own beside the run; a file `stop_at` says which call of `corner` is stopped."""
     (tmp_path / "mine.py").write_text(
         "from pathlib import Path\n"

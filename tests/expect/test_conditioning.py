@@ -22,7 +22,7 @@ from lowvar.process import (
 )
 from lowvar.process.noise import Independent
 
-SHAPE = (2, 4, 6)
+SHAPE = (2, 2, 4)
 D = math.prod(SHAPE)
 
 
@@ -38,7 +38,7 @@ OPERATORS: dict[str, LinearOperator] = {
     "whole": Whole(SHAPE),
     "masking": Masking(normal(*SHAPE) > 0),
     "pooling": Pooling(SHAPE, 2),
-    "blur": Blur(SHAPE, variances(3, 2)),
+    "blur": Blur(SHAPE, variances(2, 3)),
     "matrix": Matrix(normal(5, D), SHAPE),
     "linear": Linear(lambda x: x.diff(dim=3).sum(1), SHAPE),
 }

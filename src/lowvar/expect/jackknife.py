@@ -15,6 +15,9 @@ sampler and reference agree, kernel and energy distance degenerate (their spread
 intervals are too wide; the corrected Frechet distance then scatters around 0. The reference is held fixed: none of this
 covers how another reference set would move the score.
 
+Kernel distance undercovers with few samples, since a cubic kernel has heavy tails: with one Gaussian feature of
+standard deviation 1.3 its intervals held theta in 90% (n = 320) and 92% (n = 1280) of the replicates instead of 95%.
+
 Blocks have to be independent of each other, not the samples within: mirrored pairs and scrambled nets are allowed where
 a block holds whole ones. No promise of less variance is made for these scores.
 
@@ -36,6 +39,7 @@ from lowvar.metrics.energy import energy_statistic
 from lowvar.metrics.frechet import FrechetStatistic
 from lowvar.metrics.intervals import MIN_BLOCKS, Interval, Replicates
 from lowvar.metrics.kernel import kernel_statistic
+from lowvar.metrics.pairwise import TwoSample
 from lowvar.process.noise import Independent, NoiseSource
 
 __all__ = ["BIAS", "Score", "ScoreEstimate", "score_estimate"]
@@ -56,10 +60,6 @@ class _Sampler(Protocol):
     @property
     def nfe(self) -> int: ...
     def __call__(self, index: Tensor, noise: NoiseSource) -> Tensor: ...
-
-
-class _Statistic(Protocol):
-    def replicates(self, x: Tensor, blocks: int) -> Replicates: ...
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class ScoreEstimate:
         return self.replicates.minus(other.replicates).corrected()
 
 
-def _statistic(score: Score, reference: Tensor) -> _Statistic:
+def _statistic(score: Score, reference: Tensor) -> FrechetStatistic | TwoSample:
     if score == "frechet":
         return FrechetStatistic.against(reference)
     return kernel_statistic(reference) if score == "kernel" else energy_statistic(reference)

@@ -237,9 +237,9 @@ def posterior(
         )
     noise = Independent(0) if noise is None else noise
     given = ConditionedDenoiser(denoiser, measurement, through, clip, iterations)
-    drawn = isinstance(solver, ReverseKernel) and solver.variance == "posterior"
-    if drawn:
-        solver = replace(solver, last="decoder")
+    drawn = False
+    if isinstance(solver, ReverseKernel) and solver.variance == "posterior":
+        solver, drawn = replace(solver, last="decoder"), True
     shape = tuple(measurement.operator.event_shape)
     prior, first = given.schedule.at(1.0), given.schedule.at(grid[0])
     parts = []

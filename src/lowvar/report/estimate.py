@@ -32,6 +32,10 @@ _SIDE = 220  # pixels on the page along an image's longer side
 _UNITS = "network evaluations spent"
 
 
+def _is_estimate(run: Run) -> bool:
+    return run.command == "estimate" and "statistic" in run.summary
+
+
 def _figure(run: Run, key: str) -> float:
     found = number(run.summary.get(key))
     if found is None:
@@ -47,7 +51,7 @@ def _name(run: Run) -> str:
 
 def estimated(run: Run) -> list[str]:
     """The result in sentences."""
-    if run.command != "estimate":
+    if not _is_estimate(run):
         return []
     value, low, high, half, nfe = (_figure(run, k) for k in ("value", "low", "high", "half_width", "nfe"))
     name = _name(run)
@@ -114,13 +118,15 @@ def _values(run: Run) -> Chart | None:
     return Chart(svg, "The estimate as it narrowed", tuple(legend))
 
 
-def _widths(run: Run) -> Chart:
+def _widths(run: Run) -> Chart | None:
     x, h = _column(run, "nfe"), _column(run, "half_width")
     good = h > 0
+    if not good.any():  # an exact design: there is no interval to narrow
+        return None
     needed, tol = _figure(run, "nfe_independent"), number(run.summary.get("tol"))
     labels = ["half width of the interval"]
     styles = [Style("blue", "o")]
-    alone = math.isfinite(needed) and needed > 0 and bool(good.any())
+    alone = math.isfinite(needed) and needed > 0
     if alone:
         labels.append("independent sampling, predicted")
         styles.append(Style("red", "", (0, (5, 2))))
@@ -144,9 +150,8 @@ def _widths(run: Run) -> Chart:
             level = axes.axhline(wanted, **{**styles[-1].line(), "marker": "None"})  # pyright: ignore[reportArgumentType]
             level.set_gid(f"series-{len(styles) - 1}-0")
             shown.append(wanted)
-        if shown:
-            axes.set_ylim(min(shown) / 1.3, max(shown) * 1.3)
-            log_axis(axes)
+        axes.set_ylim(min(shown) / 1.3, max(shown) * 1.3)
+        log_axis(axes)
         _spent(axes)
         axes.set_ylabel("half width")
 
@@ -211,7 +216,7 @@ def _rows(run: Run) -> tuple[str, list[dict[str, str]]]:
 
 def estimation(run: Run) -> Section | None:
     """How the estimate came about."""
-    if run.command != "estimate":
+    if not _is_estimate(run):
         return None
     sentence, rows = _rows(run)
     charts = [chart for chart in (_values(run), _widths(run)) if chart is not None] if run.records else []
