@@ -219,6 +219,7 @@ def test_a_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     found = statistic_named("mine_for_test:corner")
     x = noise(4, 1, 2, 2)
     assert torch.equal(found.check(x), x[:, 0, 0, 0])
+    assert found.__name__ == found.name == "mine_for_test:corner"
     assert (found.about, found.differentiable, found.smooth, found.indicator) == ("Top left pixel.", True, True, None)
     with pytest.raises(UserError, match="declares smooth = 'very'; allowed: True, False"):
         statistic_named("mine_for_test:wrong")

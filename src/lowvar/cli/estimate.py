@@ -138,7 +138,7 @@ class Estimate(Sampling):
 
         if str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))  # a module of one's own stands beside the run
-        if model.scaling_factor is not None and ":" not in self.statistic:
+        if model.scaling_factor is not None and ":" not in self.statistic and self.statistic != "mean":
             raise UserError(
                 f"statistic {self.statistic!r} is of images in [-1, 1], and the model makes latents; give a "
                 "module:function"

@@ -54,6 +54,11 @@ class Statistic:
     smooth: bool | None = None
     indicator: bool | None = None
 
+    @property
+    def __name__(self) -> str:
+        """Its name, as functions have one."""
+        return self.name
+
     def __call__(self, samples: Tensor, *, index: Sequence[int] | Tensor | None = None, **columns: Any) -> Tensor:
         """The values, (n,) or (n, ...), of a floating dtype and with their graph.
 
