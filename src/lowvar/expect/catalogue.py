@@ -1,11 +1,11 @@
 r"""Designs by name, for a sampler and a statistic.
 
     noise        independent · antithetic · sobol                         how the noise of a unit is chosen
-    controls     + twin · + features                                      what is subtracted (cross-fitted)
+    controls     + twin · + mixture · + features                          what is subtracted (cross-fitted)
     structures   few-step · multilevel · single-term · stratified         several streams; + antithetic where valid
 
 `twin` alone is independent + twin. A name is its parts in any order, joined by "+": "twin+antithetic".
-Not combined: controls with several streams (each stream would need its own), single-term with pairs.
+Not combined: twin with mixture (which knows all that the twin knows), controls with several streams (each stream would need its own), single-term with pairs.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from lowvar.expect.single_term import single_term
 from lowvar.expect.sobol import Bridge, SobolUnits, bridge_of
 from lowvar.expect.statistic import Statistic
 from lowvar.expect.strata import stratified
-from lowvar.expect.streams import Stream, sample_stream, shadow_stream
+from lowvar.expect.streams import Stream, sample_stream, shadow_stream, surrogate_stream
 from lowvar.expect.units import UnitNoise
 
 __all__ = ["CONTROLS", "NOISES", "STRUCTURES", "Catalogue", "canonical"]
 
 NOISES = ("independent", "antithetic", "sobol")
-CONTROLS = ("twin", "features")
+CONTROLS = ("twin", "mixture", "features")
 STRUCTURES = ("few-step", "multilevel", "single-term", "stratified")
 RARE = "the statistic takes few values: levels differ in rare samples only, and their variance is estimated from those"
 
-_INDEPENDENT, _ANTITHETIC, _SOBOL, _TWIN, _SINGLE = 0, 1, 2, 40, 41
+_INDEPENDENT, _ANTITHETIC, _SOBOL, _TWIN, _SINGLE, _MIXTURE = 0, 1, 2, 40, 41, 43
 _FEW, _LEVELS, _CLASSES = 64, 128, 1024  # one or two streams for each level or class from there
 
 
@@ -58,7 +58,7 @@ def canonical(name: str) -> str:
     structures = [p for p in STRUCTURES if p in parts]
     wrong = len(noises) > 1 or len(structures) > 1 or len(set(parts)) < len(parts)
     wrong = wrong or bool(structures and (controls or "sobol" in noises))
-    wrong = wrong or bool("single-term" in structures and "antithetic" in noises)
+    wrong = wrong or {"twin", "mixture"} <= set(parts) or bool("single-term" in structures and "antithetic" in noises)
     if wrong:
         raise UserError(
             f"design {name!r} cannot be combined; give one of {', '.join(NOISES)} with any of {', '.join(CONTROLS)}, "
@@ -70,10 +70,17 @@ def canonical(name: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Catalogue:
-    """The designs of a sampler and a statistic; streams are made once."""
+    """The designs of a sampler and a statistic; streams are made once.
+
+    Attributes:
+        sampler: the sampler.
+        statistic: the statistic.
+        controls: those whose values are drawn beside every sample.
+    """
 
     sampler: Sampler
     statistic: Statistic
+    controls: tuple[str, ...] = CONTROLS
     _streams: dict[str, Stream] = field(default_factory=dict, repr=False)
     _made: dict[str, Design] = field(default_factory=dict, repr=False)
 
@@ -93,7 +100,9 @@ class Catalogue:
                 units, number = AntitheticUnits(), _ANTITHETIC
             if noise == "sobol":
                 units, number = SobolUnits(points, self.bridge()), _SOBOL + points.bit_length()
-            self._streams[key] = sample_stream(self.sampler, self.statistic, units, number, key=key)
+            self._streams[key] = sample_stream(
+                self.sampler, self.statistic, units, number, key=key, controls=self.controls
+            )
         return self._streams[key]
 
     def twin(self) -> Stream:
@@ -101,6 +110,12 @@ class Catalogue:
         if "twin alone" not in self._streams:
             self._streams["twin alone"] = shadow_stream(self.sampler, self.statistic, _TWIN)
         return self._streams["twin alone"]
+
+    def mixture(self) -> Stream:
+        """The stream of the mixture's chain alone."""
+        if "mixture alone" not in self._streams:
+            self._streams["mixture alone"] = surrogate_stream(self.sampler, self.statistic, _MIXTURE, self.bridge())
+        return self._streams["mixture alone"]
 
     def levels(self) -> list[Sampler]:
         """The sampler and its coarser versions, coarsest first."""
@@ -114,13 +129,16 @@ class Catalogue:
         """
         main = self.samples(noise, points)
         columns: list[str] = []
-        if "twin" in controls:
-            if "twin" not in main.columns:
+        for control in ("twin", "mixture"):
+            if control not in controls:
+                continue
+            if control not in main.columns:
+                what = "Gaussian" if control == "twin" else "mixture"
                 raise UserError(
-                    "design 'twin' needs a sampler with a Gaussian twin, and this one has none: calibrate the model, "
-                    "or leave 'twin' out of the design"
+                    f"design {control!r} needs a sampler with a {what} twin, and this one has none: calibrate the "
+                    f"model, or leave {control!r} out of the design"
                 )
-            columns.append("twin")
+            columns.append(control)
         if "features" in controls:
             found = [c for c in main.columns if c.startswith("feature")]
             if not found:
@@ -129,7 +147,9 @@ class Catalogue:
                     f"{self.statistic.shape.numel()}; use 'twin'"
                 )
             columns += found
-        streams = (main, self.twin()) if "twin" in controls else (main,)
+        streams = (main,)
+        if "twin" in controls or "mixture" in controls:
+            streams = (main, self.twin() if "twin" in controls else self.mixture())
         name = "+".join([*([noise] if noise != "independent" or not controls else []), *controls])
         return OneStream(name, streams, tuple(columns))
 

@@ -4,8 +4,8 @@ r"""A comparison of two samplers on common noise: the difference with its interv
 
 Both samplers get the same noise, sample by sample, so that what they share cancels. Independent runs would need
 (Var f(a) + Var f(b)) / Var(unit of the difference) times as many samples of each for the same interval. The difference
-is a statistic of a sampler like any other, so pairs, nets and (where both have a twin of their own) differences of twins
-apply to it, and the planner chooses.
+is a statistic of a sampler like any other, so pairs, nets and features of the noise apply to it, and the planner
+chooses.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """ "ahead" where a is above b by more than the interval (for numbers), "behind", or "level"."""
+        """Ahead where a is above b by more than the interval (for numbers), behind, or level."""
         if self.difference.value.ndim:
             raise ValueError("a verdict is about one number; read `difference.low` and `difference.high`")
         low, high = float(self.difference.low), float(self.difference.high)

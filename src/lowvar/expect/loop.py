@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from lowvar.errors import UserError
-from lowvar.expect.catalogue import Catalogue, canonical
+from lowvar.expect.catalogue import CONTROLS, Catalogue, canonical
 from lowvar.expect.design import Design, OneStream, Pooled
 from lowvar.expect.estimate import Decision, Estimate, Norm, Progress, RunState
 from lowvar.expect.planner import plan, reconsidered
@@ -90,11 +90,14 @@ def estimates(
     named = None if design == "auto" else canonical(design)
     noise = Independent(0) if noise is None else noise
     known, spent = _statistic(sampler, statistic, name, noise)
-    run = Run(Catalogue(sampler, known), noise, batch_size, accelerator)
+    wanted = CONTROLS if named is None else tuple(c for c in CONTROLS if c in named.split("+"))
+    run = Run(Catalogue(sampler, known, wanted), noise, batch_size, accelerator)
     run.nfe = spent
     limit = math.inf if budget is None else float(budget)
     if state is not None:
         run.restore(state)
+    if run.memory:
+        pass  # goes on
     elif named is None:
         least = spent + pilot * sampler.nfe
         if limit < least:

@@ -35,11 +35,12 @@ from lowvar.expect.units import Shifted
 
 __all__ = ["Choice", "is_discrete", "plan", "reconsidered"]
 
-_SETS = ((), ("twin",), ("features",), ("twin", "features"))
+_SETS = ((), ("twin",), ("mixture",), ("features",), ("twin", "features"), ("mixture", "features"))
+_FREE = ("twin", "mixture")
 _NETS, _POINTS = 8, 8  # of exploring
 _COMPANIONS = 16
-_SIMPLE, _NET, _LEVELS = 1.1, 1.25, 1.5  # how far ahead a design has to be
-_MOST_NETS = 64
+_SIMPLE, _NET, _LEVELS = 1.1, 1.2, 1.5  # how far ahead a design has to be
+_MOST_NETS = 48
 
 
 def is_discrete(values: Tensor) -> bool:
@@ -74,7 +75,7 @@ def _controls(catalogue: Catalogue, noise: str, points: int = 0) -> list[OneStre
     columns = catalogue.samples(noise, points).columns
     found = []
     for controls in _SETS:
-        if ("twin" in controls and "twin" not in columns) or ("features" in controls and "feature0" not in columns):
+        if any(("feature0" if c == "features" else c) not in columns for c in controls):
             continue
         found.append(catalogue.one(noise, controls, points))
     return found
@@ -99,9 +100,10 @@ def plan(run: Run, *, pilot: int, norm: Norm, confidence: float, tol: float | No
     numbers = torch.arange(pilot // 2)
     f, h = pairs.values(run.noise, numbers, run.batch_size)
     run.add(pairs, numbers, (f, h))
-    twin = "twin" in pairs.columns
-    if twin:
-        run.draw(catalogue.twin(), 16)
+    free = [c for c in _FREE if c in pairs.columns]
+    for stream in [catalogue.twin() if c == "twin" else catalogue.mixture() for c in free]:
+        if stream.key not in run.sums:
+            run.draw(stream, 16)
     single = Sums.of(f, h, torch.arange(pilot))
     variance = run.sums[pairs.key].variance
     discrete = is_discrete(f)
@@ -128,7 +130,7 @@ def plan(run: Run, *, pilot: int, norm: Norm, confidence: float, tol: float | No
     if left(best.gain) >= 8 * _NETS * _POINTS:
         net = catalogue.samples("sobol", _POINTS)
         run.draw(net, _NETS)
-        for controls in ((), ("twin",)) if twin else ((),):
+        for controls in ((), *((c,) for c in free)):
             design = catalogue.one("sobol", controls, _POINTS)
             found = design.combined(run.sums)
             assert found is not None
@@ -227,7 +229,7 @@ def _pooled(run: Run, design: Design) -> Design:
     if not isinstance(design, OneStream) or design.name == "few-step":
         return design
     catalogue = run.catalogue
-    controls = tuple(c for c in ("twin",) if "twin" in design.columns)
+    controls = tuple(c for c in _FREE if c in design.columns)
     others = []
     for key in run.sums:
         noise = next((n for n in ("independent", "antithetic", "sobol") if key.startswith(n)), None)
@@ -261,10 +263,10 @@ def reconsidered(run: Run, design: Design, *, norm: Norm, wanted: float) -> Desi
             chosen, own = other, found
     alone = float(single.max() if norm == "max" else single.mean())
     if noise != "independent" and own > 1.05 * alone:
-        chosen = run.catalogue.one("independent", tuple(c for c in ("twin",) if c in chosen.columns))
+        chosen = run.catalogue.one("independent", tuple(c for c in _FREE if c in chosen.columns))
     elif noise == "sobol" and wanted > _MOST_NETS and points < 4096:
-        grown = 2 ** math.floor(math.log2(max(wanted * points / 32, 2 * points)))
-        controls = tuple(dict.fromkeys("twin" if c == "twin" else "features" for c in chosen.columns))
+        grown = 2 ** math.floor(math.log2(max(wanted * points / 20, 2 * points)))
+        controls = tuple(dict.fromkeys(c if c in _FREE else "features" for c in chosen.columns))
         chosen = run.catalogue.one("sobol", controls, min(grown, 4096))
     return design if chosen is design.main else _pooled(run, chosen)
 

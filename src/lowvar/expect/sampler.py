@@ -6,9 +6,9 @@ A `Sampler` maps sample numbers and a `NoiseSource` to samples and says what one
 randomness. So antithetic noise, scrambled nets and coupled chains are other noise sources for the same sampler, and the
 same numbers give the same samples whatever the batch size.
 
-Three optional things make variance reduction possible: `shadow`, a Gaussian that runs on the same noise and costs no
-network evaluation (`lowvar.expect.shadow`); `coarser`, the same process in fewer steps on the same noise
-(`lowvar.expect.coupled`); and `parts`, the samplers of the classes that a conditional sampler mixes.
+Optional things make variance reduction possible: `shadow`, a Gaussian that runs on the same noise and costs no network
+evaluation (`lowvar.expect.shadow`); `surrogate`, the same for a mixture (`lowvar.expect.surrogate`); `coarser`, the
+same process in fewer steps on the same noise (`lowvar.expect.coupled`); and `parts`, the samplers of the classes that a conditional sampler mixes.
 
 `ChainSampler` is a denoiser, a solver and a grid. `FunctionSampler` wraps any function of noise.
 """
@@ -26,8 +26,11 @@ from torch import Tensor
 
 from lowvar.expect.coupled import Coarse, block_weights
 from lowvar.expect.shadow import Shadow, shadow_of
+from lowvar.expect.surrogate import SurrogateDenoiser
 from lowvar.process.basis import PixelBasis
 from lowvar.process.denoiser import Denoiser
+from lowvar.process.kernel import ReverseKernel
+from lowvar.process.mixture import MixtureTwin
 from lowvar.process.noise import NoiseSource
 from lowvar.process.solver import Solver
 from lowvar.process.twin import GaussianTwin
@@ -45,6 +48,7 @@ class Sampler(ABC):
         noise_shape: shape of one draw of noise; None: that of a sample.
         draws: step noises a sample uses beside the start's (draws 1 .. `draws`); 0 for a deterministic chain.
         shadow: a Gaussian on the same noise that costs no evaluation, or None.
+        surrogate: a sampler on the same noise that costs no evaluation and is no Gaussian, or None.
         coarser: the same process on every second level of its grid, coupled to this one, or None.
         parts: (probability, sampler) of each class, where this sampler draws a class first; else empty.
     """
@@ -54,6 +58,7 @@ class Sampler(ABC):
     draws: int = 0
     noise_shape: Sequence[int] | None = None
     shadow: Any = None
+    surrogate: Any = None
     coarser: Any = None
     parts: Any = ()
 
@@ -72,7 +77,7 @@ class FunctionSampler(Sampler):
         nfe: what a sample costs; a number of its own unit where there is no network.
         draws: step noises it uses.
         noise_shape: shape of the noise it asks for; default the event's.
-        shadow, coarser, parts: see `Sampler`.
+        shadow, coarser, parts, surrogate: see `Sampler`.
 
     Example:
         >>> from lowvar.process import Independent
@@ -89,6 +94,7 @@ class FunctionSampler(Sampler):
     coarser: Sampler | None = None
     parts: tuple[tuple[float, Sampler], ...] = ()
     noise_shape: Sequence[int] | None = None  # type: ignore[assignment]
+    surrogate: Sampler | None = None
 
     def __call__(self, index: Tensor, noise: NoiseSource) -> Tensor:
         """See the base class."""
@@ -104,6 +110,7 @@ class ChainSampler(Sampler):
         grid: decreasing times (K + 1,).
         event_shape: shape of one sample.
         twin: the calibrated Gaussian twin; None leaves the designs that need it out.
+        mixture: the calibrated mixture twin; likewise.
         clip: final clip to [-clip, clip], or None.
         dtype, device: of the states.
         lift: from the noise of the finest chain to this one's, set where it is coupled to a finer one.
@@ -122,6 +129,7 @@ class ChainSampler(Sampler):
     grid: Tensor
     event_shape: Sequence[int]  # type: ignore[assignment]
     twin: GaussianTwin | None = None
+    mixture: MixtureTwin | None = None
     clip: float | None = None
     dtype: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
@@ -157,8 +165,16 @@ class ChainSampler(Sampler):
         """The twin through this solver on this grid, in closed form; None without a twin."""
         return None if self.twin is None else self._shadow(self.twin)
 
+    @cached_property
+    def surrogate(self) -> ChainSampler | None:  # type: ignore[override]
+        """The mixture twin through this solver on this grid; None without a mixture."""
+        if self.mixture is None:
+            return None
+        denoiser = SurrogateDenoiser(self.mixture, self.denoiser)
+        return replace(self, denoiser=denoiser, solver=_plain(self.solver), mixture=None)
+
     def _shadow(self, twin: GaussianTwin) -> Shadow:
-        found = shadow_of(twin, self.denoiser.schedule, self.solver, self.grid, self.draws)
+        found = shadow_of(twin, self.denoiser.schedule, _plain(self.solver), self.grid, self.draws)
         return replace(found, clip=self.clip, dtype=self.dtype, device=self.device, lift=self.lift)
 
     @cached_property
@@ -181,6 +197,12 @@ class ChainSampler(Sampler):
                 return Coarse(noise if mine is None else mine(noise), weights, basis)
 
         return replace(self, grid=self.grid[::2].clone(), lift=lift)
+
+
+def _plain(solver: Solver) -> Solver:
+    """The solver for a denoiser without a learned variance: beta_tilde in its place."""
+    learned = isinstance(solver, ReverseKernel) and solver.variance == "learned"
+    return replace(solver, variance="small") if learned else solver
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,7 +34,6 @@ def stratified(
         number: of the first stream.
     """
     streams = [
-        sample_stream(s, statistic, units, number + c, key=f"class {c} {units.name}", plain=True)
-        for c, (_, s) in enumerate(parts)
+        sample_stream(s, statistic, units, number + c, key=f"class {c} {units.name}") for c, (_, s) in enumerate(parts)
     ]
     return ManyStreams("stratified", tuple(streams), tuple(p for p, _ in parts), classes=True)

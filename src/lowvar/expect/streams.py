@@ -8,7 +8,7 @@ independent of each other; unit u of a stream is the same whoever asks for it. T
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ from lowvar.expect.units import Shifted, UnitNoise
 from lowvar.process.basis import PixelBasis
 from lowvar.process.noise import NoiseSource
 
-__all__ = ["Evaluate", "Stream", "sample_stream", "shadow_stream"]
+__all__ = ["Evaluate", "Stream", "sample_stream", "shadow_stream", "surrogate_stream"]
 
 SHARED = 64  # numbers a statistic may have for controls other than its own twin
 REFERENCE_NET = 128
@@ -87,9 +87,9 @@ def sample_stream(
     number: int,
     *,
     key: str | None = None,
-    plain: bool = False,
+    controls: Sequence[str] = (),
 ) -> Stream:
-    """Samples, with their controls: the twin's value (where there is a shadow) and features of the noise.
+    """Samples, with those of the wanted controls that there are: the twin's value, the mixture's, noise features.
 
     Args:
         sampler: the sampler.
@@ -97,15 +97,18 @@ def sample_stream(
         units: noise of a unit.
         number: of the stream.
         key: its name; default the units' name.
-        plain: leave the controls out.
+        controls: of "twin", "mixture", "features".
     """
     shape, shadow = torch.Size(sampler.noise_shape or sampler.event_shape), sampler.shadow
     small = statistic.shape.numel() <= SHARED
     q = 0
-    if small and not plain:
+    if small and "features" in controls:
         d = shape.numel() if shadow is None else int((shadow.std > 0).sum())
         q = 2 * min(4, d) + (d > 4)
-    columns = () if plain else (*(("twin",) if shadow is not None else ()), *(f"feature{j}" for j in range(q)))
+    twin = shadow is not None and "twin" in controls
+    mixture = sampler.surrogate if "mixture" in controls else None
+    columns = (*(("twin",) if twin else ()), *(("mixture",) if mixture is not None else ()))
+    columns += tuple(f"feature{j}" for j in range(q))
 
     def evaluate(index: Tensor, noise: NoiseSource) -> tuple[Tensor, Tensor | None]:
         x = _samples(sampler, index, noise)
@@ -113,12 +116,14 @@ def sample_stream(
         if not columns:
             return f, None
         parts = []
-        if shadow is not None:
-            c = shadow.coefficients(index, noise)
+        c = shadow.coefficients(index, noise) if shadow is not None and (twin or q) else None
+        if twin and shadow is not None:
             parts.append(statistic(shadow.at(c))[..., None])
-            if q:
-                parts.append(shadow_features(shadow, c)[:, None])
-        else:
+        if mixture is not None:
+            parts.append(statistic(mixture(index, noise))[..., None])
+        if q and c is not None:
+            parts.append(shadow_features(shadow, c)[:, None])
+        elif q:
             parts.append(noise_features(shape, index, noise).to(f.device)[:, None])
         wide = max(p.shape[1] for p in parts)
         return f, torch.cat([p.expand(-1, wide, -1) for p in parts], 2)
@@ -145,6 +150,25 @@ def shadow_stream(sampler: Sampler, statistic: Statistic, number: int) -> Stream
         0,
         (),
         lambda index, noise: (statistic(shadow.alone(index, noise)), None),
+    )
+
+
+def surrogate_stream(sampler: Sampler, statistic: Statistic, number: int, bridge: Bridge) -> Stream:
+    """The mixture's chain alone, in scrambled nets over the sampler's own noise.
+
+    Raises:
+        ValueError: if the sampler has no surrogate.
+    """
+    surrogate = sampler.surrogate
+    if surrogate is None:
+        raise ValueError("the sampler has no surrogate")
+    return Stream(
+        "mixture alone",
+        number,
+        SobolUnits(REFERENCE_NET, bridge),
+        0,
+        (),
+        lambda index, noise: (statistic(surrogate(index, noise)), None),
     )
 
 
