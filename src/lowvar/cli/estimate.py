@@ -51,7 +51,8 @@ class Estimate(Sampling):
     budget: MaybeInt = None
     """network evaluations not to pass"""
     design: str = "auto"
-    """auto, or parts joined by +: independent, antithetic, sobol, twin, features, few-step, multilevel, single-term"""
+    """auto, or parts joined by +: independent, antithetic, sobol, twin, mixture, features, few-step, multilevel,
+    single-term"""
     norm: Literal["max", "rms"] = "max"
     """of vectors and images, what --tol bounds: the largest half width, or the root of their mean square"""
     pilot: int = 64

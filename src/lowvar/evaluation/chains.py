@@ -45,7 +45,7 @@ def chain_of(
     clip: float | None = None,
     device: torch.device | str = "cpu",
 ) -> ChainSampler:
-    """The chain of a scheduler on a network, with the calibrated twin where there is one.
+    """The chain of a scheduler on a network, with the calibrated twins where there are some.
 
     Args:
         denoiser: the network.
@@ -62,8 +62,9 @@ def chain_of(
     scheduler.set_timesteps(steps)
     solver, covariance = scheduler.parts
     attached = denoiser if covariance is None else WithCovariance(denoiser, covariance)
-    twin = None if scheduler.calibration is None else scheduler.calibration.twin
-    chain = ChainSampler(attached, solver, scheduler.times, shape, twin=twin, clip=clip, device=device)
+    held = scheduler.calibration
+    twin, mixture = (None, None) if held is None else (held.twin, held.mixture)
+    chain = ChainSampler(attached, solver, scheduler.times, shape, twin=twin, mixture=mixture, clip=clip, device=device)
     try:
         _ = chain.shadow
     except ValueError:  # a solver that is not affine in the state (the flow of a mixture) has no Gaussian beside it

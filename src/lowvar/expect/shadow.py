@@ -18,13 +18,12 @@ Source: this package's own; for the twin see `lowvar.process.twin`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lowvar.process.basis import Basis
-from lowvar.process.kernel import ReverseKernel
 from lowvar.process.noise import Independent, NoiseSource
 from lowvar.process.schedule import Schedule
 from lowvar.process.solver import Solver
@@ -148,8 +147,6 @@ def shadow_of(twin: GaussianTwin, schedule: Schedule, solver: Solver, grid: Tens
         >>> [round(s, 1) for s in shadow.std.tolist()]
         [2.0, 0.5]
     """
-    if isinstance(solver, ReverseKernel) and solver.variance == "learned":  # the twin has no head: its own covariance
-        solver = replace(solver, variance="posterior")
     shape, basis = twin.mean.shape, twin.basis
     given = torch.zeros(1 + draws, draws + 3, *shape, dtype=torch.float64)
     unit = basis.inverse(torch.ones(1, *shape, dtype=torch.float64))[0]
