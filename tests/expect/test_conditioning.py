@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowvar.expect import conditioning
 from lowvar.expect.conditioning import Measurement, condition, solve
 from lowvar.expect.operators import Blur, Linear, LinearOperator, Masking, Matrix, Pooling, Whole
 from lowvar.process import (
@@ -108,14 +109,36 @@ def test_the_result_stays_simple_where_it_can() -> None:
                 covariances()[form],
             )[1]
         )
-        for name, form in (("masking", "isotropic"), ("whole", "diagonal"), ("whole", "basis"), ("blur", "basis"))
+        for name, form in (
+            ("masking", "isotropic"),
+            ("whole", "diagonal"),
+            ("whole", "basis"),
+            ("blur", "basis"),
+            ("blur", "diagonal"),
+        )
     }
-    assert list(found.values()) == [Diagonal, Diagonal, BasisDiagonal, Implicit]
+    assert list(found.values()) == [Diagonal, Diagonal, BasisDiagonal, Dense, Implicit]
+
+
+@pytest.mark.parametrize("form", ["basis", "low rank"])
+def test_written_out_or_by_products_is_the_same(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large event goes by conjugate gradients and Lanczos; made to here, it gives what the small one does."""
+    A, C = OPERATORS["blur"], covariances()[form]
+    if form == "low rank":
+        C = LowRankPlusDiagonal(variances(1, *SHAPE), normal(1, 3, *SHAPE))
+    seen, mean = Measurement(A, normal(*A.measured_shape), 0.3), normal(2, *SHAPE, seed=3)
+    small = condition(seen, mean, C)
+    monkeypatch.setattr(conditioning, "_SMALL", 0)
+    large = condition(seen, mean, C, tolerance=1e-12, steps=D)
+    assert isinstance(small[1], Dense)
+    assert isinstance(large[1], Implicit)
+    assert torch.allclose(small[0], large[0], atol=1e-9)
+    assert torch.allclose(small[1].dense().expand(2, -1, -1), large[1].dense(), atol=1e-9)
 
 
 def test_conjugate_gradients_go_sample_by_sample_and_may_stop_early() -> None:
     """A sample's solution does not depend on the others, and k iterations are exact for k distinct eigenvalues."""
-    A, C = OPERATORS["blur"], covariances()["basis"]
+    A, C = OPERATORS["blur"], Implicit(covariances()["basis"].matvec, SHAPE)
     seen, r = Measurement(A, normal(*A.measured_shape), 0.3), normal(4, *A.measured_shape)
     r[2] = 0
     together = solve(seen, C, r, tolerance=1e-12)

@@ -6,11 +6,12 @@ r"""Gaussian conditioning on a linear measurement, for every covariance of the f
     E[x | y]   = m + C A^T S^-1 (y - A m),
     Cov[x | y] = C - C A^T S^-1 A C.
 
-S is solved by division where it is diagonal (C a multiple of I or diagonal, and no two rows of A share an entry), by
-the matrix itself where C is `Dense`, and by conjugate gradients elsewhere: one product with C, A and A^T an iteration,
+S is solved by division where it is diagonal (C a multiple of I or diagonal, and no two rows of A share an entry), as a
+matrix where C is `Dense`, or the same for all samples and of at most 1,024 numbers (a calibrated table: one
+decomposition serves the batch), and by conjugate gradients elsewhere: one product with C, A and A^T an iteration,
 sample by sample. The conditioned covariance stays in the family: diagonal for selected entries, diagonal in its basis
-for a measurement of the whole event, dense for a dense one; elsewhere `Implicit`, known by its products, its root by
-Lanczos steps.
+for a measurement of the whole event, dense where S is a matrix; elsewhere `Implicit`, known by its products, its root
+by Lanczos steps.
 
 Source: M. Hestenes, E. Stiefel, "Methods of conjugate gradients for solving linear systems", 1952.
 """
@@ -24,10 +25,13 @@ import torch
 from torch import Tensor
 
 from lowvar.expect.operators import LinearOperator, Masking, Whole
-from lowvar.process.covariance import BasisDiagonal, Covariance, Diagonal, Isotropic
+from lowvar.process.covariance import BasisDiagonal, Covariance, Diagonal, Isotropic, LowRankPlusDiagonal
 from lowvar.process.matrix import Dense, Implicit
 
 __all__ = ["Measurement", "condition", "solve"]
+
+_SMALL = 1024
+"""Numbers in an event up to which a covariance shared by all samples is written out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +94,22 @@ def _diagonal(A: LinearOperator, C: Covariance, like: Tensor) -> Tensor | None:
     return A.row_variance(C.diagonal().to(like)) if isinstance(C, Isotropic | Diagonal) else None
 
 
+def _written_out(C: Covariance, like: Tensor) -> Tensor | None:
+    """The matrix (B or 1, d, d) of C where that is there already or shared by all samples and small, else None."""
+    shared = isinstance(C, BasisDiagonal | LowRankPlusDiagonal) and C.variance.shape[0] == 1 and C.d <= _SMALL
+    if isinstance(C, LowRankPlusDiagonal):
+        shared = shared and C.factors.shape[0] == 1
+    return C.dense().to(like) if shared or isinstance(C, Dense) else None
+
+
+def _system(measurement: Measurement, K: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """M K (B or 1, m, d) and S (B or 1, m, m)."""
+    M, shape = measurement.operator.matrix().to(like), measurement.operator.measured_shape
+    seen = M @ K
+    noise = (measurement.var(like) * torch.ones(shape, dtype=like.dtype, device=like.device)).flatten()
+    return seen, seen @ M.mT + torch.diag(noise)
+
+
 def solve(
     measurement: Measurement,
     C: Covariance,
@@ -121,9 +141,9 @@ def solve(
     direct = _diagonal(A, C, r)
     if direct is not None:
         return r / (direct + noise)
-    if isinstance(C, Dense):
-        M = A.matrix().to(r)
-        S = M @ C.dense().to(r) @ M.mT + torch.diag((noise * torch.ones_like(r[0])).flatten())
+    K = _written_out(C, r)
+    if K is not None:
+        _, S = _system(measurement, K, r)
         return torch.linalg.solve(S.expand(len(r), -1, -1), r.flatten(1)[..., None])[..., 0].reshape(r.shape)
 
     def product(p: Tensor) -> Tensor:
@@ -211,11 +231,10 @@ def _conditioned(
     if isinstance(C, BasisDiagonal) and isinstance(A, Whole) and noise.ndim == 0:
         v = C.variance.to(like)
         return BasisDiagonal(C.basis, v * noise / (v + noise))
-    if isinstance(C, Dense):
-        M, K = A.matrix().to(like), C.dense().to(like)
-        S = M @ K @ M.mT + torch.diag((noise * torch.ones(A.measured_shape).to(like)).flatten())
-        gain = torch.linalg.solve(S, M @ K)
-        return Dense(K - (K @ M.mT) @ gain, C.event_shape)
+    K = _written_out(C, like)
+    if K is not None:
+        seen, S = _system(measurement, K, like)
+        return Dense(K - seen.mT @ torch.linalg.solve(S, seen), C.event_shape)
 
     def product(v: Tensor) -> Tensor:
         w = C.matvec(v)

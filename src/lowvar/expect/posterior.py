@@ -185,6 +185,7 @@ class Reconstruction:
         return float(((truth >= low) & (truth <= high)).double().mean())
 
 
+@torch.no_grad()
 def posterior(
     denoiser: Denoiser,
     solver: Solver,
