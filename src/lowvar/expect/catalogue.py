@@ -5,7 +5,8 @@ r"""Designs by name, for a sampler and a statistic.
     structures   few-step · multilevel · single-term · stratified         several streams; + antithetic where valid
 
 `twin` alone is independent + twin. A name is its parts in any order, joined by "+": "twin+antithetic".
-Not combined: twin with mixture (which knows all that the twin knows), controls with several streams (each stream would need its own), single-term with pairs.
+Not combined: twin with mixture (which knows all that the twin knows), controls with several streams (each stream would
+need its own), single-term with pairs.
 """
 
 from __future__ import annotations

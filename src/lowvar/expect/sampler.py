@@ -8,7 +8,8 @@ same numbers give the same samples whatever the batch size.
 
 Optional things make variance reduction possible: `shadow`, a Gaussian that runs on the same noise and costs no network
 evaluation (`lowvar.expect.shadow`); `surrogate`, the same for a mixture (`lowvar.expect.surrogate`); `coarser`, the
-same process in fewer steps on the same noise (`lowvar.expect.coupled`); and `parts`, the samplers of the classes that a conditional sampler mixes.
+same process in fewer steps on the same noise (`lowvar.expect.coupled`); and `parts`, the samplers of the classes that
+a conditional sampler mixes.
 
 `ChainSampler` is a denoiser, a solver and a grid. `FunctionSampler` wraps any function of noise.
 """

@@ -2,11 +2,11 @@ r"""The mixture twin's chain: a control variate that follows the network's chain
 
 A Gaussian twin's chain is affine in the noise, so its value explains what is affine in f(x). The mixture twin
 (`lowvar.process.mixture`), fitted to the same data, has a denoiser in closed form as well; the same solver on the
-same noise then ends near the sampler's own sample, in the same mode, and f of it explains most of f(x) where the mixture
-describes the data. No network is evaluated: a step costs K d multiplications.
+same noise then ends near the sampler's own sample, in the same mode, and f of it explains most of f(x) where the
+mixture describes the data. No network is evaluated: a step costs K d multiplications.
 
-Its expectation E f(x^) has no closed form and is itself estimated, by scrambled nets of the surrogate alone; the error
-of that is in the interval (`lowvar.expect.design.OneStream`), and so is the cost, at a rate that stands for its compute.
+Its expectation E f(x^) has no closed form and is itself estimated, by scrambled nets of the surrogate alone; the
+error of that is in the interval (`lowvar.expect.design.OneStream`), and so is the cost, at a rate that stands for its compute.
 
 Source: this package's own; the idea is that of a surrogate in multifidelity Monte Carlo (Peherstorfer et al. 2016).
 """
