@@ -3,7 +3,8 @@
 A small network trained here (300 updates, one seed) and calibrated; 60% of the pixels hidden, noise of standard
 deviation .1 on the rest, 12 ancestral steps, 39 samples a digit. For every digit the root mean square error of the
 posterior mean on hidden pixels, the standard deviation that the samples say there, and the coverage of the 95%
-intervals over all pixels; means over digits with standard errors, and differences in error paired by digit (same noise).
+intervals over all pixels; means over digits with standard errors, and differences in error paired by digit (on the
+same noise).
 
     python benchmarks/inverse.py          # some minutes; writes benchmarks/results/inverse.json
 """
