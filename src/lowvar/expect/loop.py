@@ -196,6 +196,8 @@ def _short(run: Run, design: Design) -> tuple[Stream, int] | None:
     pooled = isinstance(design, Pooled) and bool(design.others)
     for stream in design.streams:
         least = _LEAST if stream.size < 8 else _LEAST_NETS
+        if isinstance(design, OneStream) and stream is design.streams[0] and stream.size < 8:
+            least = design.least
         if pooled and stream is design.streams[0] and stream.size < 8:
             least = _LEAST // 2
         units = run.sums[stream.key].units if stream.key in run.sums else 0
