@@ -1,6 +1,6 @@
 r"""The planner: a pilot ranks designs by variance x cost for the statistic at hand, and declines what does not help.
 
-**Pilot.** `pilot` samples in antithetic pairs, with the twin's values and the noise's features beside them, say at once
+**Pilot.** `pilot` samples in antithetic pairs, with the twins' values beside them, say at once
 what independent and antithetic sampling cost with and without each control: the variance of a sample and of a pair
 mean, and what cross-fitted regression leaves of both. None of it is wasted, since pairs are samples: whatever is
 chosen, they stay in the estimate, weighted by precision (`lowvar.expect.design.Pooled`).
@@ -35,7 +35,7 @@ from lowvar.expect.units import Shifted
 
 __all__ = ["Choice", "is_discrete", "plan", "reconsidered"]
 
-_SETS = ((), ("twin",), ("mixture",), ("features",), ("twin", "features"), ("mixture", "features"))
+_SETS = ((), ("twin",), ("mixture",))
 _FREE = ("twin", "mixture")
 _NETS, _POINTS = 8, 8  # of exploring
 _COMPANIONS = 16
@@ -105,7 +105,7 @@ def plan(run: Run, *, pilot: int, norm: Norm, confidence: float, tol: float | No
     free = [c for c in _FREE if c in pairs.columns]
     for stream in [catalogue.twin() if c == "twin" else catalogue.mixture() for c in free]:
         if stream.key not in run.sums:
-            run.draw(stream, 16)
+            run.draw(stream, 32)
     single = Sums.of(f, h, torch.arange(pilot))
     variance = run.sums[pairs.key].variance
     discrete = is_discrete(f)
