@@ -186,11 +186,8 @@ def _order(
         k, part = 0, inner.parts[0]
         lack = max(1, part.n // 50)  # the interval is a little short of what the variances promised
     free = not part.stream.nfe
-    count = min(
-        lack,
-        max(16 * run.batch(part.stream), 64) if free else run.batch(part.stream),
-        max(part.n, _LEAST if part.stream.size < 8 else 1),
-    )
+    batch = max(16 * run.batch(part.stream), 64) if free else run.batch(part.stream)
+    count = min(lack, batch, max(part.n, _LEAST if part.stream.size < 8 else 1))
     expected = run.nfe + sum(max(w - p.n, 0) * p.stream.nfe for w, p in zip(wanted, inner.parts, strict=True))
     return (part.stream, count), expected, wanted[0]
 
