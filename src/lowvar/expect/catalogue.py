@@ -18,6 +18,7 @@ import torch
 from lowvar.errors import UserError
 from lowvar.expect.antithetic import AntitheticUnits
 from lowvar.expect.design import Design, OneStream
+from lowvar.expect.features import LEVERAGE
 from lowvar.expect.fewstep import few_step
 from lowvar.expect.independent import IndependentUnits
 from lowvar.expect.multilevel import ladder, multilevel
@@ -152,7 +153,7 @@ class Catalogue:
         if "twin" in controls or "mixture" in controls:
             streams = (main, self.twin() if "twin" in controls else self.mixture())
         name = "+".join([*([noise] if noise != "independent" or not controls else []), *controls])
-        return OneStream(name, streams, tuple(columns))
+        return OneStream(name, streams, tuple(columns), LEVERAGE if "features" in controls else None)
 
     def design(
         self,

@@ -119,6 +119,15 @@ class OneStream(Design):
     columns: tuple[str, ...] = ()
     declared: str | None = None
 
+    @property
+    def least(self) -> int:
+        """Units below which the interval is not believed: 32, and 32 for each control but the first.
+
+        With fewer the residual of a regression on several features has too few units for its tails: measured coverage
+        was 89% at 16 units a feature.
+        """
+        return 32 * max(1, len(self.columns))
+
     def fit(self, sums: Mapping[str, Sums]) -> tuple[Fit, Fit | None] | None:
         """The corrected mean, and the control's own."""
         main = sums.get(self.streams[0].key)

@@ -35,7 +35,7 @@ from lowvar.process.noise import Independent, NoiseSource
 __all__ = ["estimate", "estimates"]
 
 _LEAST = 32  # units of a stream before its variance is believed
-_LEAST_NETS = 16
+_LEAST_NETS = 24
 _PROBE = 42  # number of the range of samples that a statistic's shape is found on
 
 
@@ -90,7 +90,7 @@ def estimates(
     named = None if design == "auto" else canonical(design)
     noise = Independent(0) if noise is None else noise
     known, spent = _statistic(sampler, statistic, name, noise)
-    wanted = CONTROLS if named is None else tuple(c for c in CONTROLS if c in named.split("+"))
+    wanted = ("twin", "mixture") if named is None else tuple(c for c in CONTROLS if c in named.split("+"))
     run = Run(Catalogue(sampler, known, wanted), noise, batch_size, accelerator)
     run.nfe = spent
     limit = math.inf if budget is None else float(budget)
@@ -145,7 +145,7 @@ def _drawn(
                     continue
         if order is not None and order[0].nfe and run.nfe + order[0].nfe * order[1] > limit:
             room = int((limit - run.nfe) // order[0].nfe)
-            if combined is None and room < 1:
+            if short is not None and room < order[1]:
                 raise UserError(
                     f"the budget of {limit:.0f} evaluations ends before design {design.name!r} has an interval; "
                     "give more"
@@ -186,7 +186,8 @@ def _order(
         k, part = 0, inner.parts[0]
         lack = max(1, part.n // 50)  # the interval is a little short of what the variances promised
     free = not part.stream.nfe
-    count = min(lack, run.batch(part.stream) * (16 if free else 1), max(part.n, _LEAST if part.stream.size < 8 else 1))
+    batch = max(16 * run.batch(part.stream), 64) if free else run.batch(part.stream)
+    count = min(lack, batch, max(part.n, _LEAST if part.stream.size < 8 else 1))
     expected = run.nfe + sum(max(w - p.n, 0) * p.stream.nfe for w, p in zip(wanted, inner.parts, strict=True))
     return (part.stream, count), expected, wanted[0]
 
@@ -196,6 +197,10 @@ def _short(run: Run, design: Design) -> tuple[Stream, int] | None:
     pooled = isinstance(design, Pooled) and bool(design.others)
     for stream in design.streams:
         least = _LEAST if stream.size < 8 else _LEAST_NETS
+        if isinstance(design, OneStream) and stream is design.streams[0] and stream.size < 8:
+            least = design.least
+        if not stream.nfe:
+            least = _LEAST
         if pooled and stream is design.streams[0] and stream.size < 8:
             least = _LEAST // 2
         units = run.sums[stream.key].units if stream.key in run.sums else 0

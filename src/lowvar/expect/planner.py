@@ -1,6 +1,6 @@
 r"""The planner: a pilot ranks designs by variance x cost for the statistic at hand, and declines what does not help.
 
-**Pilot.** `pilot` samples in antithetic pairs, with the twin's values and the noise's features beside them, say at once
+**Pilot.** `pilot` samples in antithetic pairs, with the twins' values beside them, say at once
 what independent and antithetic sampling cost with and without each control: the variance of a sample and of a pair
 mean, and what cross-fitted regression leaves of both. None of it is wasted, since pairs are samples: whatever is
 chosen, they stay in the estimate, weighted by precision (`lowvar.expect.design.Pooled`).
@@ -35,7 +35,7 @@ from lowvar.expect.units import Shifted
 
 __all__ = ["Choice", "is_discrete", "plan", "reconsidered"]
 
-_SETS = ((), ("twin",), ("mixture",), ("features",), ("twin", "features"), ("mixture", "features"))
+_SETS = ((), ("twin",), ("mixture",))
 _FREE = ("twin", "mixture")
 _NETS, _POINTS = 8, 8  # of exploring
 _COMPANIONS = 16
@@ -70,14 +70,16 @@ class _Row:
     declared: str | None = None
 
 
-def _controls(catalogue: Catalogue, noise: str, points: int = 0) -> list[OneStream]:
-    """The control sets that a stream of samples has."""
+def _controls(catalogue: Catalogue, noise: str, units: int, points: int = 0) -> list[OneStream]:
+    """The control sets that a stream of samples has, and that so many units can bear."""
     columns = catalogue.samples(noise, points).columns
     found = []
     for controls in _SETS:
         if any(("feature0" if c == "features" else c) not in columns for c in controls):
             continue
-        found.append(catalogue.one(noise, controls, points))
+        design = catalogue.one(noise, controls, points)
+        if units >= design.least:
+            found.append(design)
     return found
 
 
@@ -103,13 +105,13 @@ def plan(run: Run, *, pilot: int, norm: Norm, confidence: float, tol: float | No
     free = [c for c in _FREE if c in pairs.columns]
     for stream in [catalogue.twin() if c == "twin" else catalogue.mixture() for c in free]:
         if stream.key not in run.sums:
-            run.draw(stream, 16)
+            run.draw(stream, 32)
     single = Sums.of(f, h, torch.arange(pilot))
     variance = run.sums[pairs.key].variance
     discrete = is_discrete(f)
     rows = [_Row(catalogue.one("independent", ()), "independent", 1.0, 1.0)]
     for noise in ("antithetic", "independent"):  # of equals the one whose units the pilot has
-        for design in _controls(catalogue, noise):
+        for design in _controls(catalogue, noise, pilot // 2):
             if design.name == "independent":
                 continue
             stand_in = {**run.sums, design.streams[0].key: single} if noise == "independent" else run.sums
@@ -258,8 +260,8 @@ def reconsidered(run: Run, design: Design, *, norm: Norm, wanted: float) -> Desi
     points = main.size if noise == "sobol" else 0
     single, _ = design.spread(run.sums)
     chosen, own = design.main, _own(run, design.main, norm)
-    for other in _controls(run.catalogue, noise, points):
-        if sums.units > 4 * (len(other.columns) + 2) and (found := _own(run, other, norm)) < 0.97 * own:
+    for other in _controls(run.catalogue, noise, sums.units, points):
+        if (found := _own(run, other, norm)) < 0.97 * own:
             chosen, own = other, found
     alone = float(single.max() if norm == "max" else single.mean())
     if noise != "independent" and own > 1.05 * alone:

@@ -6,7 +6,8 @@ same noise then ends near the sampler's own sample, in the same mode, and f of i
 mixture describes the data. No network is evaluated: a step costs K d multiplications.
 
 Its expectation E f(x^) has no closed form and is itself estimated, by scrambled nets of the surrogate alone; the
-error of that is in the interval (`lowvar.expect.design.OneStream`), and so is the cost, at a rate that stands for its compute.
+error of that is in the interval (`lowvar.expect.design.OneStream`), and so is the cost, at a rate that stands
+for its compute.
 
 Source: this package's own; the idea is that of a surrogate in multifidelity Monte Carlo (Peherstorfer et al. 2016).
 """

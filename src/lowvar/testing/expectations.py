@@ -1,7 +1,8 @@
 r"""Samplers for tests of expectations: a map whose moments are known exactly, and chains on exact targets.
 
-`smooth_map` is x_1 = z_1 + 0.5 sin(z_1) + 0.2 z_2, x_2 = 2 z_2 + 0.3 z_1^2 - 0.3, with a shadow, a surrogate and a coarser
-version that are all wrong in a known way; `expectation` integrates any statistic of it by Gauss-Hermite quadrature.
+`smooth_map` is x_1 = z_1 + 0.5 sin(z_1) + 0.2 z_2 + 0.1 z_1^2, x_2 = 2 z_2 + 0.3 z_1^2 - 0.3, with a shadow, a
+surrogate and a coarser version that are all wrong in a known way; `expectation`
+integrates any statistic of it by Gauss-Hermite quadrature.
 `chain_on` is the reverse chain of a mixture with everything attached that a calibrated model would have: the Gaussian
 twin of the exact moments, and a mixture twin fitted to samples.
 """
@@ -33,7 +34,7 @@ __all__ = ["chain_on", "expectation", "mixture_of", "smooth_map", "twin_of"]
 
 def _mapped(z: Tensor, bend: float) -> Tensor:
     a, b = z[:, 0], z[:, 1]
-    return torch.stack([a + bend * torch.sin(a) + 0.2 * b, 2 * b + 0.6 * bend * (a**2 - 1)], 1)
+    return torch.stack([a + bend * torch.sin(a) + 0.2 * b + 0.1 * a**2, 2 * b + 0.6 * bend * (a**2 - 1)], 1)
 
 
 def smooth_map() -> FunctionSampler:
