@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -22,6 +23,23 @@ def test_table_is_made_from_the_code() -> None:
     found = re.search(r"<!-- statistics -->\n(.*?)\n<!-- end -->", PAGE.read_text(), re.S)
     assert found is not None
     assert found.group(1) == table, f"put this into {PAGE.name}:\n{table}"
+
+
+def test_table_of_inpainting_is_the_benchmark_s() -> None:
+    file = PAGE.parents[1] / "benchmarks" / "results" / "inverse.json"
+
+    def cell(value: dict[str, float]) -> str:
+        return f"{value['value']:.3f} ± {value['se']:.3f}"
+
+    rows = [
+        f"| {row['name']} | {row['nfe']:,} | "
+        + " | ".join(cell(row[key]) for key in ("error", "said", "coverage", "error_less_basis"))
+        + " |"
+        for row in json.loads(file.read_text())["rows"]
+    ]
+    found = re.search(r"<!-- inverse -->\n(.*?)\n<!-- end inverse -->", PAGE.read_text(), re.S)
+    assert found is not None
+    assert found.group(1).splitlines()[2:] == rows
 
 
 @pytest.fixture(scope="module")
