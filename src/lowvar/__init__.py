@@ -39,6 +39,7 @@ __all__ = [
     "data",
     "errors",
     "evaluation",
+    "expect",
     "metrics",
     "pipelines",
     "process",

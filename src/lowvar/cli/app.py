@@ -23,6 +23,7 @@ from lowvar.cli import ranks
 from lowvar.cli.calibrate import Calibrate
 from lowvar.cli.console import Console
 from lowvar.cli.demo import Demo
+from lowvar.cli.estimate import Estimate
 from lowvar.cli.evaluate import Evaluate
 from lowvar.cli.explain import explain
 from lowvar.cli.options import Command
@@ -41,6 +42,7 @@ COMMANDS: dict[str, type[Command]] = {
     "calibrate": Calibrate,
     "sample": Sample,
     "evaluate": Evaluate,
+    "estimate": Estimate,
     "profile": Profile,
     "report": Report,
 }

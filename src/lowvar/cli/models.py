@@ -14,7 +14,7 @@ from lowvar.calibrate import Calibration
 from lowvar.calibrate.deficit import describe
 from lowvar.data import ArrayImages, Columns, Data
 from lowvar.errors import UserError
-from lowvar.evaluation import check_steps, deficit_of, resolve
+from lowvar.evaluation import check_steps, deficit_of, event_shape_of, resolve
 from lowvar.own_pipelines import class_number, null_class
 from lowvar.pipelines import (
     ClassConditionalPipeline,
@@ -105,19 +105,6 @@ class Model:
         }
 
 
-def _shape_of(network: Any, pipeline: Any) -> tuple[int, ...]:
-    config = getattr(network, "config", None)
-    if isinstance(pipeline, TablePipeline):
-        return (pipeline.columns.width,)
-    channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
-    if channels is None or size is None:
-        raise UserError(
-            "the network's config does not say what it makes; in_channels and sample_size are needed in its config.json"
-        )
-    height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-    return int(channels), height, width
-
-
 def _class_of(pipeline: Any, label: str) -> int:
     """The number of a class of a model."""
     conditional = isinstance(pipeline, ClassConditionalPipeline | LatentPipeline | TablePipeline)
@@ -160,7 +147,7 @@ def model_of(pipeline: Any, device: torch.device, label: str | None = None, guid
         calibration.require(denoiser.schedule)
         if number is not None and calibration.conditional and calibration.guidance == guidance:
             calibration = calibration.of_class(number)
-    return Model(pipeline, denoiser, calibration, _shape_of(network, pipeline))
+    return Model(pipeline, denoiser, calibration, event_shape_of(pipeline))
 
 
 def open_model(folder: Path, device: torch.device, label: str | None = None, guidance: float = 1.0) -> Model:

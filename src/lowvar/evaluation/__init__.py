@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lowvar.evaluation.cells import Cell, Drawn, check_cell, check_steps, deficit_of, draw, resolve, sampling_grid
+from lowvar.evaluation.chains import chain_of, event_shape_of, sampler_of
 from lowvar.evaluation.peers import PEERS, Peer, make_peer, peer_named, run_peer
 from lowvar.evaluation.runs import MIXTURE_ALONE, TWIN_ALONE, Evaluation, evaluate, recommend
 
@@ -14,15 +15,18 @@ __all__ = [
     "Drawn",
     "Evaluation",
     "Peer",
+    "chain_of",
     "check_cell",
     "check_steps",
     "deficit_of",
     "draw",
     "evaluate",
+    "event_shape_of",
     "make_peer",
     "peer_named",
     "recommend",
     "resolve",
     "run_peer",
+    "sampler_of",
     "sampling_grid",
 ]

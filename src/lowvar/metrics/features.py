@@ -36,7 +36,15 @@ from torch.nn import functional as F
 
 from lowvar.process.noise import Independent
 
-__all__ = ["DataSet", "Extractor", "ImageSet", "digit_classifier", "extractor_for", "random_features"]
+__all__ = [
+    "DataSet",
+    "Extractor",
+    "ImageSet",
+    "digit_classifier",
+    "extractor_for",
+    "random_features",
+    "trained_classifier",
+]
 
 _UPDATES = 700
 _BATCH = 96
@@ -194,8 +202,40 @@ def digit_classifier(data: DataSet, *, seed: int = 0, updates: int = _UPDATES, c
         raise ValueError("the data has no labels; use random_features")
     if updates < 1:
         raise ValueError(f"updates is {updates}; give a whole number of at least 1")
+    return _judged(_trained(data, labels, seed, updates, cache), data, held)
+
+
+def trained_classifier(data: DataSet, *, seed: int = 0, cache: Path | None = None) -> nn.Sequential:
+    """The whole classifier: images (n, C, H, W) -> class scores (n, classes); its first part gives the features.
+
+    Trained once a process, with labels smoothed by .1: its softmax says .91 where it is sure. Frozen, and shared.
+
+    Args:
+        data: a labelled data set.
+        seed: of the classifier.
+        cache: folder in which the weights are kept and looked for; None: only this process remembers them.
+
+    Raises:
+        ValueError: if the data has no labels.
+    """
+    labels = data.train.labels
+    if labels is None:
+        raise ValueError("the data has no labels; a classifier needs labelled images")
+    key = (data.fingerprint, seed)
+    if key not in _CLASSIFIERS:
+        _CLASSIFIERS[key] = _trained(data, labels, seed, _UPDATES, cache).eval().requires_grad_(False)
+    return _CLASSIFIERS[key]
+
+
+def _judged(net: nn.Sequential, data: DataSet, held: Tensor) -> Extractor:
+    with torch.no_grad():
+        right = torch.cat([net(part).argmax(1) for part in data.test.batches(1024)]) == held
+    return Extractor("classifier", net[0], 32, right.to(torch.float64).mean().item())
+
+
+def _trained(data: DataSet, labels: Tensor, seed: int, updates: int, cache: Path | None) -> nn.Sequential:
     channels, h, w = data.shape
-    classes = int(max(labels.max(), held.max())) + 1
+    classes = int(labels.max() if data.test.labels is None else max(labels.max(), data.test.labels.max())) + 1
     with torch.inference_mode(False), torch.device("meta"):
         body, head = _Classifier(channels, (h, w), 24, 32), nn.Linear(32, classes)
         net = nn.Sequential(body, nn.ReLU(), head).to_empty(device="cpu")
@@ -204,19 +244,17 @@ def digit_classifier(data: DataSet, *, seed: int = 0, updates: int = _UPDATES, c
         from safetensors.torch import load_file
 
         net.load_state_dict(load_file(path))
-    else:
-        with torch.inference_mode(False), torch.enable_grad(), _one_thread():
-            _train(net, data.train, labels, seed, updates)
-        if path is not None:
-            from safetensors.torch import save_file
+        return net
+    with torch.inference_mode(False), torch.enable_grad(), _one_thread():
+        _train(net, data.train, labels, seed, updates)
+    if path is not None:
+        from safetensors.torch import save_file
 
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            save_file(net.state_dict(), partial)
-            partial.replace(path)
-    with torch.no_grad():
-        right = torch.cat([net(part).argmax(1) for part in data.test.batches(1024)]) == held
-    return Extractor("classifier", body, 32, right.to(torch.float64).mean().item())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file(net.state_dict(), partial)
+        partial.replace(path)
+    return net
 
 
 @contextmanager
@@ -303,8 +341,12 @@ def extractor_for(data: DataSet, *, seed: int = 0, cache: Path | None = None) ->
         return random_features(data.train, seed=seed)
     key = (data.fingerprint, seed)
     if key not in _REMEMBERED:
-        _REMEMBERED[key] = digit_classifier(data, seed=seed, cache=cache)
+        held = data.test.labels
+        if held is None:
+            raise ValueError("the held-out split has no labels; give labelled data")
+        _REMEMBERED[key] = _judged(trained_classifier(data, seed=seed, cache=cache), data, held)
     return _REMEMBERED[key]
 
 
+_CLASSIFIERS: dict[tuple[str, int], nn.Sequential] = {}
 _REMEMBERED: dict[tuple[str, int], Extractor] = {}

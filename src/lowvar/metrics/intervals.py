@@ -13,7 +13,8 @@ left out of both, and the jackknife of theta^a - theta^b keeps the covariance th
 What the interval covers. The held-out set is held fixed: the interval speaks of new samples against the same images.
 It is centred on theta, so for a nonlinear score it covers E[theta_n], the score's mean *at this n*: Frechet and
 Wasserstein distances of finite samples are biased upwards by O(1/n), and rows are comparable at equal n only.
-`Replicates.bias` is the jackknife's estimate of that bias, theta - theta_J; it is reported, not subtracted. Energy and
+`Replicates.bias` is the jackknife's estimate of that bias, theta - theta_J; `interval` reports it beside the value,
+`corrected` takes it off, which leaves O(1/n^2) and is for the score of infinitely many samples. Energy and
 kernel distance (U-statistics) have none; where sampler and data agree they degenerate and the interval is conservative.
 
 Source: F. Busing, E. Meijer, R. van der Leeden, "Delete-m jackknife for unequal m", Statistics and Computing 9, 1999.
@@ -79,11 +80,22 @@ class Replicates:
         return self.value - pseudo.mean().item()
 
     def interval(self, confidence: float = 0.95) -> Interval:
-        """value -+ t se with b - 1 degrees of freedom.
+        """value -+ t se with b - 1 degrees of freedom: for the score's mean at this n.
 
         Raises:
             ValueError: if `confidence` is outside (0, 1).
         """
+        return self._about(self.value, confidence)
+
+    def corrected(self, confidence: float = 0.95) -> Interval:
+        """theta_J -+ t se: for the score of infinitely many samples, its bias of order 1/n taken off.
+
+        Raises:
+            ValueError: if `confidence` is outside (0, 1).
+        """
+        return self._about(self.value - self.bias, confidence)
+
+    def _about(self, centre: float, confidence: float) -> Interval:
         if not 0 < confidence < 1:
             raise ValueError(f"confidence is {confidence}; give a number between 0 and 1, for example 0.95")
         from scipy.stats import t
@@ -91,7 +103,7 @@ class Replicates:
         pseudo, h = self._pseudo()
         se = math.sqrt(((pseudo - pseudo.mean()).square() / (h - 1)).mean().item())
         reach = float(t.ppf(0.5 + confidence / 2, len(h) - 1)) * se
-        return Interval(self.value, self.value - reach, self.value + reach, se)
+        return Interval(centre, centre - reach, centre + reach, se)
 
     def minus(self, other: Replicates) -> Replicates:
         """The paired difference self - other of two samplers given the same noise sample by sample.

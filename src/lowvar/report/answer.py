@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lowvar.report.calibration import mmse_curves
+from lowvar.report.estimate import estimated
 from lowvar.report.learning import still_learning
 from lowvar.report.run import Run, number
 from lowvar.report.scores import Board, Comparison, board, steps_text
@@ -131,7 +132,7 @@ def answer(run: Run) -> Section | None:
     scores = board(run)
     content: dict[str, Any] = {"ranking": None if scores is None else _ranking(scores)}
     ranked = content["ranking"]["sentences"] if content["ranking"] else _trained(run)
-    content["sentences"] = [*(_calibrated(run) if "mmse" in run.summary else []), *ranked]
+    content["sentences"] = [*estimated(run), *(_calibrated(run) if "mmse" in run.summary else []), *ranked]
     notes = run.summary.get("notes")
     content["notes"] = [str(note) for note in notes] if isinstance(notes, list) else []
     choice = run.summary.get("recommended")

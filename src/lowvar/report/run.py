@@ -7,6 +7,7 @@
                     weighting {chosen, logsnr, relative {name: weights over the plain loss's}},
                     budget {name: {logsnr, bits, se, total, total_se, prior, decoder}}, about {sampler: one line},
                     paired [{steps, metric, sampler, against, value, low, high}], value = sampler - against
+    estimate.npz    value, low, high, se of an estimated vector or image (optional)
     grids.npz       "data" and "<sampler>@<steps>[@<grid>]", float (n, C, H, W) in [-1, 1] (optional)
 
 Only `summary.json` has to be there. A file that is there has to be right: a report of half a file would mislead.
@@ -43,6 +44,7 @@ class Run:
         records: `metrics.jsonl`, empty without one.
         figures: `figures.json`, empty without one.
         grids: `grids.npz`, empty without one.
+        estimate: `estimate.npz`, empty without one.
     """
 
     folder: Path
@@ -50,6 +52,7 @@ class Run:
     records: tuple[Mapping[str, Any], ...] = ()
     figures: Mapping[str, Any] | None = None
     grids: Mapping[str, NDArray[np.floating]] | None = None
+    estimate: Mapping[str, NDArray[np.floating]] | None = None
 
     @property
     def command(self) -> str:
@@ -118,6 +121,7 @@ def read(folder: Path) -> Run:
     if not isinstance(summary.get("command"), str):
         raise UserError(f"{summary_file} is broken: it does not name its command; {_REMEDY}")
     log, figures, grids = (folder / name for name in ("metrics.jsonl", "figures.json", "grids.npz"))
+    estimate = folder / "estimate.npz"
     lines = _text(log).splitlines() if log.is_file() else []
     return Run(
         folder,
@@ -125,6 +129,7 @@ def read(folder: Path) -> Run:
         tuple(_object(line, f"{log} (line {i})") for i, line in enumerate(lines, 1) if line.strip()),
         _object(_text(figures), str(figures)) if figures.is_file() else {},
         _arrays(grids) if grids.is_file() else {},
+        _arrays(estimate) if estimate.is_file() else {},
     )
 
 

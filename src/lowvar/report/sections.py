@@ -14,6 +14,7 @@ import numpy as np
 from lowvar.report.answer import answer
 from lowvar.report.calibration import budget, error_curve, residuals
 from lowvar.report.charts import Chart, curves, keys, quality, sampler_keys, updates
+from lowvar.report.estimate import estimation
 from lowvar.report.figures import Style
 from lowvar.report.grids import sheets
 from lowvar.report.learning import learning, least_error, weighting
@@ -157,6 +158,7 @@ def settings(run: Run) -> Section | None:
 
 SECTIONS: tuple[Callable[[Run], Section | None], ...] = (
     answer,
+    estimation,
     profile_verdict,
     profile_sources,
     profile_techniques,

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from lowvar.calibrate.calibration import Calibration
 from lowvar.errors import UserError
+from lowvar.process.denoiser import CovarianceModel
 from lowvar.process.grid import custom
 from lowvar.process.head import COVARIANCE_HEADS, Spectrum
 from lowvar.process.noise import NoiseSource, TorchGenerators
 from lowvar.process.schedule import Schedule
+from lowvar.process.solver import Solver
 from lowvar.sample.named import SAMPLERS
 from lowvar.schedulers._begin import Begin
 from lowvar.schedulers._chain import Chain, Recipe
@@ -215,6 +217,19 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
     def times(self) -> Tensor:
         """The grid of `set_timesteps`: decreasing times of the schedule that end at 0, (K + 1,) float64."""
         return self._times
+
+    @property
+    def parts(self) -> tuple[Solver, CovarianceModel | None]:
+        """What steps on the grid of `set_timesteps`, as `lowvar.sample.trajectory` takes it.
+
+        Returns:
+            The solver with its twin and calibrated noise, and the calibrated covariance that it reads, or None.
+
+        Raises:
+            UserError: if the calibration does not hold what is needed.
+        """
+        recipe = self._made_recipe()
+        return recipe.solver, recipe.model
 
     def set_timesteps(
         self,

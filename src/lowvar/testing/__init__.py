@@ -14,6 +14,7 @@ from lowvar.testing.mixture import (
     random_mixture,
 )
 from lowvar.testing.nodes import QuadratureRule
+from lowvar.testing.observed import observed
 from lowvar.testing.polynomial import Polynomial
 from lowvar.testing.problems import PROBLEMS, Problem
 from lowvar.testing.tuning import ExactEstimate, LinearPolicy
@@ -48,6 +49,7 @@ __all__ = [
     "mixture2",
     "mixture8",
     "mixture64",
+    "observed",
     "random_mixture",
     "rotation",
 ]
