@@ -149,7 +149,7 @@ def plan(run: Run, *, pilot: int, norm: Norm, confidence: float, tol: float | No
             run.draw(stream, 8)
         found = design.combined(run.sums)
         assert found is not None
-        root = sum(p.variance.sqrt() for p in found.parts)
+        root = torch.stack([p.variance.sqrt() for p in found.parts]).sum(0)
         rows.append(_Row(design, "stratified", _ratio(variance, root**2, norm), _NET))
     best = _best(rows)
     return Choice(_pooled(run, best.design), _decision(run, rows, best, alone, tol))
