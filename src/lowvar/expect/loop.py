@@ -126,6 +126,7 @@ def _drawn(
         short = _short(run, design)
         reached, expected = False, limit
         order: tuple[Stream, int] | None = None
+        focus, t = torch.zeros(0), math.inf
         if combined is not None:
             focus = run.focus(combined.var, norm)
             t = quantile(confidence, combined.freedom(focus))

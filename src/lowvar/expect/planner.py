@@ -74,7 +74,7 @@ def _controls(catalogue: Catalogue, noise: str, units: int, points: int = 0) -> 
     """The control sets that a stream of samples has, and that so many units can bear."""
     columns = catalogue.samples(noise, points).columns
     found = []
-    for controls in _SETS:
+    for controls in ((),) if noise == "sobol" else _SETS:
         if any(("feature0" if c == "features" else c) not in columns for c in controls):
             continue
         design = catalogue.one(noise, controls, points)
@@ -132,7 +132,7 @@ def plan(run: Run, *, pilot: int, norm: Norm, confidence: float, tol: float | No
     if left(best.gain) >= 8 * _NETS * _POINTS:
         net = catalogue.samples("sobol", _POINTS)
         run.draw(net, _NETS)
-        for controls in ((), *((c,) for c in free)):
+        for controls in ((),):  # a coefficient from few nets covers too little
             design = catalogue.one("sobol", controls, _POINTS)
             found = design.combined(run.sums)
             assert found is not None
@@ -149,7 +149,7 @@ def plan(run: Run, *, pilot: int, norm: Norm, confidence: float, tol: float | No
             run.draw(stream, 8)
         found = design.combined(run.sums)
         assert found is not None
-        root = sum(p.variance.sqrt() for p in found.parts)
+        root = torch.stack([p.variance.sqrt() for p in found.parts]).sum(0)
         rows.append(_Row(design, "stratified", _ratio(variance, root**2, norm), _NET))
     best = _best(rows)
     return Choice(_pooled(run, best.design), _decision(run, rows, best, alone, tol))
@@ -237,7 +237,8 @@ def _pooled(run: Run, design: Design) -> Design:
         noise = next((n for n in ("independent", "antithetic", "sobol") if key.startswith(n)), None)
         if noise is None or key == design.streams[0].key or run.sums[key].units < _NETS:
             continue
-        others.append(catalogue.one(noise, controls, int(key[len(noise) :] or 0)))
+        own = () if noise == "sobol" else controls
+        others.append(catalogue.one(noise, own, int(key[len(noise) :] or 0)))
     return Pooled(design, tuple(others))
 
 

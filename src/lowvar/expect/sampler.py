@@ -187,23 +187,24 @@ class ChainSampler(Sampler):
         steps = len(self.grid) - 1
         if steps < 2 or steps % 2 or (self.draws and self.draws != steps):
             return None
-        lift = self.lift
-        if self.draws:
-            unit = torch.ones(tuple(self.event_shape), dtype=torch.float64)
-            twin = self.twin or GaussianTwin(torch.zeros_like(unit), PixelBasis(unit.shape), unit)
-            gains = self._shadow(twin).gains[1:]
-            weights, basis, mine = block_weights(gains, 2), twin.basis, self.lift
+        grid = self.grid[::2].clone()
+        if not self.draws:
+            return replace(self, grid=grid)
+        unit = torch.ones(tuple(self.event_shape), dtype=torch.float64)
+        twin = self.twin or GaussianTwin(torch.zeros_like(unit), PixelBasis(unit.shape), unit)
+        weights, basis, mine = block_weights(self._shadow(twin).gains[1:], 2), twin.basis, self.lift
 
-            def lift(noise: NoiseSource) -> NoiseSource:
-                return Coarse(noise if mine is None else mine(noise), weights, basis)
+        def lift(noise: NoiseSource) -> NoiseSource:
+            return Coarse(noise if mine is None else mine(noise), weights, basis)
 
-        return replace(self, grid=self.grid[::2].clone(), lift=lift)
+        return replace(self, grid=grid, lift=lift)
 
 
 def _plain(solver: Solver) -> Solver:
     """The solver for a denoiser without a learned variance: beta_tilde in its place."""
-    learned = isinstance(solver, ReverseKernel) and solver.variance == "learned"
-    return replace(solver, variance="small") if learned else solver
+    if isinstance(solver, ReverseKernel) and solver.variance == "learned":
+        return replace(solver, variance="small")
+    return solver
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,5 +266,6 @@ class ClassSampler(Sampler):
 
 def alone(sampler: Sampler) -> Sampler:
     """A sampler on noise of its own: a chain that was coupled to a finer one, without the coupling."""
-    coupled = isinstance(sampler, ChainSampler) and sampler.lift is not None
-    return replace(sampler, lift=None) if coupled else sampler
+    if isinstance(sampler, ChainSampler) and sampler.lift is not None:
+        return replace(sampler, lift=None)
+    return sampler

@@ -47,15 +47,15 @@ class Statistic:
         Raises:
             UserError: if values have the wrong shape, are not finite, or differ between two calls.
         """
-        name = name or getattr(function, "__name__", None) or type(function).__name__
-        name = "statistic" if name == "<lambda>" else name
-        first = _values(function, samples, name)
-        found = cls(function, name, first.shape[1:])
+        label = str(name or getattr(function, "__name__", None) or type(function).__name__)
+        label = "statistic" if label == "<lambda>" else label
+        first = _values(function, samples, label)
+        found = cls(function, label, first.shape[1:])
         again = found(samples)
         if not torch.allclose(first.reshape(len(first), -1).to(again), again, rtol=1e-3, atol=1e-6):
             raise UserError(
-                f"statistic {name!r} gave two different values for the same samples; it has to be a function: draw its "
-                "randomness once, outside, or average it away"
+                f"statistic {label!r} gave two different values for the same samples; it has to be a function: draw "
+                "its randomness once, outside, or average it away"
             )
         return found
 

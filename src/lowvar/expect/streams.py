@@ -121,7 +121,7 @@ def sample_stream(
             parts.append(statistic(shadow.at(c))[..., None])
         if mixture is not None:
             parts.append(statistic(mixture(index, noise))[..., None])
-        if q and c is not None:
+        if q and shadow is not None and c is not None:
             parts.append(shadow_features(shadow, c)[:, None])
         elif q:
             parts.append(noise_features(shape, index, noise).to(f.device)[:, None])
