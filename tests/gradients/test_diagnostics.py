@@ -84,6 +84,30 @@ def test_comparison_ranks_by_work_and_puts_biased_ones_last() -> None:
     assert result.rows["disarm"].cost == 2
 
 
+def test_comparisons_and_choices_on_whole_batches() -> None:
+    """The same figures as sample by sample, 1e-12; a program that mixes samples is left out with the reason."""
+
+    def program(theta: Tensor, s: Sites) -> None:
+        b = s.sample("b", Bernoulli(logits=theta), "auto")
+        s.cost("f", torch.cos(b[..., 0] - 2 * b[..., 1] + b[..., 0] * b[..., 1]))
+
+    theta, rules = f64(0.4, -0.9), [Score(), DisARM(), MultiSample(2)]
+    one, whole = (compare(program, rules, theta, Independent(0), repeats=20, batched=b) for b in (False, True))
+    assert list(one.rows) == list(whole.rows)
+    for name, row in one.rows.items():
+        assert whole.rows[name].work == pytest.approx(row.work, rel=1e-12)
+    found = automatic(program, theta, Independent(0), repeats=20, batched=True)
+    assert found.choices == automatic(program, theta, Independent(0), repeats=20).choices
+
+    def mixed(theta: Tensor, s: Sites) -> None:
+        b = s.sample("b", Bernoulli(logits=theta), "auto")
+        s.cost("f", torch.cos(b[0] - 2 * b[1]))
+
+    refused = compare(mixed, [Score()], theta, Independent(0), repeats=4, batched=True)
+    assert not refused.rows
+    assert "Score" in next(iter(refused.left_out))
+
+
 def test_seconds_as_cost_and_enumeration_without_noise() -> None:
     result = compare(bits("auto"), [Enumerate()], f64(0.4, -0.9), Independent(0), repeats=4, cost="seconds")
     (row,) = result.rows.values()

@@ -191,6 +191,7 @@ def compare(
     data: Sequence[Any] = (),
     repeats: int = 200,
     cost: Literal["worlds", "seconds"] = "worlds",
+    batched: bool = False,
 ) -> EstimatorComparison:
     """The same program with one estimator after the other, on the same noise, ranked by variance x cost.
 
@@ -201,7 +202,7 @@ def compare(
         source: the noise.
         site: name of the site that they replace; None: every site that has none of its own ("auto"), or all if
             no site is so.
-        n, data, repeats, cost: as of `Expectation` and `diagnose`.
+        n, data, repeats, cost, batched: as of `Expectation` and `diagnose`.
 
     Example:
         >>> from torch.distributions import Bernoulli
@@ -223,7 +224,7 @@ def compare(
             mine = where == site if site is not None else (where in autos or not autos)
             return estimator if mine else _default(d, given)
 
-        E = Expectation(swapped(program, choose), n)
+        E = Expectation(swapped(program, choose), n, batched=batched)
         try:
             state = E.init(theta, data)
             rows[name] = diagnose(E, theta, source, state, data=data, repeats=repeats, cost=cost)
@@ -292,11 +293,12 @@ def automatic(
     n: int = 1,
     data: Sequence[Any] = (),
     repeats: int = 100,
+    batched: bool = False,
 ) -> Automatic:
     """Chooses an unbiased estimator for every site that says "auto", by the least variance x cost of a pilot.
 
     Sites are chosen one after the other, each with what the ones before it were given. The pilot is at these
-    parameters: ask again when they have moved far.
+    parameters: ask again when they have moved far. Arguments are those of `compare`.
 
     Raises:
         ValueError: if no candidate runs at a site.
@@ -314,7 +316,9 @@ def automatic(
     why: dict[str, str] = {}
     for name, d in _autos(program, theta, data).items():
         partial = Automatic(program, dict(choices), {})
-        result = compare(partial, _candidates(d, n), theta, source, site=name, n=n, data=data, repeats=repeats)
+        result = compare(
+            partial, _candidates(d, n), theta, source, site=name, n=n, data=data, repeats=repeats, batched=batched
+        )
         if not result.rows:
             raise ValueError(f"no estimator runs at site {name!r}: {dict(result.left_out)}")
         best = next(iter(result.rows))
