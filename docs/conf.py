@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import re
 import sys
 from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+from sphinx.domains.python import PythonDomain
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -44,3 +50,31 @@ html_copy_source = False
 html_show_sphinx = False
 
 _generate.write(HERE / "_generated", ROOT / "src")
+
+
+@functools.cache
+def _imports(module: str) -> dict[str, str]:
+    """Where a module has its names from, {name: module}."""
+    place = ROOT / "src" / Path(*module.split("."))
+    file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    tree = ast.parse(file.read_text()) if file.is_file() else ast.Module([], [])
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return {alias.asname or alias.name: node.module or "" for node in found for alias in node.names}
+
+
+class ImportedNames(PythonDomain):
+    """A bare name that two modules have is the one that the module it stands in imports."""
+
+    def find_obj(self, env: Any, modname: Any, classname: Any, name: Any, *rest: Any) -> list[Any]:
+        """See the base class."""
+        found = super().find_obj(env, modname, classname, name, *rest)
+        if len(found) < 2 or not modname:
+            return found
+        source = _imports(modname).get(name, modname)
+        own = [entry for entry in found if entry[0].startswith(f"{source}.")]
+        return own if len(own) == 1 else found
+
+
+def setup(app: Sphinx) -> None:
+    """Sphinx calls it."""
+    app.add_domain(ImportedNames, override=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowvar.errors import UserError
-from lowvar.expect.jackknife import BIAS, Score, ScoreEstimate, score_estimate
+from lowvar.expect.jackknife import BIAS, ScoreEstimate, ScoreName, score_estimate
 from lowvar.metrics.energy import energy_statistic
 from lowvar.metrics.frechet import FrechetStatistic, frechet_from_moments
 from lowvar.metrics.intervals import Replicates
@@ -36,7 +36,7 @@ def data(d: int = 1, m: int = 300) -> Tensor:
     return Independent(99).normal(range(m), (d,), dtype=torch.float64)
 
 
-def exact(score: Score, y: Tensor) -> float:
+def exact(score: ScoreName, y: Tensor) -> float:
     """theta against the reference y (m, 1), in closed form; Frechet against the moments of N(0, 1) per dimension."""
     if score == "frechet":
         d = y.shape[1]
@@ -58,7 +58,7 @@ def exact(score: Score, y: Tensor) -> float:
     return float(own + within.mean() - 2 * cross.mean())
 
 
-def replicates(score: Score, y: Tensor, count: int, n: int, blocks: int = 16) -> list[Replicates]:
+def replicates(score: ScoreName, y: Tensor, count: int, n: int, blocks: int = 16) -> list[Replicates]:
     statistic = {"frechet": FrechetStatistic.against, "kernel": kernel_statistic, "energy": energy_statistic}[score](y)
     z = MEAN + STD * Independent(5).normal(range(count * n), (y.shape[1],), dtype=torch.float64)
     return [statistic.replicates(x, blocks) for x in z.split(n)]
@@ -89,7 +89,7 @@ def test_bias_is_what_is_declared() -> None:
     ("score", "d", "n", "least"),
     [("frechet", 1, 320, 0.93), ("frechet", 3, 480, 0.93), ("kernel", 1, 320, 0.88), ("energy", 1, 320, 0.93)],
 )
-def test_coverage_of_the_corrected_interval(score: Score, d: int, n: int, least: float) -> None:
+def test_coverage_of_the_corrected_interval(score: ScoreName, d: int, n: int, least: float) -> None:
     """2,000 replicates, 32 blocks: theta lies in 93% to 97% of the corrected intervals.
 
     Kernel distance falls short, as it declares: a cubic kernel of one Gaussian feature has heavy tails (seen: .9025 at

@@ -42,11 +42,11 @@ from lowvar.metrics.kernel import kernel_statistic
 from lowvar.metrics.pairwise import TwoSample
 from lowvar.process.noise import Independent, NoiseSource
 
-__all__ = ["BIAS", "Score", "ScoreEstimate", "score_estimate"]
+__all__ = ["BIAS", "ScoreEstimate", "ScoreName", "score_estimate"]
 
-Score = Literal["frechet", "kernel", "energy"]
+ScoreName = Literal["frechet", "kernel", "energy"]
 
-BIAS: Mapping[Score, str] = {
+BIAS: Mapping[ScoreName, str] = {
     "frechet": "upwards, of order 1/n",
     "kernel": "none",
     "energy": "none",
@@ -73,7 +73,7 @@ class ScoreEstimate:
         nfe: network evaluations spent.
     """
 
-    score: Score
+    score: ScoreName
     replicates: Replicates
     samples: int
     nfe: int
@@ -109,7 +109,7 @@ class ScoreEstimate:
         return self.replicates.minus(other.replicates).corrected()
 
 
-def _statistic(score: Score, reference: Tensor) -> FrechetStatistic | TwoSample:
+def _statistic(score: ScoreName, reference: Tensor) -> FrechetStatistic | TwoSample:
     if score == "frechet":
         return FrechetStatistic.against(reference)
     return kernel_statistic(reference) if score == "kernel" else energy_statistic(reference)
@@ -119,7 +119,7 @@ def _statistic(score: Score, reference: Tensor) -> FrechetStatistic | TwoSample:
 def score_estimate(
     sampler: _Sampler,
     reference: Tensor,
-    score: Score = "frechet",
+    score: ScoreName = "frechet",
     *,
     features: Callable[[Tensor], Tensor] | None = None,
     blocks: int = 32,
@@ -156,8 +156,8 @@ def score_estimate(
         >>> found.samples, found.declared_bias, found.at_n.excludes(0.0)
         (2048, 'none', True)
     """
-    if score not in get_args(Score):
-        raise UserError(f"score is {score!r}; allowed: {', '.join(get_args(Score))}")
+    if score not in get_args(ScoreName):
+        raise UserError(f"score is {score!r}; allowed: {', '.join(get_args(ScoreName))}")
     if blocks < MIN_BLOCKS:
         raise UserError(f"blocks is {blocks}; an interval needs at least {MIN_BLOCKS}")
     if block_size < 2 or block_size % 2:
