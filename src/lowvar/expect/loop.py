@@ -34,6 +34,7 @@ from lowvar.process.noise import Independent, NoiseSource
 
 __all__ = ["estimate", "estimates"]
 
+_WHOLE = 4  # pilots: samples of a run that a pilot chose the design of
 _LEAST = 32  # units of a stream before its variance is believed
 _LEAST_NETS = 24
 _PROBE = 42  # number of the range of samples that a statistic's shape is found on
@@ -65,7 +66,8 @@ def estimates(
         design: "auto", or a design by name (`lowvar.expect.catalogue`).
         noise: independent noise (default `Independent(0)`); sample i of the independent design has number i.
         batch_size: samples evaluated at once on a process.
-        pilot: samples of the planner's pilot, even, at least 32.
+        pilot: samples of the planner's pilot, even, at least 32. A run whose design it chose ends with 4 times as many,
+            or with the budget: on the pilot alone the winner looks better than it is.
         confidence: of the interval.
         norm: what tol means for vectors and images: the largest half width, or the root of their mean square.
         name: of the statistic.
@@ -108,7 +110,7 @@ def estimates(
         choice = plan(run, pilot=pilot, norm=norm, confidence=confidence, tol=tol, budget=budget)
         run.decision = choice.decision
         run.memory = _remembered(choice.design)
-        run.memory["looked"] = run.samples
+        run.memory |= {"looked": run.samples, "least": _WHOLE * pilot}
         yield Progress(None, run.nfe, choice.decision.candidates[0].nfe, run.state(), False)
     else:
         points = _points(tol, limit, sampler.nfe) if "sobol" in named else 0
@@ -131,8 +133,12 @@ def _drawn(
             focus = run.focus(combined.var, norm)
             t = quantile(confidence, combined.freedom(focus))
             reached = tol is not None and half_width(combined.var, norm, t) <= tol
+        missing = run.memory.get("least", 0) - run.samples
         if short is not None:
             order, reached = short, False
+        elif reached and missing > 0:  # a design that won on the pilot looks better there than it is
+            stream = design.streams[0]
+            order, reached, expected = (stream, math.ceil(missing / stream.size)), False, run.nfe
         elif not reached:
             assert combined is not None
             target = (tol / t) ** 2 if tol is not None else 0.0
