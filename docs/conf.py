@@ -65,9 +65,17 @@ def _imports(module: str) -> dict[str, str]:
 class ImportedNames(PythonDomain):
     """A bare name that two modules have is the one that the module it stands in imports."""
 
-    def find_obj(self, env: Any, modname: Any, classname: Any, name: Any, *rest: Any) -> list[Any]:
+    def find_obj(
+        self,
+        env: Any,
+        modname: Any,
+        classname: Any,
+        name: Any,
+        type: Any,  # noqa: A002 (Sphinx's name)
+        searchmode: int = 0,
+    ) -> list[Any]:
         """See the base class."""
-        found = super().find_obj(env, modname, classname, name, *rest)
+        found = super().find_obj(env, modname, classname, name, type, searchmode)
         if len(found) < 2 or not modname:
             return found
         source = _imports(modname).get(name, modname)

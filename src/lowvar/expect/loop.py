@@ -315,7 +315,7 @@ def estimate(
         >>> normal = FunctionSampler(lambda index, noise: noise.normal(index, (2,)), (2,))
         >>> found = estimate(normal, lambda x: x[:, 0] + 3, tol=0.01, name="first")
         >>> round(float(found.value), 6), found.design, found.nfe
-        (3.0, 'antithetic', 66)
+        (3.0, 'antithetic', 258)
     """
     last = None
     for record in estimates(

@@ -160,7 +160,10 @@ class Sites:
         if self._plan is None:
             site = self._found(name, distribution, estimator, parents)
             noise: Mapping[str, Tensor] = self._noise.get(name) or first_noise(site, k)
-            self.starts[name] = estimator.start(distribution)
+            try:
+                self.starts[name] = estimator.start(distribution)
+            except ValueError as reason:
+                raise ValueError(f"site {name!r}: {reason}") from reason
             draw = estimator.draw(distribution, noise, self.starts[name])
             if draw.values.shape[0] != len(site.branches) or site.branches[0] != "main":
                 raise ValueError(
