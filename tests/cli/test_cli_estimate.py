@@ -183,7 +183,7 @@ REFUSED = [
     (("nowhere:f", "--tol", 0.1), "there is no module 'nowhere'"),
     (("mine:nothing", "--tol", 0.1), "module 'mine' has no function 'nothing'; it has"),
     (("mine:broken", "--tol", 0.1), "statistic 'mine:broken' is"),
-    (("mine:restless", "--tol", 0.1), "values for the same samples"),
+    (("mine:restless", "--tol", 0.1), "is random itself: sample 0"),
     (("mine:centred", "--tol", 0.1), "must not depend on the other samples"),
     (("brightness", "--tol", 0.1, "--design", "magic"), "give 'auto' or parts of it joined by '+'"),
     (("brightness", "--tol", 0.1, "--design", "stratified"), "stratified"),

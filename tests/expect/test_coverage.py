@@ -13,9 +13,10 @@ from torch import Tensor
 from lowvar.expect import estimate
 from lowvar.expect.catalogue import Catalogue
 from lowvar.expect.design import Design
+from lowvar.expect.integrand import Integrand
 from lowvar.expect.run import quantile
-from lowvar.expect.statistic import Statistic
 from lowvar.expect.sums import Sums
+from lowvar.metrics import Statistic
 from lowvar.process import Independent
 from lowvar.testing.expectations import expectation, smooth_map
 
@@ -63,9 +64,10 @@ def sums_of(design: Design, n: int, replicates: int, seed: int) -> dict[str, Sum
 def covered(name: str, statistic: str, n: int, replicates: int = REPLICATES) -> tuple[float, float]:
     """Share of intervals that hold the truth, and the mean's distance from it in its own standard errors."""
     f = STATISTICS[statistic]
-    catalogue = Catalogue(smooth_map(), Statistic(f, statistic, torch.Size(())), ("twin", "mixture", "features"))
+    integrand = Integrand(Statistic(statistic, f), torch.Size(()))
+    catalogue = Catalogue(smooth_map(), integrand, ("twin", "mixture", "features"))
     if not set(name.split("+")) & {"twin", "mixture", "features"}:
-        catalogue = Catalogue(smooth_map(), Statistic(f, statistic, torch.Size(())), ())
+        catalogue = Catalogue(smooth_map(), integrand, ())
     design = catalogue.design(name, points=16)
     combined = design.combined(sums_of(design, n, replicates, 1))
     assert combined is not None

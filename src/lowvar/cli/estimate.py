@@ -278,22 +278,18 @@ class Estimate(Sampling):
 
 
 class _Watched:
-    """The statistic, asked twice about its first batch of samples and told how far a run is.
+    """The statistic, which tells how far a run is.
 
     Attributes:
         seen: called with the number of samples after each call.
     """
 
     def __init__(self, statistic: Statistic) -> None:
-        self.statistic, self.checked = statistic, False
+        self.statistic = statistic
         self.seen: Any = lambda n: None
 
     def __call__(self, samples: torch.Tensor) -> torch.Tensor:
-        if not self.checked and len(samples) >= 8:
-            self.checked = True
-            values = self.statistic.check(samples)
-        else:
-            values = self.statistic(samples)
+        values = self.statistic(samples)
         self.seen(len(samples))
         return values
 

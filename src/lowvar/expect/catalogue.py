@@ -21,11 +21,11 @@ from lowvar.expect.design import Design, OneStream
 from lowvar.expect.features import LEVERAGE
 from lowvar.expect.fewstep import few_step
 from lowvar.expect.independent import IndependentUnits
+from lowvar.expect.integrand import Integrand
 from lowvar.expect.multilevel import ladder, multilevel
 from lowvar.expect.sampler import Sampler
 from lowvar.expect.single_term import single_term
 from lowvar.expect.sobol import Bridge, SobolUnits, bridge_of
-from lowvar.expect.statistic import Statistic
 from lowvar.expect.strata import stratified
 from lowvar.expect.streams import Stream, sample_stream, shadow_stream, surrogate_stream
 from lowvar.expect.units import UnitNoise
@@ -82,7 +82,7 @@ class Catalogue:
     """
 
     sampler: Sampler
-    statistic: Statistic
+    statistic: Integrand
     controls: tuple[str, ...] = CONTROLS
     _streams: dict[str, Stream] = field(default_factory=dict, repr=False)
     _made: dict[str, Design] = field(default_factory=dict, repr=False)

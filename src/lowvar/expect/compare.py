@@ -11,16 +11,16 @@ chooses.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from lowvar.errors import UserError
-from lowvar.expect.estimate import Estimate, Norm
-from lowvar.expect.loop import estimate
+from lowvar.expect.estimate import Estimate
+from lowvar.expect.integrand import StatisticFunction
+from lowvar.expect.loop import Options, estimate
 from lowvar.expect.sampler import FunctionSampler, Sampler
-from lowvar.expect.statistic import StatisticFunction
 from lowvar.process.noise import NoiseSource
 
 __all__ = ["Comparison", "compare"]
@@ -57,20 +57,7 @@ class Comparison:
 
 
 def compare(
-    sampler_a: Sampler,
-    sampler_b: Sampler,
-    statistic: StatisticFunction,
-    *,
-    tol: float | None = None,
-    budget: int | None = None,
-    design: str = "auto",
-    noise: NoiseSource | None = None,
-    batch_size: int = 256,
-    pilot: int = 64,
-    confidence: float = 0.95,
-    norm: Norm = "max",
-    name: str | None = None,
-    accelerator: Any = None,
+    sampler_a: Sampler, sampler_b: Sampler, statistic: StatisticFunction, **options: Unpack[Options]
 ) -> Comparison:
     """The difference of two samplers on common noise; arguments as in `lowvar.expect.estimates`.
 
@@ -109,25 +96,12 @@ def compare(
         max(sampler_a.draws, sampler_b.draws),
         noise_shape=shape,
     )
-    label = name or getattr(statistic, "__name__", "statistic")
-    found = estimate(
-        pair,
-        watched,
-        tol=tol,
-        budget=budget,
-        design=design,
-        noise=noise,
-        batch_size=batch_size,
-        pilot=pilot,
-        confidence=confidence,
-        norm=norm,
-        name=f"difference of {label}",
-        accelerator=accelerator,
-    )
+    label = options.get("name") or getattr(statistic, "__name__", "statistic")
+    found = estimate(pair, watched, **(options | {"name": f"difference of {label}"}))
     a, b, separate = moments.result()
-    var = found.se**2
-    top = separate.max() if norm == "max" else separate.mean()
-    own = var.max() if norm == "max" else var.mean()
+    var, largest = found.se**2, options.get("norm", "max") == "max"
+    top = separate.max() if largest else separate.mean()
+    own = var.max() if largest else var.mean()
     needed = float(top / own) if float(own) > 0 else float("inf")
     return Comparison(found, a, b, found.nfe, found.samples, needed, needed / found.samples)
 

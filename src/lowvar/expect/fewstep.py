@@ -23,8 +23,8 @@ import math
 from torch import Tensor
 
 from lowvar.expect.design import OneStream
+from lowvar.expect.integrand import Integrand
 from lowvar.expect.sampler import Sampler
-from lowvar.expect.statistic import Statistic
 from lowvar.expect.streams import Stream
 from lowvar.expect.units import UnitNoise
 from lowvar.process.noise import NoiseSource
@@ -47,7 +47,7 @@ def expected_factor(rho: float, c: float) -> float:
     return 1 / root**2 if root > 0 else math.inf
 
 
-def few_step(fine: Sampler, coarse: Sampler, statistic: Statistic, units: UnitNoise, number: int) -> OneStream:
+def few_step(fine: Sampler, coarse: Sampler, statistic: Integrand, units: UnitNoise, number: int) -> OneStream:
     """The design of a sampler and a coarser one.
 
     Args:

@@ -8,15 +8,17 @@ Before every batch the number of units that are still wanted is predicted from t
 where it should and not a batch later; a stream is never more than doubled on the word of few units. Streams of a design
 with several are drawn in the proportions of `lowvar.expect.design.allocation`.
 
-Looking after every batch and stopping when the interval is narrow favours variances that came out too small; with 32
-units at least before the first look the effect on coverage is below a percent (tests/expect holds it).
+Looking after every batch and stopping when the interval is narrow favours variances that came out too small, and a
+design that won on a pilot looks better there than it is: ending with a pilot of 64 samples, runs held the truth .885
+of the time on a norm. So a run whose design a pilot chose draws four pilots at least: .923 of 400 runs on that norm,
+.943 on a coordinate (standard error .013).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 
@@ -24,15 +26,15 @@ from lowvar.errors import UserError
 from lowvar.expect.catalogue import CONTROLS, Catalogue, canonical
 from lowvar.expect.design import Design, OneStream, Pooled
 from lowvar.expect.estimate import Decision, Estimate, Norm, Progress, RunState
+from lowvar.expect.integrand import Integrand, StatisticFunction
 from lowvar.expect.planner import plan, reconsidered
 from lowvar.expect.run import Run, half_width, quantile
 from lowvar.expect.sampler import Sampler
-from lowvar.expect.statistic import Statistic, StatisticFunction
 from lowvar.expect.streams import Stream
 from lowvar.expect.units import Shifted
 from lowvar.process.noise import Independent, NoiseSource
 
-__all__ = ["estimate", "estimates"]
+__all__ = ["Options", "estimate", "estimates"]
 
 _WHOLE = 4  # pilots: samples of a run that a pilot chose the design of
 _LEAST = 32  # units of a stream before its variance is believed
@@ -266,14 +268,14 @@ def _with_name(found: Estimate, run: Run) -> Estimate:
 
 def _statistic(
     sampler: Sampler, function: StatisticFunction, name: str | None, noise: NoiseSource
-) -> tuple[Statistic, int]:
+) -> tuple[Integrand, int]:
     """The statistic, and the evaluations that finding its shape cost (none where there is a twin)."""
     index = torch.arange(2)
     source = Shifted(noise, _PROBE)
     shadow = sampler.shadow
     if shadow is not None:
-        return Statistic.of(function, shadow.alone(index, source), name), 0
-    return Statistic.of(function, sampler(index, source), name), 2 * sampler.nfe
+        return Integrand.of(function, shadow.alone(index, source), name), 0
+    return Integrand.of(function, sampler(index, source), name), 2 * sampler.nfe
 
 
 def _checked(tol: float | None, budget: int | None, pilot: int, confidence: float, norm: str, batch_size: int) -> None:
@@ -293,21 +295,22 @@ def _checked(tol: float | None, budget: int | None, pilot: int, confidence: floa
         raise UserError(f"batch_size is {batch_size}; give at least 1")
 
 
-def estimate(
-    sampler: Sampler,
-    statistic: StatisticFunction,
-    *,
-    tol: float | None = None,
-    budget: int | None = None,
-    design: str = "auto",
-    noise: NoiseSource | None = None,
-    batch_size: int = 256,
-    pilot: int = 64,
-    confidence: float = 0.95,
-    norm: Norm = "max",
-    name: str | None = None,
-    accelerator: Any = None,
-) -> Estimate:
+class Options(TypedDict, total=False):
+    """Arguments of `estimates`, which `estimate` and `compare` hand on."""
+
+    tol: float | None
+    budget: int | None
+    design: str
+    noise: NoiseSource | None
+    batch_size: int
+    pilot: int
+    confidence: float
+    norm: Norm
+    name: str | None
+    accelerator: Any
+
+
+def estimate(sampler: Sampler, statistic: StatisticFunction, **options: Unpack[Options]) -> Estimate:
     """E f of a sampler with its interval; arguments and errors as in `estimates`.
 
     Example:
@@ -318,20 +321,7 @@ def estimate(
         (3.0, 'antithetic', 258)
     """
     last = None
-    for record in estimates(
-        sampler,
-        statistic,
-        tol=tol,
-        budget=budget,
-        design=design,
-        noise=noise,
-        batch_size=batch_size,
-        pilot=pilot,
-        confidence=confidence,
-        norm=norm,
-        name=name,
-        accelerator=accelerator,
-    ):
+    for record in estimates(sampler, statistic, **options):
         last = record.estimate
     assert last is not None
     return last

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from lowvar.expect.design import ManyStreams
+from lowvar.expect.integrand import Integrand
 from lowvar.expect.sampler import Sampler, alone
-from lowvar.expect.statistic import Statistic
 from lowvar.expect.streams import Stream
 from lowvar.expect.units import UnitNoise
 from lowvar.process.noise import NoiseSource
@@ -49,7 +49,7 @@ def ladder(sampler: Sampler, smallest: int = 1) -> list[Sampler]:
 
 
 def level_stream(
-    fine: Sampler, coarse: Sampler | None, statistic: Statistic, units: UnitNoise, number: int, key: str
+    fine: Sampler, coarse: Sampler | None, statistic: Integrand, units: UnitNoise, number: int, key: str
 ) -> Stream:
     """Units of P_l - P_{l-1} on common noise, of P_0 where there is no coarser sampler; P_l beside it."""
 
@@ -62,7 +62,7 @@ def level_stream(
 
 
 def multilevel(
-    levels: Sequence[Sampler], statistic: Statistic, units: UnitNoise, number: int, declared: str | None = None
+    levels: Sequence[Sampler], statistic: Integrand, units: UnitNoise, number: int, declared: str | None = None
 ) -> ManyStreams:
     """The multilevel design over samplers, coarsest first.
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from lowvar.expect.design import OneStream
 from lowvar.expect.independent import IndependentUnits
+from lowvar.expect.integrand import Integrand
 from lowvar.expect.sampler import Sampler, alone
-from lowvar.expect.statistic import Statistic
 from lowvar.expect.streams import Stream
 from lowvar.process.noise import NoiseSource
 
@@ -43,7 +43,7 @@ def level_probabilities(levels: int, decay: float = 1.5) -> Tensor:
     return p / p.sum()
 
 
-def single_term(levels: Sequence[Sampler], statistic: Statistic, number: int, decay: float = 1.5) -> OneStream:
+def single_term(levels: Sequence[Sampler], statistic: Integrand, number: int, decay: float = 1.5) -> OneStream:
     """The design over samplers, coarsest first.
 
     Args:

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lowvar.expect.design import ManyStreams
+from lowvar.expect.integrand import Integrand
 from lowvar.expect.sampler import Sampler
-from lowvar.expect.statistic import Statistic
 from lowvar.expect.streams import sample_stream
 from lowvar.expect.units import UnitNoise
 
@@ -23,7 +23,7 @@ __all__ = ["stratified"]
 
 
 def stratified(
-    parts: Sequence[tuple[float, Sampler]], statistic: Statistic, units: UnitNoise, number: int
+    parts: Sequence[tuple[float, Sampler]], statistic: Integrand, units: UnitNoise, number: int
 ) -> ManyStreams:
     """The design of a conditional sampler's classes.
 

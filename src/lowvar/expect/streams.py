@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lowvar.errors import UserError
 from lowvar.expect.features import noise_features, shadow_features
+from lowvar.expect.integrand import Integrand
 from lowvar.expect.sampler import Sampler
 from lowvar.expect.sobol import Bridge, SobolUnits
-from lowvar.expect.statistic import Statistic
 from lowvar.expect.sums import Sums
 from lowvar.expect.units import Shifted, UnitNoise
 from lowvar.process.basis import PixelBasis
@@ -82,7 +82,7 @@ class Stream:
 
 def sample_stream(
     sampler: Sampler,
-    statistic: Statistic,
+    statistic: Integrand,
     units: UnitNoise,
     number: int,
     *,
@@ -131,7 +131,7 @@ def sample_stream(
     return Stream(key or units.name, number, units, sampler.nfe * units.size, columns, evaluate)
 
 
-def shadow_stream(sampler: Sampler, statistic: Statistic, number: int) -> Stream:
+def shadow_stream(sampler: Sampler, statistic: Integrand, number: int) -> Stream:
     """The twin alone, in scrambled nets over its own directions: E f(x~) for no network evaluation.
 
     Raises:
@@ -153,7 +153,7 @@ def shadow_stream(sampler: Sampler, statistic: Statistic, number: int) -> Stream
     )
 
 
-def surrogate_stream(sampler: Sampler, statistic: Statistic, number: int, bridge: Bridge) -> Stream:
+def surrogate_stream(sampler: Sampler, statistic: Integrand, number: int, bridge: Bridge) -> Stream:
     """The mixture's chain alone, in scrambled nets over the sampler's own noise.
 
     Raises:
