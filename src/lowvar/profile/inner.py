@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from lowvar.process.jacobian import plain_attention
 from lowvar.process.noise import NoiseSource
+from lowvar.train.noise_probe import flat_gradient
 
 __all__ = ["Exact", "InnerProducts", "Sketched", "parameter_groups"]
 
@@ -92,8 +93,7 @@ class Exact(InnerProducts):
         for first in range(0, n, size):
             rows = []
             for k in range(first, first + size):
-                g = torch.autograd.grad(losses(slice(k, k + 1)).sum(), weights, allow_unused=True)
-                rows.append(torch.cat([_numbers(v, w) for v, w in zip(g, weights, strict=True)]))
+                rows.append(flat_gradient(losses(slice(k, k + 1)).sum(), weights))
             parts = torch.stack(rows).split(lengths, 1)
             found.append(torch.stack([(p @ p.T).double() for p in parts]))
         return torch.stack(found)
@@ -153,9 +153,3 @@ class Sketched(InnerProducts):
                 place += 1
             products.append(torch.autograd.grad(total, u, retain_graph=True)[0].double())
         return torch.stack(products)
-
-
-def _numbers(gradient: Tensor | None, weight: Tensor) -> Tensor:
-    """Flat, float32 or wider; 0 where the loss does not depend on the weight."""
-    g = torch.zeros_like(weight) if gradient is None else gradient
-    return g.flatten().to(torch.promote_types(g.dtype, torch.float32))

@@ -38,6 +38,7 @@ from lowvar.process.noise import Independent
 from lowvar.train import DrawPlan, GradientNormTimes, LossSecondMomentTimes, Objective, config_from
 from lowvar.train.config import make_pairing
 from lowvar.train.noise_probe import flat_gradient, rows_of
+from lowvar.train.noise_scale import moments_of_sums
 from lowvar.train.stable_target import ReferencePlan, reference_noise
 from lowvar.train.targets import PlainTarget
 from lowvar.train.timesteps import FixedTimes, Times, UniformTimes
@@ -324,10 +325,6 @@ def _traces(g: Tensor) -> tuple[float, Tensor]:
     """tr Cov of rows (R, P), and without each row, (R,)."""
     gram = (g @ g.T).double()
     n = len(g)
-
-    def trace(square: Tensor, whole: Tensor, count: int) -> Tensor:
-        return (square - whole / count) / (count - 1)
-
     diagonal, rows, whole = gram.diagonal(), gram.sum(1), gram.sum()
-    out = trace(diagonal.sum() - diagonal, whole - 2 * rows + diagonal, n - 1)
-    return float(trace(diagonal.sum(), whole, n)), out
+    out = moments_of_sums(diagonal.sum() - diagonal, whole - 2 * rows + diagonal, n - 1, 1)[1]
+    return float(moments_of_sums(diagonal.sum(), whole, n, 1)[1]), out

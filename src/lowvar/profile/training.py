@@ -24,7 +24,7 @@ from lowvar.profile.gradient import CrossedDraws, crossed_blocks
 from lowvar.profile.inner import Exact, InnerProducts, Sketched, parameter_groups
 from lowvar.profile.techniques import TECHNIQUES, Measured, Reduction, Technique, measure, plain_times_of
 from lowvar.profile.verdict import Advice, advise
-from lowvar.train import HybridVLB, LognormalTimes, Objective, PosteriorNLL, Simple
+from lowvar.train import LognormalTimes, Objective, config_from, make_objective
 from lowvar.train.timesteps import FixedTimes
 from lowvar.train.validation import logsnr_edges
 
@@ -70,9 +70,8 @@ def plain_objective(denoiser: NetworkDenoiser, levels: int | None) -> Objective:
         denoiser: the network.
         levels: grey levels of the data.
     """
-    if denoiser.head is None:
-        return Objective(Simple())
-    return Objective(Simple(), HybridVLB(0.001, levels) if denoiser.head == "range" else PosteriorNLL(0.01))
+    head = {None: "none", "range": "range"}.get(denoiser.head, "logvar")
+    return make_objective(config_from({"head": head}), levels)
 
 
 def recipe_times(denoiser: NetworkDenoiser) -> FixedTimes:

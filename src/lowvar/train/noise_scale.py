@@ -29,11 +29,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 __all__ = ["NoiseScale", "NoiseScaleEstimate", "block_moments", "moments_of_sums"]
+
+_Number = TypeVar("_Number", float, Tensor)
 
 
 def block_moments(blocks: Sequence[Tensor] | Tensor, samples: int) -> tuple[float, float]:
@@ -64,12 +67,12 @@ def block_moments(blocks: Sequence[Tensor] | Tensor, samples: int) -> tuple[floa
     return moments_of_sums(float((g**2).sum()), float((g.sum(0) ** 2).sum()), k, samples)
 
 
-def moments_of_sums(each: float, whole: float, k: int, samples: int) -> tuple[float, float]:
+def moments_of_sums(each: _Number, whole: _Number, k: int, samples: int) -> tuple[_Number, _Number]:
     """Unbiased (||mu||^2, V) from what several processes can add up, each with blocks of its own.
 
     Args:
-        each: sum ||g_a||^2 over the k blocks.
-        whole: ||sum g_a||^2.
+        each: sum ||g_a||^2 over the k blocks; a number, or a tensor of many such sums.
+        whole: ||sum g_a||^2, likewise.
         k: number of blocks, at least 2.
         samples: n, samples in each.
 
