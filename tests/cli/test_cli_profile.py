@@ -84,6 +84,7 @@ def test_sketches(lowvar: Any, model: Path, tmp_path: Path) -> None:
     [
         (("--batch-size", 6), "--batch-size is 6; give a multiple of 4, so that pairs and groups fit"),
         (("--batch-size", 0), "--batch-size is 0; give a whole number from 4"),
+        (("--minutes", "never"), "--minutes is 'never'; give a number; see `lowvar profile --help`"),
         (("--minutes", 0), "--minutes is 0; give a number above 0"),
         (("--memory", -1), "--memory is -1; give a number above 0"),
         (
@@ -91,7 +92,7 @@ def test_sketches(lowvar: Any, model: Path, tmp_path: Path) -> None:
             "--batch-size is 4000 and the training split has 1197 images; give at most that, or more data",
         ),
     ],
-    ids=["groups", "none", "minutes", "memory", "small data"],
+    ids=["groups", "none", "no number", "minutes", "memory", "small data"],
 )
 def test_refusals(lowvar: Any, model: Path, tmp_path: Path, words: tuple[object, ...], said: str) -> None:
     done = lowvar("profile", "--model", model, "--data", "digits", "--out", tmp_path / "p", *words)

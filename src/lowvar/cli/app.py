@@ -53,6 +53,7 @@ _PLAIN = (  # tyro's wording of a wrong value, and ours
     (r"^(--\S+): .*\bINT\b.* from \['(.*?)'\].*", r"\1 is '\2'; give a whole number"),
     (r"^(--\S+): .*\bFLOAT\b.* from \['(.*?)'\].*", r"\1 is '\2'; give a number"),
     (r"^(--\S+): invalid literal for int\(\) with base 10: (.*)", r"\1 is \2; give a whole number"),
+    (r"^(--\S+): could not convert string to float: (.*)", r"\1 is \2; give a number"),
     (r"^invalid choice (.*?) for argument '(.*?)'\. Expected one of \((.*)\)", r"\2 is \1; allowed: \3"),
     (r"^[Mm]issing value for argument '(.*?)'.*", r"\1 needs a value"),
 )
