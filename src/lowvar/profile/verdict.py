@@ -50,6 +50,8 @@ def batch_advice(scale: Interval, batch_size: int) -> Advice:
     Example:
         >>> batch_advice(Interval(400.0, 320.0, 500.0, 40.0), 64).do
         'a batch of 128 instead of 64'
+        >>> batch_advice(Interval(9000.0, 192.0, math.inf, math.inf), 64).expect
+        'at most 0.62 of the updates: the noise scale is at least 192'
         >>> batch_advice(Interval(20.0, 10.0, 30.0, 5.0), 64).do
         'a batch of 32 instead of 64'
         >>> batch_advice(Interval(70.0, 50.0, 90.0, 10.0), 64).worth
@@ -57,11 +59,13 @@ def batch_advice(scale: Interval, batch_size: int) -> Advice:
     """
     n, value = batch_size, scale.value
     if scale.low > 2 * n:
-        saving = (1 + value / (2 * n)) / (1 + value / n) if math.isfinite(value) else 0.5
-        bounds = f"{scale.low:.3g} to {scale.high:.3g}" if math.isfinite(scale.high) else f"at least {scale.low:.3g}"
+        known = math.isfinite(scale.high)
+        least = value if known else scale.low
+        saving = (1 + least / (2 * n)) / (1 + least / n)
+        bounds = f"{scale.low:.3g} to {scale.high:.3g}" if known else f"at least {scale.low:.3g}"
         return Advice(
             f"a batch of {2 * n} instead of {n}",
-            f"about {saving:.2f} of the updates: the noise scale is {bounds}",
+            f"{'about' if known else 'at most'} {saving:.2f} of the updates: the noise scale is {bounds}",
             f"lowvar train --batch-size {2 * n}",
             worth=True,
         )
