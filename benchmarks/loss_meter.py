@@ -31,8 +31,8 @@ from lowvar.train.meter import Estimate, allocation
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "loss_meter.json"
 TABLE = ROOT / "docs" / "results" / "loss_meter.md"
-UPDATES = {"digits": 400, "photos": 200}
-BATCH = {"digits": 64, "photos": 32}
+UPDATES = {"digits": 400, "photos:16": 400}
+BATCH = {"digits": 64, "photos:16": 32}
 
 
 def plain_variance(validation: ValidationSet, denoiser: NetworkDenoiser, rounds: int) -> tuple[float, float]:
@@ -130,15 +130,17 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     """Runs, writes both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--replicates", type=int, nargs=2, default=(60, 12), help="seeds: digits, photos")
-    parser.add_argument("--plain", type=int, nargs=2, default=(24, 6), help="evaluations an image: digits, photos")
+    parser.add_argument("--data", default=",".join(UPDATES), help="comma separated; what others were found stays")
+    parser.add_argument("--replicates", type=int, default=60, help="seeds")
+    parser.add_argument("--plain", type=int, default=24, help="evaluations an image")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    results: dict[str, Any] = {"date": dt.date.today().isoformat(), "version": __version__, "data": {}}
+    earlier = json.loads(RESULTS.read_text())["data"] if RESULTS.exists() else {}
+    results: dict[str, Any] = {"date": dt.date.today().isoformat(), "version": __version__, "data": earlier}
     results["python"], results["torch"] = platform.python_version(), torch.__version__
-    for i, name in enumerate(("digits", "photos")):
-        results["data"][name] = measured(name, arguments.replicates[i], arguments.plain[i])
+    for name in arguments.data.split(","):
+        results["data"][name] = measured(name, arguments.replicates, arguments.plain)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         TABLE.write_text(table(results))
         print(table(results))
