@@ -102,6 +102,8 @@ class TrainConfig:
         noise_scale_every: updates between measurements of the gradient noise scale (`noise_scale`), which say whether a
             larger batch would pay; 0: none. A measurement costs one evaluation and gradient of the batch more, two
             where the whole batch is one group of dependent draws (stratified, sobol, stable, strata).
+        gradient_accumulation_steps: pieces in which a process computes its share of a batch, so that a network fits
+            into memory; the samples and, up to rounding, their gradient are the same.
 
     Example:
         >>> TrainConfig(updates=100).batch_size
@@ -159,6 +161,7 @@ class TrainConfig:
     sample_every: Annotated[int, Field(ge=0)] = 0
     posthoc_ema: bool = False
     noise_scale_every: Annotated[int, Field(ge=0)] = 0
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
 
     @field_validator("strata")
     @classmethod

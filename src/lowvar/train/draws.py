@@ -25,7 +25,7 @@ With a pairing in which m consecutive samples share an image (or a time) the ima
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Protocol
 
 import torch
@@ -43,7 +43,7 @@ from lowvar.train.strata import strata_order
 from lowvar.train.stratified import stratified_uniforms
 from lowvar.train.timesteps import Times
 
-__all__ = ["DrawPlan", "Draws", "ImageSource"]
+__all__ = ["DrawPlan", "Draws", "ImageSource", "rows_of"]
 
 
 class ImageSource(Protocol):
@@ -85,6 +85,11 @@ class Draws:
         """Fills in groups of one."""
         if self.group is None:
             object.__setattr__(self, "group", self.number)
+
+
+def rows_of(draws: Draws, rows: slice) -> Draws:
+    """Some of the draws."""
+    return Draws(**{f.name: getattr(draws, f.name)[rows] for f in fields(Draws)})
 
 
 class DrawPlan:

@@ -32,7 +32,8 @@ from lowvar.models import null_class
 from lowvar.process.denoiser import NetworkDenoiser
 from lowvar.train import checkpoints
 from lowvar.train.averaging import PowerAverages
-from lowvar.train.batch_loss import BatchLoss, weighted_mean
+from lowvar.train.accumulation import backward
+from lowvar.train.batch_loss import BatchLoss
 from lowvar.train.conditional import classes_of
 from lowvar.train.config import TrainConfig
 from lowvar.train.draws import Draws, ImageSource
@@ -42,7 +43,7 @@ from lowvar.train.networks import build_network
 from lowvar.train.noise_probe import Blocks, measured
 from lowvar.train.noise_scale import NoiseScale
 from lowvar.train.norm_probe import squared_norm
-from lowvar.train.objectives import Losses, Objective
+from lowvar.train.objectives import Objective
 from lowvar.train.optimum import OptimumBounds, optimum_bounds
 from lowvar.train.own_networks import OfNullClass, check_network, own_network, structure
 from lowvar.train.parts import make_objective, make_plan, make_references, make_schedule, make_times
@@ -166,6 +167,11 @@ class Trainer:
             raise UserError(
                 f"batch_size {config.batch_size} does not divide among {parts} processes; give a multiple of {parts}"
             )
+        if config.batch_size % (parts * config.gradient_accumulation_steps):
+            raise UserError(
+                f"gradient_accumulation_steps is {config.gradient_accumulation_steps} and a process has "
+                f"{config.batch_size // parts} samples an update; give a divisor of {config.batch_size // parts}"
+            )
         self.schedule = make_schedule(config)
         if isinstance(data.train, Stream):
             check_stream(config)
@@ -266,6 +272,7 @@ class Trainer:
             clean, info = target.weighted(draws.x0, draws.eps, draws.level)
             target, seen = GivenTarget(clean, target), torch.stack([info.ess.mean(), info.alone.double().mean()])
         plain = a.unwrap_model(self._network)  # without the hooks that would average gradients
+        pieces = self.config.gradient_accumulation_steps
         if self.noise_scale is not None and (self.update + 1) % self.config.noise_scale_every == 0:
             self.noise_scale = measured(
                 self.noise_scale,
@@ -276,18 +283,19 @@ class Trainer:
                 self.update,
                 draws,
                 lambda: self._draws(self.update + 1),
+                pieces,
             )
-        losses = self.batch.losses(self._network, self.update, draws, target, a.process_index)
         probe: tuple[Tensor, Tensor] | None = None
         if isinstance(self.times, GradientNormTimes) and self.times.due(self.update):
             place = self.times.place(self.config.batch_size)
             probe = squared_norm(self.batch, a, plain, self.update, draws, target, place)
-        loss = weighted_mean(draws, losses)
-        sums = summed(a, torch.cat([loss.detach().double()[None], seen.to(loss.device)]))
+        losses = backward(self.batch, a, self._network, self.update, draws, target, pieces)
+        loss = (draws.weight.to(losses) * losses).mean()
+        sums = summed(a, torch.cat([loss.double()[None], seen.to(loss.device)]))
         mean, ess, alone = (v / a.num_processes for v in sums.tolist())
         if not math.isfinite(mean):
+            self._optimizer.zero_grad()
             raise NonFiniteError(self._diagnosis(draws, losses))
-        a.backward(loss)
         if self.uncertainty is not None and a.num_processes > 1:  # a few numbers, outside what accelerate wraps
             for p in self.uncertainty.parameters():
                 p.grad = None if p.grad is None else cast("Tensor", a.reduce(p.grad, "mean"))
@@ -303,7 +311,7 @@ class Trainer:
         if probe is not None:
             self.times = self.times.updated(*probe) if bool(torch.isfinite(probe[1]).all()) else self.times
         elif self.times.learns_from == "losses" and self.times.state():
-            learnt = losses.loss.detach()
+            learnt = losses
             if self.uncertainty is not None:  # its price u is no error
                 learnt = learnt - self.uncertainty.log_uncertainty(draws.level.logsnr).detach()
             self.times = self.times.updated(*gathered(a, draws.bin, learnt))
@@ -333,8 +341,8 @@ class Trainer:
             return ""
         return "; the last checkpoint is kept"
 
-    def _diagnosis(self, draws: Draws, losses: Losses) -> str:
-        bad = ~torch.isfinite(losses.loss.detach()).cpu()
+    def _diagnosis(self, draws: Draws, losses: Tensor) -> str:
+        bad = ~torch.isfinite(losses).cpu()
         least = self.validation.times.t_min
         edges = logsnr_edges(self.schedule, least)
         place = (draws.level.t.cpu()[bad] - 1e-9 - least) / (1 - least)

@@ -18,7 +18,6 @@ With no second group and one process alone (a batch of one sample) the batch of 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,12 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowvar.train.accumulation import pieces_of
 from lowvar.train.batch_loss import BatchLoss, weighted_mean
-from lowvar.train.draws import Draws
+from lowvar.train.draws import Draws, rows_of
 from lowvar.train.noise_scale import NoiseScale, moments_of_sums
 from lowvar.train.together import summed
 
-__all__ = ["Blocks", "flat_gradient", "measured", "moments", "rows_of"]
+__all__ = ["Blocks", "flat_gradient", "measured", "moments"]
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,6 @@ class Blocks:
         """The rows of a process's `count` draws in each of its blocks, where the batch is cut."""
         n = count // self.own
         return [slice(i * n, (i + 1) * n) for i in range(self.own)]
-
-
-def rows_of(draws: Draws, rows: slice) -> Draws:
-    """Some of the draws."""
-    return Draws(**{f.name: getattr(draws, f.name)[rows] for f in dataclasses.fields(Draws)})
 
 
 def flat_gradient(loss: Tensor, weights: Sequence[Tensor]) -> Tensor:
@@ -120,6 +115,7 @@ def measured(
     update: int,
     draws: Draws,
     after: Callable[[], Draws],
+    accumulation: int = 1,
 ) -> NoiseScale:
     """The noise scale with one more measurement, at the weights as they are.
 
@@ -132,6 +128,7 @@ def measured(
         update: its number.
         draws: this process's share of it.
         after: its share of the next update, asked for where a block is a batch.
+        accumulation: pieces in which the share is computed; a block's are no larger.
     """
     if blocks.whole:
         pieces = [(update, draws), (update + 1, after())]
@@ -145,8 +142,14 @@ def measured(
     def gradients() -> Iterator[Tensor]:
         for i, (number, own) in enumerate(pieces):
             seed = -2 - accelerator.process_index * len(pieces) - i
-            with accelerator.autocast():
-                loss = weighted_mean(own, batch.losses(network, update, own, batch.target(number, own), seed))
-            yield flat_gradient(scaled * loss, weights) / scaled
+            share, total = len(own.number), None
+            for rows in pieces_of(share, len(draws.number) // accumulation):
+                some = rows_of(own, rows)
+                with accelerator.autocast():
+                    loss = weighted_mean(some, batch.losses(network, update, some, batch.target(number, some), seed))
+                gradient = flat_gradient(scaled * loss * (len(some.number) / share), weights) / scaled
+                total = gradient if total is None else total + gradient
+            assert total is not None
+            yield total
 
     return scale.counted(*moments(gradients(), blocks, lambda x: summed(accelerator, x), accelerator.num_processes))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lowvar.train.batch_loss import BatchLoss
-from lowvar.train.draws import Draws
-from lowvar.train.noise_probe import flat_gradient, rows_of
+from lowvar.train.draws import Draws, rows_of
+from lowvar.train.noise_probe import flat_gradient
 from lowvar.train.targets import GivenTarget, Target
 from lowvar.train.together import summed
 
