@@ -76,8 +76,8 @@ def test_training_asks_for_the_images_classes_and_validation_for_the_conditional
     assert any(3 in asked for asked in network.asked)
     average: Any = trainer._average
     asked = torch.cat(average.asked)
-    assert len(asked) == len(trainer.validation)
-    assert torch.equal(asked, (torch.arange(len(asked)) % trainer.validation.n) % 3)  # nothing is dropped
+    assert len(asked) == len(trainer.watch.validation)
+    assert torch.equal(asked, (torch.arange(len(asked)) % trainer.watch.validation.n) % 3)  # nothing is dropped
 
 
 def test_data_without_classes_are_refused() -> None:

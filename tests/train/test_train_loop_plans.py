@@ -242,8 +242,9 @@ def test_labels_of_configured_times() -> None:
         {"pairing": "cross", "stratified": True, "times": "gradient-norm", "network": {"width": 8}},
         {"variance_reduction": "auto", "train_timesteps": 4, "strata": "cluster", "network": {"width": 8}},
         {"conditional": True, "pairing": "cross", "stratified": True, "network": {"width": 8}},
+        {"variance_reduction": "auto", "gradient_accumulation_steps": 2, "network": {"width": 8}},
     ],
-    ids=["probed", "auto", "conditional"],
+    ids=["probed", "auto", "conditional", "in pieces"],
 )
 def test_two_processes_draw_what_one_does(parts: dict[str, Any], on_one_and_two_processes: Any) -> None:
     """Pairs, strata, stable targets and learned times on one and on two CPU processes: times and predictions agree."""

@@ -105,16 +105,16 @@ def test_records_of_a_run_and_of_a_resumed_one(data: Data, tmp_path: Path) -> No
     config = config_from(BASE)
     trainer = Trainer(data, config, tmp_path / "whole", device="cpu")
     tables, changes = [], []
-    values_of = trainer.validation.values
-    trainer.validation.values = lambda *words: tables.append(values_of(*words)) or tables[-1]  # type: ignore[method-assign]
+    values_of = trainer.watch.validation.values
+    trainer.watch.validation.values = lambda *words: tables.append(values_of(*words)) or tables[-1]  # type: ignore[method-assign]
     for record in trainer.run():
         if isinstance(record, Validation):
             changes.append(record.change)
-            assert record.optimum == trainer.optimum
+            assert record.optimum == trainer.watch.optimum
             assert record.validation.error_low < record.validation.error < record.validation.error_high
     assert changes[0] is None
     for k in (1, 2):
-        change, validation = changes[k], trainer.validation
+        change, validation = changes[k], trainer.watch.validation
         assert change is not None
         assert change.since == 3 * k
         difference = tables[k] - tables[k - 1]

@@ -27,8 +27,7 @@ from lowvar.train import (
     HybridVLB,
     LognormalTimes,
     LossSecondMomentTimes,
-    Objective,
-    Simple,
+    NonFiniteError,
     TrainConfig,
     Trainer,
     UniformTimes,
@@ -391,11 +390,7 @@ def test_what_is_not_finite_is_named_by_its_bin() -> None:
     trainer = line({"process": "edm", "times": "uniform"})
     draws = trainer.plan.draws(0, trainer.times)
     bad = torch.where(draws.level.t == draws.level.t.max(), math.nan, 1.0)
-    zero = Objective(Simple()).losses(
-        NetworkDenoiser(lambda x, t: torch.zeros_like(x), trainer.schedule, "edm"), draws.x0, draws.eps, draws.level
-    )
-    losses = type(zero)(zero.loss * bad, zero.error)
-    sentence = trainer._diagnosis(draws, losses)  # pyright: ignore[reportPrivateUsage]
+    sentence = str(NonFiniteError.of_losses(bad, draws, trainer.watch.validation, 0, trainer.config, ""))
     low, high = (float(w) for w in sentence.split("logsnr bin ")[1].split(" (")[0].split(" to "))
     logsnr = float(draws.level.logsnr.min())
     assert low - 0.1 * abs(low) <= logsnr <= high + 0.1 * abs(high)

@@ -8,6 +8,7 @@ from lowvar.train.edm import EDM, LognormalTimes
 from lowvar.train.entropy_rate import EntropyRateTimes
 from lowvar.train.fitting import Fitted, fit
 from lowvar.train.gradient_norm import GradientNormTimes
+from lowvar.train.guards import NonFiniteError
 from lowvar.train.hybrid import HybridVLB
 from lowvar.train.immiscible import Immiscible, nearest_noise
 from lowvar.train.kept_averages import reconstruct_average
@@ -16,7 +17,7 @@ from lowvar.train.learned_schedule import LearnedScheduleTimes
 from lowvar.train.linear_control import LinearControl
 from lowvar.train.linear_loss import LinearLoss
 from lowvar.train.logit_normal import LogitNormalTimes
-from lowvar.train.loop import NonFiniteError, Trainer
+from lowvar.train.loop import Trainer
 from lowvar.train.minsnr import MinSNR
 from lowvar.train.mode import ModeTimes
 from lowvar.train.networks import NetworkConfig, build_network

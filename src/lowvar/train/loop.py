@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -31,44 +29,42 @@ from lowvar.errors import UserError
 from lowvar.models import null_class
 from lowvar.process.denoiser import NetworkDenoiser
 from lowvar.train import checkpoints
-from lowvar.train.averaging import PowerAverages
 from lowvar.train.accumulation import backward
+from lowvar.train.averaging import PowerAverages
 from lowvar.train.batch_loss import BatchLoss
 from lowvar.train.conditional import classes_of
 from lowvar.train.config import TrainConfig
 from lowvar.train.draws import Draws, ImageSource
 from lowvar.train.gradient_norm import GradientNormTimes
+from lowvar.train.guards import NonFiniteError
 from lowvar.train.kept_averages import AVERAGES, discard_after, is_moment, keep_averages
 from lowvar.train.networks import build_network
 from lowvar.train.noise_probe import Blocks, measured
 from lowvar.train.noise_scale import NoiseScale
 from lowvar.train.norm_probe import squared_norm
 from lowvar.train.objectives import Objective
-from lowvar.train.optimum import OptimumBounds, optimum_bounds
 from lowvar.train.own_networks import OfNullClass, check_network, own_network, structure
 from lowvar.train.parts import make_objective, make_plan, make_references, make_schedule, make_times
-from lowvar.train.processes import plain_times, resolved_sigma_data
-from lowvar.train.records import Change, Record, Sampled, Saved, TargetRecord, Update, Validation
+from lowvar.train.processes import resolved_sigma_data
+from lowvar.train.records import Record, Sampled, Saved, Update, Validation
 from lowvar.train.snapshot import Parts, capture, restore
 from lowvar.train.spectrum import make_spectrum, restored, stored
-from lowvar.train.stable_target import StableTarget, memorisation
+from lowvar.train.stable_target import StableTarget
 from lowvar.train.streams import check_stream, known
 from lowvar.train.targets import GivenTarget
 from lowvar.train.together import gathered, of_the_main_process, summed, written
 from lowvar.train.tracking import (
     check_pictures,
     check_trackers,
-    contact_sheet,
-    draw_samples,
-    save_picture,
+    draw_picture,
     scalars,
     start_trackers,
     stop_trackers,
 )
 from lowvar.train.uncertainty import Uncertainty
-from lowvar.train.validation import BINS, ValidationSet, logsnr_edges
+from lowvar.train.watch import Watch
 
-__all__ = ["NonFiniteError", "Trainer", "TrainingData"]
+__all__ = ["Trainer", "TrainingData"]
 
 _FREE = (  # settings that change no update: a run may go on with others
     "validate_every",
@@ -93,25 +89,6 @@ class TrainingData(Protocol):
     def levels(self) -> int | None: ...
     @property
     def fingerprint(self) -> str: ...
-
-
-class NonFiniteError(UserError):
-    """The loss or its gradient stopped being finite; the sentence names the update and the noise levels."""
-
-
-@dataclass(frozen=True)
-class _Since:
-    """What happened since the last validation."""
-
-    loss: float = 0.0
-    updates: int = 0
-    seconds: float = 0.0
-    ess: float = 0.0
-    alone: float = 0.0
-
-    def counted(self, loss: float, seconds: float, ess: float, alone: float) -> _Since:
-        """With one more update; `ess` and `alone` are sums, as the loss is."""
-        return _Since(self.loss + loss, self.updates + 1, self.seconds + seconds, self.ess + ess, self.alone + alone)
 
 
 class Trainer:
@@ -195,18 +172,13 @@ class Trainer:
         group = config.batch_size if one_set else self.plan.group_size
         self._blocks = Blocks.of(config.batch_size, group, parts)
         self.noise_scale = NoiseScale(max(config.batch_size, 2)) if config.noise_scale_every else None
-        self.validation = ValidationSet(
-            data.calibration,
-            self.schedule,
-            plain_times(config, self.schedule),
-            prediction=config.prediction,
-            weighting=self.objective.weighting,
-            sigma_data=self.sigma_data,
-        )
         self.spectrum = None if config.head_basis is None else make_spectrum(self._known, config.head_basis)
         if self.spectrum is not None and parts > 1:  # eigenvectors may differ between machines
             self.spectrum = restored(of_the_main_process(self.accelerator, stored(self.spectrum)), self.spectrum)
         self.classes = classes_of(data, config.condition_dropout, config.seed) if config.conditional else None
+        self.watch = Watch(
+            self._known, config, self.schedule, self.objective, self.sigma_data, self.classes, self.references
+        )
         classes = None if self.classes is None else self.classes.count
         is_own = network is not None or config.network.source is not None
         if network is None and config.network.source is not None:
@@ -241,9 +213,7 @@ class Trainer:
         )
         self.update = 0
         self.seconds = 0.0
-        self._since = _Since()
         self._seen = (0.0, 0.0)  # effective sample size of the last update's targets, share of those of one image
-        self._before: tuple[int, Tensor] | None = None  # update and values of the last validation
         if resume:
             self._resume()
         elif self.folder is not None and checkpoints.latest(self.folder / "checkpoints") is not None:
@@ -295,7 +265,7 @@ class Trainer:
         mean, ess, alone = (v / a.num_processes for v in sums.tolist())
         if not math.isfinite(mean):
             self._optimizer.zero_grad()
-            raise NonFiniteError(self._diagnosis(draws, losses))
+            raise NonFiniteError.of_losses(losses, draws, self.watch.validation, self.update, self.config, self._kept())
         if self.uncertainty is not None and a.num_processes > 1:  # a few numbers, outside what accelerate wraps
             for p in self.uncertainty.parameters():
                 p.grad = None if p.grad is None else cast("Tensor", a.reduce(p.grad, "mean"))
@@ -330,28 +300,13 @@ class Trainer:
         norm = a.clip_grad_norm_(self._network.parameters(), limit)
         norm = float("nan") if norm is None else float(norm)
         if not math.isfinite(norm) and a.scaler is None:  # a scaler (fp16) skips such updates and lowers its scale
-            raise NonFiniteError(
-                f"the gradient is not finite at update {self.update + 1}; lower lr (now {self.config.lr:g}) or "
-                f"clip_grad (now {self.config.clip_grad:g}), or train with mixed_precision no{self._kept()}"
-            )
+            raise NonFiniteError.of_gradient(self.update, self.config, self._kept())
         return norm
 
     def _kept(self) -> str:
         if self.folder is None or not (self.folder / "checkpoints").is_dir():
             return ""
         return "; the last checkpoint is kept"
-
-    def _diagnosis(self, draws: Draws, losses: Tensor) -> str:
-        bad = ~torch.isfinite(losses).cpu()
-        least = self.validation.times.t_min
-        edges = logsnr_edges(self.schedule, least)
-        place = (draws.level.t.cpu()[bad] - 1e-9 - least) / (1 - least)
-        numbers = sorted({min(max(int(v * BINS), 0), BINS - 1) for v in place.tolist()})
-        where = ", ".join(f"{edges[k + 1]:.2g} to {edges[k]:.2g}" for k in numbers) or "of another process"
-        return (
-            f"the loss is not finite at update {self.update + 1} in the logsnr bin {where} ({int(bad.sum())} of "
-            f"{len(bad)} samples); lower lr (now {self.config.lr:g}) or train with mixed_precision no{self._kept()}"
-        )
 
     # ---------------------------------------------------------------------------------------------------------- records
 
@@ -378,7 +333,7 @@ class Trainer:
             record = self._step()
             elapsed = time.perf_counter() - start
             self.seconds += elapsed
-            self._since = self._since.counted(record.loss, elapsed, *self._seen)
+            self.watch.since = self.watch.since.counted(record.loss, elapsed, *self._seen)
             self._keep_averages()
             yield record
             last = self.update == config.updates
@@ -389,80 +344,26 @@ class Trainer:
             if self.folder is not None and (last or self.update % config.checkpoint_every == 0):
                 yield Saved(self.update, self._save(self.folder / "checkpoints"))
 
-    @functools.cached_property
-    def optimum(self) -> OptimumBounds:
-        """Bounds of the least error of any network on these data; they depend on the data alone."""
-        return optimum_bounds(
-            self._known.train,
-            self.validation.batches(),
-            self.schedule,
-            self.validation.times,
-            self.config.prediction,
-            sigma_data=self.sigma_data,
-            labels=None if self.classes is None else self.classes.train,
-            bins=BINS,
-        )
-
-    def _change(self, values: Tensor) -> Change | None:
-        """The change of the loss since the last validation, which these values replace."""
-        before, self._before = self._before, (self.update, values[:, :1].clone())
-        if before is None or before[0] == self.update:
-            return None
-        return Change(before[0], *self.validation.change(before[1], values))
-
     def validate(self) -> Validation:
         """Validates the averaged weights and, with a folder, adds a line to `metrics.jsonl`."""
-        a, since = self.accelerator, self._since
-        with a.autocast():
-            values = self.validation.values(
-                self._as_denoiser(self._averaged()),
-                self.objective,
-                a.process_index,
-                a.num_processes,
-                a.device,
-                None if self.classes is None else self.classes.calibration,
-            )
-        values = summed(a, values)
-        rate = since.updates * self.config.batch_size / since.seconds if since.seconds else math.nan
-        record = Validation(
-            self.update,
-            since.loss / since.updates if since.updates else math.nan,
-            self.validation.summary(values, self.objective.variance is not None),
-            self.seconds,
-            rate,
-            self.noise_scale.estimate() if self.noise_scale is not None and self.noise_scale.ready else None,
-            self.optimum,
-            self._change(values),
-            target=self._about_targets(),
-        )
-        self._since = _Since()
-        if self.folder is not None and a.is_main_process:
+        denoiser = self._as_denoiser(self._averaged())
+        record = self.watch.validated(self.accelerator, denoiser, self.update, self.seconds, self.noise_scale)
+        if self.folder is not None and self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(record.record()) + "\n")
         return record
 
-    def _about_targets(self) -> TargetRecord | None:
-        since = self._since
-        if self.references is None or not since.updates:
-            return None
-        alone, noun = since.alone / since.updates, "row" if len(self.data.shape) == 1 else "image"
-        return TargetRecord(since.ess / since.updates, alone, memorisation(alone, self.references.source, noun))
-
     def _draw(self, folder: Path) -> Path:
         """Draws a grid of samples from the averaged weights; the main process does, the others wait."""
-        a, path = self.accelerator, folder / f"update-{self.update:07d}.png"
+        path = folder / f"update-{self.update:07d}.png"
+        classes = None if self.classes is None else self.classes.count
 
         def draw() -> None:
             denoiser = self._as_denoiser(self._averaged())
-            classes = None if self.classes is None else self.classes.count
-            with a.autocast():
-                picture = contact_sheet(draw_samples(denoiser, self.data.shape, self.config.seed, classes, a.device))
-            save_picture(path, picture)
-            for tracker in a.trackers:
-                tracker.log_images({"samples": picture[None]}, step=self.update, dataformats="NHWC")
+            draw_picture(self.accelerator, denoiser, path, self.update, self.data.shape, self.config.seed, classes)
 
-        written(a, draw, path)
+        written(self.accelerator, draw, path)
         return path
 
     def ema_network(self) -> nn.Module:
@@ -500,12 +401,12 @@ class Trainer:
                 "update": self.update,
                 "identity": self._identity(),
                 "seconds": self.seconds,
-                "since": dataclasses.astuple(self._since),
             }
+            state["since"], validation = self.watch.state()
             own = {"times": self.times.state(), "spectrum": {} if self.spectrum is None else stored(self.spectrum)}
             own |= {"uncertainty": {} if self.uncertainty is None else dict(self.uncertainty.state_dict())}
             own |= {"averages": {} if self.averages is None else self.averages.state()}
-            own |= {"validation": {} if self._before is None else _kept_values(*self._before)}
+            own |= {"validation": validation}
             own |= {"stream": self.plan.images.state() if isinstance(self.plan.images, Stream) else {}}
             own |= {"noise_scale": {} if self.noise_scale is None else self.noise_scale.state()}
             contents = tensors | own
@@ -542,15 +443,12 @@ class Trainer:
             self.averages = self.averages.restored(on_device)
         if isinstance(self.plan.images, Stream):
             self.plan.images = self.plan.images.restored(kept.tensors["stream"])
-        if "validation" in kept.tensors:
-            values = kept.tensors["validation"]
-            self._before = int(values["update"]), values["values"]
+        self.watch.restore(kept.state["since"], kept.tensors.get("validation", {}))
         if self.noise_scale is not None and "noise_scale" in kept.tensors:
             self.noise_scale = self.noise_scale.restored(kept.tensors["noise_scale"])
         if self.spectrum is not None:  # as it was: eigenvectors may differ between machines
             self.spectrum = restored(kept.tensors["spectrum"], self.spectrum)
         self.update, self.seconds = int(kept.state["update"]), float(kept.state["seconds"])
-        self._since = _Since(*kept.state["since"])
         self._truncate_records()
 
     def _truncate_records(self) -> None:
@@ -560,10 +458,6 @@ class Trainer:
             return
         discard_after(file.with_name(AVERAGES), self.update)
         checkpoints.truncate(file, self.update)
-
-
-def _kept_values(update: int, values: Tensor) -> dict[str, Tensor]:
-    return {"update": torch.tensor(update), "values": values}
 
 
 def _copy(network: nn.Module) -> nn.Module:

@@ -34,6 +34,7 @@ __all__ = [
     "check_pictures",
     "check_trackers",
     "contact_sheet",
+    "draw_picture",
     "draw_samples",
     "save_picture",
     "scalars",
@@ -111,6 +112,33 @@ def draw_samples(
     own = denoiser if classes is None else of_classes(denoiser, torch.arange(n, device=device) % classes)
     grid = trailing(denoiser.schedule, _STEPS)
     return generate(own, DPMSolverPP(), grid, shape, n, Independent(seed), batch_size=n, clip=1.0, device=device)
+
+
+def draw_picture(
+    accelerator: Any,
+    denoiser: NetworkDenoiser,
+    path: Path,
+    update: int,
+    shape: Sequence[int],
+    seed: int,
+    classes: int | None,
+) -> None:
+    """Draws a grid of samples to `path` and to the trackers.
+
+    Args:
+        accelerator: of the run.
+        denoiser: of the averaged weights.
+        path: of the PNG.
+        update: updates done.
+        shape: of a sample.
+        seed: of the noise.
+        classes: their number; None without.
+    """
+    with accelerator.autocast():
+        picture = contact_sheet(draw_samples(denoiser, shape, seed, classes, accelerator.device))
+    save_picture(path, picture)
+    for tracker in accelerator.trackers:
+        tracker.log_images({"samples": picture[None]}, step=update, dataformats="NHWC")
 
 
 def contact_sheet(images: Tensor) -> NDArray[np.uint8]:
