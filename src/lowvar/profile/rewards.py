@@ -5,9 +5,9 @@ is repeated on fresh batches at the model's weights (`lowvar.reward.report`): va
 
     signal to noise   |E g|^2 / (variance of a batch's mean),      the mean's own noise taken off,
 
-from which the batch follows as it does in training: with n runs an update the squared error of the gradient is N / n of
-its square, N = variance of one run / |E g|^2. N is what a batch is compared with; where |E g|^2 cannot be told from 0 it
-is not known.
+from which the batch follows as it does in training: with n runs an update the squared error of the gradient is N / n
+of its square, N = variance of one run / |E g|^2. N is what a batch is compared with; where |E g|^2 cannot be told from
+0 it is not known.
 """
 
 from __future__ import annotations

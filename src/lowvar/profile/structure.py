@@ -22,7 +22,7 @@ and *a square of a mean is never the mean of a square*: squares are products of 
 of a table products of two states. So every numerator and denominator is unbiased; shares are ratios of means with the
 jackknife's interval over states, and may leave [0, 1] by noise.
 
-Sources: M. Hutchinson 1990 (probes); Bao et al. 2022 (diagonal), Ou et al. 2024 (per state), for what the shares are of.
+Sources: M. Hutchinson 1990 (probes); Bao et al. 2022 (diagonal) and Ou et al. 2024 (of every state) are families.
 """
 
 from __future__ import annotations
