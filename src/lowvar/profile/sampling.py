@@ -117,6 +117,7 @@ def profile_reverse(
     seed: int = 0,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
+    structure: bool = True,
     progress: Callable[[float], Any] | None = None,
 ) -> ReverseProfile:
     """Profiles the reverse process of a network.
@@ -131,6 +132,7 @@ def profile_reverse(
         seconds: budget.
         seed: of all draws.
         batch_size, device: of the network's evaluations.
+        structure: whether more than the calibration is wanted.
         progress: called with the part of the work done, in [0, 1].
 
     Raises:
@@ -150,6 +152,8 @@ def profile_reverse(
     if calibration is None:
         calibration = _calibrated(denoiser, data, each, seconds / 2, seed, batch_size, device, notes)
     told(0.4)
+    if not structure:
+        return ReverseProfile(calibration, (), None, {}, None, None, (), tuple(notes), time.perf_counter() - begun)
     structures = _structures(denoiser, data.test, calibration, seconds / 4, seed, device, notes)
     told(0.7)
     points = trailing(denoiser.schedule, steps) if grid is None else grid
