@@ -150,7 +150,7 @@ def scores_part(
     begun = time.perf_counter()
     metrics = ("frechet", "energy") if len(data.shape) == 3 and model.bound is not None else ("energy",)
     scorer = Scorer(data, metrics=metrics, blocks=_BLOCKS)
-    left = seconds - (time.perf_counter() - begun)
+    left = max(seconds - (time.perf_counter() - begun), seconds / 3)  # features may have to be learned first
     current = used.cell or Cell("ddim", steps)
     others = ["twin-flow"] if calibration.paths is not None else []
     others += ["unipc-basis", "ddpm-basis", "adams-ode"]
