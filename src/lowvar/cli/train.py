@@ -238,8 +238,8 @@ def run_training(trainer: Trainer, folder: Path, console: Console, profile_every
         console: for progress and notes.
         profile_every: updates between shares of the gradient's variance; 0: none.
     """
-    from lowvar.report.nouns import nouns_of
     from lowvar.profile.watching import SharesRecord
+    from lowvar.report.nouns import nouns_of
     from lowvar.train.records import Update, Validation
 
     warned = False

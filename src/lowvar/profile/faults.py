@@ -3,10 +3,11 @@ r"""What is wrong with a model: noise levels that were not learned, a batch that
 A fault is told from what could merely be better by a standard that the model fails:
 
     levels     somewhere the network's error is above that of a linear denoiser (`lowvar.profile.excess`) by a quarter
-               or more, which no network is that saw the level often enough
-    batch      the error is that high at every level, and the noise scale, measured, is at least 4 batches: the weights
-               move by noise. A large noise scale alone is no fault: that of a network that is done is infinite
-    updates    the error is that high everywhere, and the noise scale does not blame the batch
+               or more, which no network is that saw the level often enough, and elsewhere it is not above at all
+    batch      the error is that high somewhere and above the linear denoiser's at every level, and the noise scale is
+               at least 2 batches: the weights move by noise. A large noise scale alone is no fault: that of a network
+               that is done is infinite
+    updates    the same, and the noise scale does not blame the batch
     variance   the sampler's steps, or the network's variance head, are off by a quarter or more from what the residuals
                say, and pay at least .01 bits a dimension for it beside one right number a level
 
@@ -27,7 +28,8 @@ from lowvar.profile.verdict import Advice
 __all__ = ["OFF", "error_fault", "variance_fault"]
 
 OFF = 1.25
-_BATCHES = 4.0
+_ABOVE = 1.03  # an error that is surely above the linear denoiser's, bound and all
+_BATCHES = 2.0
 _BITS = 0.01
 
 
@@ -54,7 +56,7 @@ def error_fault(
         >>> error_fault([level(-4, 3.0), level(0, 1.05), level(4, 0.9)], scale, 64).do
         'train at the noise levels that were left out: logsnr -5 to -3'
         >>> error_fault([level(-4, 3.0), level(0, 2.5), level(4, 2.0)], scale, 4).do
-        'a batch of 128 instead of 4'
+        'a batch of 256 instead of 4'
         >>> error_fault([level(-4, 0.8), level(0, 1.05), level(4, 0.9)], scale, 4) is None
         True
     """
@@ -70,7 +72,7 @@ def error_fault(
         "fault": True,
     }
     where = f"{worst.logsnr_low:.3g} to {worst.logsnr_high:.3g}"
-    if len(bad) <= len(levels) / 2 or least.excess.low < OFF:
+    if least.excess.low <= _ABOVE:
         low, high = min(one.logsnr_low for one in bad), max(one.logsnr_high for one in bad)
         return Advice(
             f"train at the noise levels that were left out: logsnr {low:.3g} to {high:.3g}",
@@ -85,8 +87,8 @@ def error_fault(
         f"the error is {least.excess.value:.2f} to {_around(worst.excess)} times a linear denoiser's everywhere"
     )
     if scale.low > _BATCHES * batch_size:
-        most = scale.low if math.isfinite(scale.low) else 64.0 * batch_size
-        n = 2 ** math.floor(math.log2(min(most, 64.0 * batch_size)))
+        likely = scale.value if math.isfinite(scale.value) else scale.low
+        n = 2 ** math.floor(math.log2(min(likely, 64.0 * batch_size)))
         known = f"{scale.low:.3g} to {scale.high:.3g}" if math.isfinite(scale.high) else f"at least {scale.low:.3g}"
         return Advice(
             f"a batch of {n} instead of {batch_size}",

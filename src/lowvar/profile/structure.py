@@ -44,7 +44,7 @@ from lowvar.train.draws import ImageSource
 __all__ = ["STRUCTURES", "Structure", "StructureBlocks", "bases_of", "structure_blocks"]
 
 STRUCTURES: tuple[str, ...] = ("isotropic", "pixel", "dct", "pca", "low-rank")
-_GROUPS = 64  # of the jackknife, at most
+_GROUPS = 512  # of the jackknife, at most
 _PROBES = 2
 _EPS, _PROBE, _RANGE = 0, 1, 3  # draws: the state's noise, the two probes, the directions of the range
 
