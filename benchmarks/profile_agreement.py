@@ -6,8 +6,8 @@ its own. A cell, one technique on one network, agrees where the two 95% interval
 Intervals of two measurements of one quantity overlap in more than 95%, so what is missing is what the two do
 differently: the stable target's references are 1,024 here and up to 2,048 there, and times are learned on other pilots.
 
-    python benchmarks/profile.py --minutes 20     # missing networks
-    python benchmarks/profile.py --report         # results and docs page
+    python benchmarks/profile_agreement.py --minutes 20     # missing networks
+    python benchmarks/profile_agreement.py --report         # results and docs page
 """
 
 from __future__ import annotations
@@ -94,10 +94,13 @@ def report() -> None:
         "networks": kept,
     }
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    table = [
+    intro = (
         f"Variance-reduction factors with 95% intervals, batches of {t.BATCH}: as `lowvar profile` measures them, and "
         f"as `benchmarks/training.py` did. {agree} of {total} intervals overlap. Measured {results['date']} with torch "
-        f"{torch.__version__}; script `benchmarks/profile.py`.",
+        f"{torch.__version__}; script `benchmarks/profile_agreement.py`."
+    )
+    table = [
+        intro,
         "",
         "| network | technique | profile | benchmark | overlap |",
         "|---|---|---|---|---|",
@@ -110,9 +113,7 @@ def report() -> None:
 def main() -> None:
     """Reads the arguments."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--minutes", type=float, default=20, help="budget, processor minutes, looked at between networks"
-    )
+    parser.add_argument("--minutes", type=float, default=20, help="budget, processor minutes between networks")
     parser.add_argument("--replicates", type=int, default=48, help="batches of each technique")
     parser.add_argument("--report", action="store_true", help="only write the results from what was run")
     arguments = parser.parse_args()
