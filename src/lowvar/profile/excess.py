@@ -93,7 +93,6 @@ def level_errors(
         >>> found[0].excess.low > found[-1].excess.high > 0.9, len(found)
         (True, 8)
     """
-    objective = Objective(objective.weighting)  # the error alone: a head has its own check
     images = ValidationSet(
         held_out, denoiser.schedule, times, limit, prediction=denoiser.prediction, sigma_data=denoiser.sigma_data
     )
