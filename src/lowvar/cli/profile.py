@@ -248,9 +248,9 @@ class Profile(DataFlags, Sampling):
             )
         if model.classes:
             require_classes(model, data, "profile of a model with classes")
-        named = self._statistics(model, data)
+        statistics, reward = self._statistics(model, data)
         work = _Work(self, parts, model, data, device, console)
-        work.run(named)
+        work.run(statistics, reward)
         lines = ranked(work.lines)
         fields = {**work.found, "verdict": [asdict(line) for line in lines], "notes": work.notes}
         summary = summarise(
@@ -292,19 +292,19 @@ class Profile(DataFlags, Sampling):
         pipeline = SimpleNamespace(network=network, scheduler=scheduler)
         return Model(pipeline, denoiser, None, tuple(data.shape))
 
-    def _statistics(self, model: Model, data: Data) -> dict[str, Statistic]:
-        """Statistics and the reward by the word that names them."""
+    def _statistics(self, model: Model, data: Data) -> tuple[list[Statistic], Statistic | None]:
+        """Statistics, and the reward."""
         from lowvar.metrics import statistic_named
 
         if str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))  # a module of one's own stands beside the run
         images = len(data.shape) == 3 and model.bound is not None
         words = parse_names("--statistic", self.statistic) if self.statistic else ["brightness", "jpeg"] * images
-        words += [] if self.reward is None else [self.reward]
-        own = [word for word in words if ":" not in word]
+        own = [word for word in (*words, self.reward or "") if word and ":" not in word]
         if own and not images and model.bound is None:
             raise UserError(f"statistic {own[0]!r} is of images, and the model makes latents; give a module:function")
-        return {word: statistic_named(word, data=data) for word in words}
+        reward = None if self.reward is None else statistic_named(self.reward, data=data)
+        return [statistic_named(word, data=data) for word in words], reward
 
 
 class _Work:
@@ -335,7 +335,7 @@ class _Work:
         self.lines: list[Advice] = []
         self.notes: list[str] = []
 
-    def run(self, named: dict[str, Statistic]) -> None:
+    def run(self, statistics: list[Statistic], reward: Statistic | None) -> None:
         """All parts that are asked for."""
         from lowvar.cli.profiling import in_use
 
@@ -349,10 +349,10 @@ class _Work:
                 used = in_use(self.model, asked.steps)
                 reverse = self._sampling(used)
                 if "statistics" in self.parts:
-                    self._statistics_of(used, reverse, [s for w, s in named.items() if w != asked.reward])
+                    self._statistics_of(used, reverse, statistics)
                     self._passed("statistics")
-                if "reward" in self.parts and asked.reward is not None:
-                    self._reward_of(used, named[asked.reward])
+                if "reward" in self.parts and reward is not None:
+                    self._reward_of(used, reward)
                     self._passed("reward")
 
     def _told(self, part: str, share: float) -> None:

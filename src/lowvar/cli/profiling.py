@@ -36,6 +36,7 @@ __all__ = ["InUse", "Scores", "in_use", "reward_part", "scores_part", "statistic
 _LEAST, _MOST = 64, 1024  # samples a cell
 _BLOCKS = 16
 _RUNS = 32
+_FEATURES = 15.0  # seconds: below, no features are learned for the Frechet distance
 _FLOOR = 0.05  # standard deviation of the last step, as `lowvar.reward` says it
 
 
@@ -148,7 +149,8 @@ def scores_part(
     first = data.test.images(torch.arange(min(batch_size, len(data.test)))).to(device)
     each = seconds_per_evaluation(model.denoiser, first)
     begun = time.perf_counter()
-    metrics = ("frechet", "energy") if len(data.shape) == 3 and model.bound is not None else ("energy",)
+    pictures = len(data.shape) == 3 and model.bound is not None and seconds >= _FEATURES
+    metrics = ("frechet", "energy") if pictures else ("energy",)
     scorer = Scorer(data, metrics=metrics, blocks=_BLOCKS)
     left = max(seconds - (time.perf_counter() - begun), seconds / 3)  # features may have to be learned first
     current = used.cell or Cell("ddim", steps)

@@ -34,6 +34,7 @@ from lowvar.train.validation import logsnr_edges
 __all__ = ["TrainingProfile", "inner_products", "own_times", "plain_objective", "profile_training", "recipe_times"]
 
 _SHARE = 0.4  # of the time: crossed blocks
+_ERRORS = 0.1  # likewise: errors by noise level
 _MOST_BLOCKS, _MOST_REPLICATES = 4096, 256
 _DIRECTIONS = 8
 _HELD_OUT = 256
@@ -179,6 +180,8 @@ def profile_training(
     errors: tuple[LevelError, ...] = ()
     if held_out is not None and len(held_out) > 1:
         plain = plain_times_of(denoiser)
+        each = spent() * 60 * minutes / (3 * CELLS * len(found))  # an evaluation is about a third of a gradient
+        limit = int(min(max(_ERRORS * 60 * minutes / (4 * each), MIN_BLOCKS), _HELD_OUT))
         known = (images.labels, held_out.labels) if conditional else (None, None)
         with _without_gradients(network):
             errors = level_errors(
@@ -187,7 +190,7 @@ def profile_training(
                 images,
                 held_out,
                 plain,
-                limit=_HELD_OUT,
+                limit=limit,
                 train_labels=known[0],
                 labels=known[1],
                 device=device,
