@@ -76,7 +76,8 @@ def report() -> None:
     for cell in kept:
         known = benchmark(cell["cell"], cell["moment"])
         for row in cell["rows"]:
-            other = known.get(NAMES.get(row["name"], row["name"]))
+            name = str(row["name"])
+            other = known.get(NAMES.get(name, name))
             if other is None:
                 continue
             row["benchmark"] = {k: other[k] for k in ("vrf", "low", "high")}

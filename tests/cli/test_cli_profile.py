@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bs4 import BeautifulSoup
 
 from lowvar.cli.profile import Profile
 from lowvar.report import build
@@ -109,7 +110,7 @@ def test_refusals(lowvar: Any, model: Path, tmp_path: Path, words: tuple[object,
 
 
 def test_default_budget() -> None:
-    assert Profile(model=Path("m"), data="digits", out=Path("p")).minutes == 5
+    assert Profile(model="m", data="digits", out=Path("p")).minutes == 5
 
 
 def test_no_profile(lowvar: Any, model: Path, tmp_path: Path) -> None:
@@ -195,7 +196,7 @@ def test_a_module_and_an_earlier_profile(lowvar: Any, module: str, profiled: Pat
 def test_sampling_statistics_and_reward(lowvar: Any, module: str, tmp_path: Path) -> None:
     """The other parts within their least sizes; what does not fit is noted, and every chart has its words."""
     words = ("profile", "--model", module, "--prediction", "v_prediction", "--data", "digits", "--steps", 4)
-    more = ("--parts", "sampling,statistics", "--statistic", "brightness", "--reward", "brightness", "--minutes", 0.15)
+    more = ("--parts", "sampling,statistics", "--statistic", "brightness", "--reward", "brightness", "--minutes", 0.08)
     done = lowvar(*words, *more, "--out", tmp_path / "p", "--json")
     assert done.status == 0, done.err
     found = done.json["reverse"]
@@ -211,7 +212,9 @@ def test_sampling_statistics_and_reward(lowvar: Any, module: str, tmp_path: Path
     assert "reward" in done.json or "no estimators for reward brightness" in said
     assert {"steps", "mmse", "standardised"} <= json.loads((tmp_path / "p" / "figures.json").read_text()).keys()
     page = (tmp_path / "p" / "report.html").read_text()
-    assert page.count("<svg") == page.count('role="img"')
+    drawn = [svg for svg in BeautifulSoup(page, "html.parser").find_all("svg") if svg.get("role") == "img"]
+    assert len(drawn) >= 5
+    assert all(len(str(svg.get("aria-label") or svg.find("title"))) > 20 for svg in drawn)
     for title in ("What each step costs", "How many steps", "Is the variance right?"):
         assert title in page
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import islice
 
 import pytest
@@ -31,8 +30,8 @@ class Rows:
     def __len__(self) -> int:
         return len(self.values)
 
-    def images(self, index: Sequence[int] | Tensor) -> Tensor:
-        return self.values[torch.as_tensor(index)]
+    def images(self, indices: Tensor) -> Tensor:
+        return self.values[indices]
 
 
 LEVELS = CosineVP().at(torch.tensor([0.3, 0.7], dtype=torch.float64))

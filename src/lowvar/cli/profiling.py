@@ -231,7 +231,7 @@ def statistics_part(
             seed=seed + 31,
             batch_size=batch_size,
         )
-        if isinstance(one, float):
+        if not isinstance(one, StatisticProfile):
             notes.append(f"no designs for {statistic.name}: the least number of samples takes {one:.0f} seconds")
         else:
             found.append(one)
@@ -285,6 +285,6 @@ def reward_part(
         if isinstance(error, UserError):
             raise
         return None, [f"no estimators for reward {reward.name}: {error}"]
-    if isinstance(found, float):
+    if not isinstance(found, RewardProfile):
         return None, [f"no estimators for reward {reward.name}: 16 batches of each take {found:.0f} seconds"]
     return found, []

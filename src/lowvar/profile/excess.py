@@ -114,7 +114,7 @@ def level_errors(
     for one, (low, high) in zip(bins, bounds.bins, strict=True):
         half = _NORMAL * one.error_se
         error = Interval(one.error, one.error - half, one.error + half, one.error_se)
-        values4 = [(v + floor) / (high + floor) for v in (error.value, error.low, error.high)]
-        excess = Interval(*values4, one.error_se / (high + floor))
+        value, least, most = ((v + floor) / (high + floor) for v in (error.value, error.low, error.high))
+        excess = Interval(value, least, most, one.error_se / (high + floor))
         found.append(LevelError(one.logsnr_low, one.logsnr_high, error, low, high, excess))
     return tuple(found)
