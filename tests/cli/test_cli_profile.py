@@ -165,6 +165,20 @@ def test_calibrate_needs_a_sampler(lowvar: Any, model: Path, tmp_path: Path) -> 
     )
 
 
+@pytest.mark.slow
+def test_calibrate_applies_a_verdict(lowvar: Any, model: Path, tmp_path: Path) -> None:
+    """Sampler and grid of the verdict are the scheduler's, without a comparison."""
+    settings = {"sampler": "unipc-basis", "grid": "trailing", "steps": 4}
+    profile = verdict(tmp_path / "profile", {"worth": True, "part": "sampling", "settings": settings})
+    words = ("calibrate", "--model", model, "--data", "digits", "--n", 32, "--replicates", 1, "--steps", 2)
+    done = lowvar(*words, "--from-profile", profile, "--out", tmp_path / "o", "--json")
+    assert done.status == 0, done.err
+    assert done.json["recommended"] == settings
+    assert "rows" not in done.json
+    scheduler = json.loads((tmp_path / "o" / "scheduler" / "scheduler_config.json").read_text())
+    assert (scheduler["sampler"], scheduler["grid"]) == ("unipc-basis", "trailing")
+
+
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A module of one's own beside the run: a filter of 64 numbers."""
