@@ -455,7 +455,9 @@ class _Work:
         self.notes += notes
         self.found["statistics"] = [_about_statistic(s) for s in found]
         for one in found:
-            words = f"lowvar estimate --model {asked.model} --statistic {one.name} --design {one.design}"
+            own = self.model.calibration is None and {"twin", "mixture"} & set(one.design.split("+"))
+            model = "CALIBRATED" if own else asked.model  # a twin is the calibration's
+            words = f"lowvar estimate --model {model} --statistic {one.name} --design {one.design}"
             self.lines.append(statistic_gain(one, words))
 
     def _reward_of(self, used: InUse, reward: Statistic) -> None:

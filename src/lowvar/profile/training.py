@@ -37,7 +37,7 @@ _SHARE = 0.4  # of the time: crossed blocks
 _ERRORS = 0.1  # likewise: errors by noise level
 _MOST_BLOCKS, _MOST_REPLICATES = 4096, 256
 _DIRECTIONS = 8
-_HELD_OUT = 256
+_LEAST, _HELD_OUT = 128, 256  # held-out images
 _NOISE = 2**40  # the directions' own numbers
 
 
@@ -181,7 +181,7 @@ def profile_training(
     if held_out is not None and len(held_out) > 1:
         plain = plain_times_of(denoiser)
         each = spent() * 60 * minutes / (3 * CELLS * len(found))  # an evaluation is about a third of a gradient
-        limit = int(min(max(_ERRORS * 60 * minutes / (4 * each), MIN_BLOCKS), _HELD_OUT))
+        limit = int(min(max(_ERRORS * 60 * minutes / (4 * each), _LEAST), _HELD_OUT))
         known = (images.labels, held_out.labels) if conditional else (None, None)
         with _without_gradients(network):
             errors = level_errors(
