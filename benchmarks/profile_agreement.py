@@ -35,6 +35,7 @@ NAMES = {
     "times by losses": "importance, losses",
     "times by gradient norms": "importance, gradient norms",
     "cross pairs, stratified times": "cross + stratified",
+    "stable target, cross pairs, stratified times": "stable + cross + stratified",
     "auto": t.AUTO,
 }
 

@@ -148,7 +148,7 @@ def test_train_applies_a_verdict(lowvar: Any, tmp_path: Path) -> None:
     )
     (tmp_path / "config.yaml").write_text("network: {width: 8, levels: 1}\nwarmup: 0\nbatch_size: 8\n")
     words = ("train", "--data", "digits", "--updates", 1, "--config", tmp_path / "config.yaml")
-    done = lowvar(*words, "--from-profile", profile, "--out", tmp_path / "o", "--json")
+    done = lowvar(*words, "--from-profile", profile, "--profile-every", 1, "--out", tmp_path / "o", "--json")
     assert done.status == 0, done.err
     config = done.json["config"]
     found = {k: config[k] for k in ("times", "pairing", "stratified", "target", "batch_size")}

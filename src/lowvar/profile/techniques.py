@@ -90,6 +90,7 @@ TECHNIQUES: tuple[Technique, ...] = (
     Technique("times by gradient norms", {"times": "gradient-norm"}),
     Technique("stable target", {"target": "stable"}),
     Technique("cross pairs, stratified times", CROSS),
+    Technique("stable target, cross pairs, stratified times", {"target": "stable", **CROSS}),
     Technique("auto", {"variance_reduction": "auto"}),
 )
 
