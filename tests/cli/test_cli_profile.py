@@ -221,6 +221,7 @@ def test_sampling_statistics_and_reward(lowvar: Any, module: str, tmp_path: Path
         ratio = next(v["ratio"] for v in found["variances"] if v["name"] == name)
         assert all(0.8 < r["value"] < 1.25 for r in ratio)
     assert {line["part"] for line in done.json["verdict"]} <= {"sampling", "statistics", "reward"}
+    assert all(line["settings"]["sampler"] != "ddpm-small" for line in done.json["verdict"] if line["fault"])
     said = " ".join(done.json["notes"])
     assert done.json["statistics"] or "no designs for brightness" in said
     assert "reward" in done.json or "no estimators for reward brightness" in said

@@ -499,7 +499,9 @@ def _sampling_lines(asked: Profile, found: ReverseProfile, used: InUse, scores: 
     lines: list[Advice | None] = []
     best = scores.recommended
     if used.variance is not None and found.paid is not None and found.own is not None:
-        settings = best or {"sampler": "ddpm-basis", "grid": "trailing", "steps": asked.steps}
+        settings: dict[str, Any] = {"sampler": "ddpm-basis", "grid": "trailing", "steps": asked.steps}
+        if best is not None and best["sampler"] != (scores.current or best)["sampler"]:
+            settings = best  # few samples may not tell the wrong variance from a right one; then the right one
         lines.append(variance_fault(found.checks[found.own], found.paid, used.variance.name, settings, command))
     if best is not None and scores.current is not None:
         floor = scores.floor.get(scores.metric, 0.0)
