@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lowvar.cli.console import Console, score_table
 from lowvar.cli.folders import check_free, new_folder
-from lowvar.cli.options import DataFlags, MaybeText, Sampling, at_least, choose_device
+from lowvar.cli.options import DataFlags, MaybePath, MaybeText, Sampling, at_least, choose_device
 from lowvar.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,6 +60,9 @@ class Calibrate(DataFlags, Sampling):
     noise: MaybeText = None
     """samplers whose missing noise is measured on their grid and kept: ddim-noise, dpmpp-2m-noise, unipc-noise, each
     with its number of steps, as in unipc-noise@5,unipc-noise@10 (without a number: --steps)"""
+    from_profile: MaybePath = None
+    """folder of a `lowvar profile`: the sampler, grid and steps of its verdict become the default, without another
+    comparison"""
     by_class: bool = False
     """also measure a table for each class, of a model trained with --conditional and labelled data; `lowvar sample
     --label` uses it"""
@@ -70,6 +73,7 @@ class Calibrate(DataFlags, Sampling):
         """See the base class."""
         begun = time.perf_counter()
         heads, noisy = self._checked()
+        advised = None if self.from_profile is None else _advised(self.from_profile)
         from lowvar.cli.classes import calibrate_by_class, require_classes
         from lowvar.cli.heads import learn_heads, require_heads
         from lowvar.cli.measure import calibrate_on, mmse_figure
@@ -81,7 +85,8 @@ class Calibrate(DataFlags, Sampling):
 
         device = choose_device(self.device)
         model = open_model(self.model, device)
-        for steps in (self.steps, *(cell.steps for cell in noisy)):
+        at = self.steps if advised is None else advised["steps"]
+        for steps in (at, *(cell.steps for cell in noisy)):
             check_steps(steps, model.denoiser.schedule)
         data = self.load(self.seed)
         data = fitting(model, data)
@@ -130,7 +135,7 @@ class Calibrate(DataFlags, Sampling):
             )
         residuals, bounds = self._measure(model, calibration, data, device, console)
         candidates = self._candidates(model, calibration, noisy)
-        recommended, scores, grids = self._compare(candidates, model, calibration, data, device, console)
+        recommended, scores, grids = self._compare(candidates, model, calibration, data, device, console, advised)
         summary = summarise(
             self,
             self.seed,
@@ -218,8 +223,9 @@ class Calibrate(DataFlags, Sampling):
         data: Data,
         device: torch.device,
         console: Console,
+        advised: dict[str, Any] | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """The recommended sampler, the scores it rests on, and images to show."""
+        """The recommended sampler, the scores it rests on, and images to show; an advised one is not compared."""
         import torch
 
         from lowvar.evaluation import Cell, evaluate
@@ -228,6 +234,8 @@ class Calibrate(DataFlags, Sampling):
 
         recommended: dict[str, Any] = {"sampler": "twin-flow", "grid": "path", "steps": self.steps}
         grids = {"data": data.test.images(torch.arange(min(64, len(data.test))))}
+        if advised is not None:
+            return advised, {}, grids
         if not self.choose:
             return recommended, {}, grids
         scorer = Scorer(data, metrics=("frechet", "energy"))
@@ -248,3 +256,23 @@ class Calibrate(DataFlags, Sampling):
         console.result(score_table(found.rows, found.floor, scorer.metrics))
         scores = {"rows": found.rows, "floor": found.floor, "notes": found.notes, "scores": found.description}
         return found.recommended or recommended, scores, grids | found.shown
+
+
+def _advised(folder: Path) -> dict[str, Any]:
+    """Sampler, grid and steps of a profile's verdict.
+
+    Raises:
+        UserError: if it has none.
+    """
+    from lowvar.cli.profile import read_profile
+    from lowvar.profile import applied
+
+    summary = read_profile(folder, "--from-profile")
+    found = applied(summary.get("verdict") or [], "sampling") or summary.get("recommended") or {}
+    wanted = ("sampler", "grid", "steps")
+    if not all(k in found for k in wanted):
+        raise UserError(
+            f"--from-profile is {folder}, whose verdict names no sampler; profile with --parts sampling, or leave it "
+            "out for a comparison here"
+        )
+    return {k: found[k] for k in wanted}

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lowvar.cli import ranks
 from lowvar.cli.console import Console
 from lowvar.cli.folders import check_free, publish
-from lowvar.cli.options import Common, DataFlags, MaybeInt, MaybePath, MaybeText, choose_device
+from lowvar.cli.options import Common, DataFlags, MaybeInt, MaybePath, MaybeText, at_least, choose_device
 from lowvar.cli.stops import stop_word
 from lowvar.errors import UserError
 
@@ -73,18 +74,24 @@ class Train(DataFlags, Common):
     default: the config's, or none"""
     conditional: bool = False
     """condition the network on the data's classes, 10% of them dropped (condition_dropout in --config) for guidance"""
+    from_profile: MaybePath = None
+    """folder of a `lowvar profile`: what its verdict says of training is applied; the config and flags win"""
+    profile_every: int = 0
+    """updates between shares of the gradient's variance (in metrics of the trackers, and noted); 0: none. They take at
+    most 2% of the run's time"""
     resume: bool = False
     """go on in OUT.partial; from the start if there is none"""
 
     def settings(self) -> TrainConfig:
-        """The config file with the flags over it.
+        """The config file with the flags over it, and what a profile advises beneath it.
 
         Raises:
             UserError: for a file that cannot be read, an unknown key or a value out of range.
         """
         from lowvar.train.config import config_from
 
-        values = {} if self.config is None else _read_yaml(self.config)
+        values = {} if self.from_profile is None else _advised(self.from_profile)
+        values |= {} if self.config is None else _read_yaml(self.config)
         given = ("updates", "batch_size", "seed", "checkpoint_every", "process", "head", "rank", "variance_reduction")
         given += ("strata",)
         values |= {name: value for name in given if (value := getattr(self, name)) is not None}
@@ -110,19 +117,23 @@ class Train(DataFlags, Common):
         """See the base class."""
         begun = time.perf_counter()
         partial = partial_of(self.out)
+        at_least("--profile-every", self.profile_every, 0)
         ranks.join(self.device)
         ranks.main_first(lambda: self._make_way(partial))
         config = self.settings()
         from lowvar.cli.results import about_data, summarise, write_run
         from lowvar.train.loop import Trainer
 
+        if self.from_profile is not None:
+            said = ", ".join(f"{k}: {v}" for k, v in _advised(self.from_profile).items())
+            console.note(f"from {self.from_profile}: {said or 'nothing to change'}")
         device = choose_device(self.device)
         data = self.load(config.seed)
         resolved = {"data": self.data, "size": self.size, "channels": self.channels, **dataclasses.asdict(config)}
         trainer = Trainer(data, config, partial, resume=self.resume, device=self.device)
         ranks.main_first(lambda: _begin(partial, resolved))
         try:
-            last = run_training(trainer, partial, console)
+            last = run_training(trainer, partial, console, self.profile_every)
         except KeyboardInterrupt as stop:
             raise type(stop)(
                 f"{stop_word(stop)} after {trainer.update} of {config.updates} updates; {_kept(partial)}: "
@@ -156,6 +167,14 @@ class Train(DataFlags, Common):
         console.result(f"validation loss {last['validation_loss']:.4f} after {trainer.update} updates")
         console.result(str(self.out / "report.html"))
         return summary
+
+
+def _advised(folder: Path) -> dict[str, Any]:
+    """Settings that a profile's verdict asks for."""
+    from lowvar.cli.profile import read_profile
+    from lowvar.profile import applied
+
+    return applied(read_profile(folder, "--from-profile").get("verdict") or [], "training")
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -210,8 +229,16 @@ def _kept(partial: Path) -> str:
     return f"{partial} has no checkpoint yet" if newest is None else f"{folder / newest} is kept"
 
 
-def run_training(trainer: Trainer, folder: Path, console: Console) -> dict[str, Any]:
-    """Runs a trainer to its end with a progress bar; the last line of its metrics.jsonl."""
+def run_training(trainer: Trainer, folder: Path, console: Console, profile_every: int = 0) -> dict[str, Any]:
+    """Runs a trainer to its end with a progress bar; the last line of its metrics.jsonl.
+
+    Args:
+        trainer: the run.
+        folder: of it.
+        console: for progress and notes.
+        profile_every: updates between shares of the gradient's variance; 0: none.
+    """
+    from lowvar.profile.watching import SharesRecord
     from lowvar.report.nouns import nouns_of
     from lowvar.train.records import Update, Validation
 
@@ -219,9 +246,11 @@ def run_training(trainer: Trainer, folder: Path, console: Console) -> dict[str, 
     many = nouns_of(trainer.data.shape, getattr(trainer.data, "scaling_factor", None)).many
     with console.progress(trainer.config.updates, "training", unit="update") as bar:
         bar.update(trainer.update)
-        for record in trainer.run():
+        for record in _records(trainer, profile_every):
             if isinstance(record, Update):
                 bar.update()
+            elif isinstance(record, SharesRecord):
+                console.note(_shares(record))
             elif isinstance(record, Validation):
                 if not warned and record.target is not None and record.target.warning is not None:
                     console.note(f"warning: {record.target.warning}")
@@ -232,6 +261,22 @@ def run_training(trainer: Trainer, folder: Path, console: Console) -> dict[str, 
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     last = json.loads(lines[-1]) if lines else {}
     return last if last.get("update") == trainer.update else trainer.validate().record()
+
+
+def _records(trainer: Trainer, profile_every: int) -> Iterator[Any]:
+    """The run's records, with shares of the variance between them where these are asked for."""
+    if not profile_every:
+        return trainer.run()
+    from lowvar.profile import watched
+
+    return watched(trainer, profile_every)
+
+
+def _shares(record: Any) -> str:
+    """A line about shares of the variance."""
+    found = sorted(record.sources.shares.items(), key=lambda item: -item[1].value)[:3]
+    most = ", ".join(f"{u.replace(',', ' x ')} {i.value:.2f} ({i.low:.2f} to {i.high:.2f})" for u, i in found)
+    return f"update {record.update}: of the gradient's variance {most}; it took {100 * record.share:.1f}% of the run"
 
 
 def about_schedule(trainer: Trainer) -> str:

@@ -47,7 +47,7 @@ SOURCES: tuple[str, ...] = ("x", "t", "eps", "x,t", "x,eps", "t,eps", "x,t,eps")
 LEVEL_SOURCES: tuple[str, ...] = ("x", "eps", "x,eps")
 CELLS = 8
 """Gradients of a crossed block."""
-_GROUPS = 64  # of the jackknife, at most
+_GROUPS = 512  # of the jackknife, at most: few groups of skewed terms cover too little
 
 
 def cell_numbers() -> Tensor:

@@ -90,6 +90,7 @@ TECHNIQUES: tuple[Technique, ...] = (
     Technique("times by gradient norms", {"times": "gradient-norm"}),
     Technique("stable target", {"target": "stable"}),
     Technique("cross pairs, stratified times", CROSS),
+    Technique("stable target, cross pairs, stratified times", {"target": "stable", **CROSS}),
     Technique("auto", {"variance_reduction": "auto"}),
 )
 
@@ -103,6 +104,7 @@ class Reduction:
         vrf, low, high: factor at equal evaluations, with its 95% interval.
         cost: median time of a batch over plain's.
         command: words that apply it.
+        settings: of `lowvar train` that apply it.
     """
 
     name: str
@@ -111,6 +113,7 @@ class Reduction:
     high: float
     cost: float
     command: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
@@ -317,7 +320,7 @@ def _reductions(
         reach = math.hypot(*(p.high - p.value for p in parts))
         ratio = sorted(a / b for a, b in zip(seconds[k], seconds[0], strict=True))[len(seconds[0]) // 2]
         vrf, low, high = (math.exp(v) for v in (value, value - reach, value + reach))
-        found.append(Reduction(made[k].name, vrf, low, high, ratio, made[k].command))
+        found.append(Reduction(made[k].name, vrf, low, high, ratio, made[k].command, dict(made[k].settings)))
     return tuple(found)
 
 

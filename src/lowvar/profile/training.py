@@ -9,7 +9,8 @@ and sketched by random directions where they do not.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,19 +21,23 @@ from lowvar.metrics.intervals import MIN_BLOCKS
 from lowvar.process.denoiser import NetworkDenoiser
 from lowvar.process.noise import Independent
 from lowvar.profile.crossed import CELLS, Crossed, Decomposition
+from lowvar.profile.excess import LevelError, level_errors
+from lowvar.profile.faults import error_fault
 from lowvar.profile.gradient import CrossedDraws, crossed_blocks
 from lowvar.profile.inner import Exact, InnerProducts, Sketched, parameter_groups
 from lowvar.profile.techniques import TECHNIQUES, Measured, Reduction, Technique, measure, plain_times_of
-from lowvar.profile.verdict import Advice, advise
+from lowvar.profile.verdict import Advice, advise, ranked
 from lowvar.train import LognormalTimes, Objective, config_from, make_objective
 from lowvar.train.timesteps import FixedTimes
 from lowvar.train.validation import logsnr_edges
 
-__all__ = ["TrainingProfile", "inner_products", "plain_objective", "profile_training", "recipe_times"]
+__all__ = ["TrainingProfile", "inner_products", "own_times", "plain_objective", "profile_training", "recipe_times"]
 
 _SHARE = 0.4  # of the time: crossed blocks
+_ERRORS = 0.1  # likewise: errors by noise level
 _MOST_BLOCKS, _MOST_REPLICATES = 4096, 256
 _DIRECTIONS = 8
+_LEAST, _HELD_OUT = 128, 256  # held-out images
 _NOISE = 2**40  # the directions' own numbers
 
 
@@ -50,6 +55,7 @@ class TrainingProfile:
         batch_size: that they were measured at.
         verdict: what to do.
         seconds: that it took.
+        errors: by noise level, beside a linear denoiser's; () without held-out images.
     """
 
     sources: Decomposition
@@ -61,6 +67,7 @@ class TrainingProfile:
     batch_size: int
     verdict: tuple[Advice, ...]
     seconds: float
+    errors: tuple[LevelError, ...] = ()
 
 
 def plain_objective(denoiser: NetworkDenoiser, levels: int | None) -> Objective:
@@ -77,6 +84,29 @@ def plain_objective(denoiser: NetworkDenoiser, levels: int | None) -> Objective:
 def recipe_times(denoiser: NetworkDenoiser) -> FixedTimes:
     """The usual times of a network's kind: lognormal for EDM's, uniform for the others."""
     return LognormalTimes(denoiser.schedule) if denoiser.prediction == "edm" else plain_times_of(denoiser)
+
+
+def own_times(denoiser: NetworkDenoiser) -> str:
+    """What the setting `times` calls them.
+
+    Example:
+        >>> from lowvar.process import CosineVP
+        >>> own_times(NetworkDenoiser(lambda x, t: x, CosineVP(), "epsilon"))
+        'uniform'
+    """
+    return "lognormal" if denoiser.prediction == "edm" else "uniform"
+
+
+@contextmanager
+def _without_gradients(network: torch.nn.Module) -> Iterator[None]:
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
 
 
 def inner_products(network: torch.nn.Module, memory: float, seed: int) -> InnerProducts:
@@ -96,6 +126,7 @@ def profile_training(
     batch_size: int = 64,
     techniques: Sequence[Technique] = TECHNIQUES,
     conditional: bool = False,
+    held_out: Images | None = None,
     minutes: float = 5.0,
     memory: float = 4e9,
     seed: int = 0,
@@ -111,6 +142,7 @@ def profile_training(
         batch_size: B of the techniques, a multiple of 4.
         techniques: what to measure.
         conditional: whether the network is conditioned on the images' labels.
+        held_out: other images, on which errors by noise level are measured; None: they are not.
         minutes: budget; at least 16 blocks and 16 replicates are made whatever it is.
         memory: bytes that gradients may take.
         seed: of all draws.
@@ -145,6 +177,24 @@ def profile_training(
         if len(found) >= MIN_BLOCKS and (spent() >= _SHARE or len(found) >= _MOST_BLOCKS):
             break
     sources = Crossed.joined(found).decomposition(len(edges) - 1)
+    errors: tuple[LevelError, ...] = ()
+    if held_out is not None and len(held_out) > 1:
+        plain = plain_times_of(denoiser)
+        each = spent() * 60 * minutes / (3 * CELLS * len(found))  # an evaluation is about a third of a gradient
+        limit = int(min(max(_ERRORS * 60 * minutes / (4 * each), _LEAST), _HELD_OUT))
+        known = (images.labels, held_out.labels) if conditional else (None, None)
+        with _without_gradients(network):
+            errors = level_errors(
+                denoiser,
+                objective,
+                images,
+                held_out,
+                plain,
+                limit=limit,
+                train_labels=known[0],
+                labels=known[1],
+                device=device,
+            )
     last = Measured(0, ())
     numbers = int(memory / (4 * (len(techniques) + 1) * _MOST_REPLICATES))
     for record in measure(
@@ -165,6 +215,11 @@ def profile_training(
         if spent() >= 1:
             break
     told(1.0)
+    fault = error_fault(errors, sources.noise_scale, batch_size, own_times(denoiser)) if errors else None
+    lines = advise(sources, last.reductions, batch_size)
+    if fault is not None:
+        batch = "batch_size" in fault.settings  # then the noise scale has had its say
+        lines = (fault, *(x for x in lines if not (batch and "batch_size" in x.settings)))
     return TrainingProfile(
         sources=sources,
         edges=tuple(edges),
@@ -173,6 +228,7 @@ def profile_training(
         replicates=last.replicates,
         reductions=last.reductions,
         batch_size=batch_size,
-        verdict=advise(sources, last.reductions, batch_size),
+        verdict=ranked(lines),
         seconds=time.perf_counter() - begun,
+        errors=errors,
     )

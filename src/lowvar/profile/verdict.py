@@ -1,7 +1,12 @@
 """The verdict of a profile: what to do, what to expect of it, the words that do it, and what is not worth doing.
 
-A technique is recommended by its factor at equal *time*, its reduction factor over the time of a batch, where that is
-ahead of 1 by its interval; the largest first. The batch is advised by the gradient noise scale B = V / ||mu||^2: with n
+**Order.** First *faults*: what is wrong with the model as it is, not what could be better (`lowvar.profile.faults`),
+those of training before those of sampling: a network that has not learned its noise levels makes every figure that
+follows one of a network that will change. Then what is worth doing, by the lower end of its factor over its cost; then
+what is not.
+
+**Training.** A technique is recommended by its factor at equal *time*, its reduction factor over the time of a batch,
+where that is ahead of 1 by its interval. The batch is advised by the gradient noise scale B = V / ||mu||^2: with n
 samples an update the squared error of the gradient is B / n of its square, so that a batch far below B pays when it is
 doubled, and one far above B wastes.
 """
@@ -9,14 +14,18 @@ doubled, and one far above B wastes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from lowvar.metrics.intervals import Interval
 from lowvar.profile.crossed import Decomposition
 from lowvar.profile.techniques import Reduction
 
-__all__ = ["Advice", "advise", "batch_advice"]
+__all__ = ["PARTS", "Advice", "advise", "applied", "batch_advice", "ranked"]
+
+PARTS = ("training", "sampling", "statistics", "reward")
+"""Parts of a profile, in the order of their faults."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +37,25 @@ class Advice:
         expect: what it brings, with its interval.
         command: words that do it; empty where there is nothing to do.
         worth: whether it is worth doing.
+        part: of `PARTS`, that it is about.
+        factor, low, high: what was measured, with its 95% interval: variance, error or evaluations as they are over
+            those with it; NaN where no one number says it.
+        cost: what it is over, a batch's time with it over a plain one's.
+        fault: whether it mends something that is wrong.
+        settings: of the command that applies it.
     """
 
     do: str
     expect: str
     command: str
     worth: bool
+    part: str = "training"
+    factor: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    cost: float = 1.0
+    fault: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _factor(reduction: Reduction) -> str:
@@ -68,6 +90,7 @@ def batch_advice(scale: Interval, batch_size: int) -> Advice:
             f"{'about' if known else 'at most'} {saving:.2f} of the updates: the noise scale is {bounds}",
             f"lowvar train --batch-size {2 * n}",
             worth=True,
+            settings={"batch_size": 2 * n},
         )
     if scale.high < n / 2:
         growth = (1 + 2 * value / n) / (1 + value / n)
@@ -77,6 +100,7 @@ def batch_advice(scale: Interval, batch_size: int) -> Advice:
             f"to {scale.high:.3g}",
             f"lowvar train --batch-size {n // 2}",
             worth=True,
+            settings={"batch_size": n // 2},
         )
     told = f"{scale.low:.3g} to {scale.high:.3g}" if math.isfinite(scale.high) else f"at least {scale.low:.3g}"
     near = "nothing much" if scale.low > n / 4 and scale.high < 4 * n else "nothing that can be told"
@@ -106,13 +130,68 @@ def advise(found: Decomposition, reductions: Sequence[Reduction], batch_size: in
     lines, rest = [], []
     for r in sorted(reductions, key=lambda r: -r.vrf / r.cost):
         time = f", a batch takes {r.cost:.2f} of the time"
+        measured: dict[str, Any] = {"factor": r.vrf, "low": r.low, "high": r.high, "cost": r.cost}
         if r.low / r.cost > 1:
-            lines.append(Advice(r.name, _factor(r) + time, r.command, worth=True))
+            lines.append(Advice(r.name, _factor(r) + time, r.command, worth=True, settings=r.settings, **measured))
         elif r.low > 1:
-            rest.append(Advice(r.name, f"no gain at equal time: {_factor(r)}{time}", "", worth=False))
+            rest.append(Advice(r.name, f"no gain at equal time: {_factor(r)}{time}", "", worth=False, **measured))
         elif r.high < 1:
-            rest.append(Advice(r.name, f"harm: {_factor(r)}", "", worth=False))
+            rest.append(Advice(r.name, f"harm: {_factor(r)}", "", worth=False, **measured))
         else:
-            rest.append(Advice(r.name, f"nothing that can be told: {_factor(r)}", "", worth=False))
+            rest.append(Advice(r.name, f"nothing that can be told: {_factor(r)}", "", worth=False, **measured))
     batch = batch_advice(found.noise_scale, batch_size)
     return (*lines, batch, *rest)
+
+
+def ranked(lines: Iterable[Advice]) -> tuple[Advice, ...]:
+    """Lines of all parts in the verdict's order (see the module); of equals the first stays first.
+
+    Example:
+        >>> a = Advice("pairs", "", "", True, factor=2.0, low=1.8, high=2.2, cost=1.5)
+        >>> b = Advice("stratified", "", "", True, factor=1.5, low=1.4, high=1.6)
+        >>> c = Advice("variance", "", "", True, "sampling", 4.0, 3.9, 4.1, fault=True)
+        >>> [line.do for line in ranked([a, b, Advice("nothing", "", "", False), c])]
+        ['variance', 'stratified', 'pairs', 'nothing']
+    """
+
+    def place(line: Advice) -> tuple[int, int, float]:
+        gain = line.low / line.cost
+        gain = 1.0 if math.isnan(gain) else gain
+        if line.fault:
+            return 0, PARTS.index(line.part), -gain
+        return (1, 0, -gain) if line.worth else (2, 0, 0.0)
+
+    return tuple(sorted(lines, key=place))
+
+
+def applied(lines: Iterable[Mapping[str, Any]], part: str) -> dict[str, Any]:
+    """Settings of a command that apply a verdict, as a summary holds it.
+
+    Those of faults, then of the first technique (they exclude each other), then of lines about something else, such as
+    the batch.
+
+    Args:
+        lines: of the verdict, in its order.
+        part: whose settings are wanted.
+
+    Example:
+        >>> applied([{"worth": True, "part": "training", "settings": {"batch_size": 128}},
+        ...          {"worth": True, "part": "training", "settings": {"pairing": "cross"}},
+        ...          {"worth": True, "part": "training", "settings": {"pairing": "same"}}], "training")
+        {'batch_size': 128, 'pairing': 'cross'}
+    """
+    faults: dict[str, Any] = {}
+    found: dict[str, Any] = {}
+    technique = False
+    for line in lines:
+        settings = line.get("settings") or {}
+        if not line.get("worth") or line.get("part") != part or not settings:
+            continue
+        if line.get("fault"):
+            faults |= {k: v for k, v in settings.items() if k not in faults}
+        elif "batch_size" in settings:
+            found = settings | found
+        elif not technique:
+            found |= settings
+            technique = True
+    return faults | {k: v for k, v in found.items() if not (k == "batch_size" and k in faults)}

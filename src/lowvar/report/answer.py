@@ -128,7 +128,9 @@ def _recommended(choice: Any) -> dict[str, str] | None:
 
 
 def answer(run: Run) -> Section | None:
-    """What a reader wants to know first, in sentences and one small table."""
+    """What a reader wants to know first, in sentences and one small table; a profile has its verdict there."""
+    if run.command == "profile":
+        return None
     scores = board(run)
     content: dict[str, Any] = {"ranking": None if scores is None else _ranking(scores)}
     ranked = content["ranking"]["sentences"] if content["ranking"] else _trained(run)

@@ -28,7 +28,7 @@ _LEADS = {
     "evaluate": "The same network and the same noise, sampled in many ways, scored against held-out data.",
     "train": "How the training went, by update and by noise level.",
     "estimate": "The mean of a statistic over a sampler, with its interval, what it cost and what it would have cost.",
-    "profile": "Where the variance of the training gradient comes from, what lowers it, and by how much.",
+    "profile": "Where the variance comes from, in training and in sampling, what lowers it, and by how much.",
     "calibrate": "How wrong the network is at each noise level: the variance that its reverse steps should have.",
 }
 

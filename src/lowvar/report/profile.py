@@ -31,7 +31,11 @@ _STYLES = {
 
 
 def _is_profile(run: Run) -> bool:
-    return run.command == "profile" and isinstance(run.summary.get("shares"), Mapping)
+    return run.command == "profile" and isinstance(run.summary.get("verdict"), list)
+
+
+def _has_shares(run: Run) -> bool:
+    return _is_profile(run) and isinstance(run.summary.get("shares"), Mapping)
 
 
 def _rows(run: Run, key: str) -> Sequence[Mapping[str, Any]]:
@@ -72,16 +76,23 @@ def profile_verdict(run: Run) -> Section | None:
         {k: str(line.get(k) or "") for k in ("do", "expect", "command")} | {"worth": bool(line.get("worth"))}
         for line in lines
     ]
-    shares = mapping(run, "summary.json", "`shares`", run.summary.get("shares"))
-    largest = max(shares, key=lambda u: _interval(run, f"`shares`.{u}", shares[u])[0])
-    value, low, high = _interval(run, f"`shares`.{largest}", shares[largest])
-    words = f"{_source(run, largest)}{' together' if ',' in largest else ''}"
-    scale = _interval(run, "`noise_scale`", run.summary.get("noise_scale"))
-    sentences = [
-        f"The largest part of a training gradient's variance is that of {words}: {spoken(value, low, high)} of it.",
-        _scale_in_words(scale, nouns(run).many),
-    ]
+    faults = sum(bool(line.get("fault")) for line in lines)
+    sentences = (
+        [] if not faults else [f"{'One thing is' if faults == 1 else f'{faults} things are'} wrong, named first."]
+    )
+    if _has_shares(run):
+        shares = mapping(run, "summary.json", "`shares`", run.summary.get("shares"))
+        largest = max(shares, key=lambda u: _interval(run, f"`shares`.{u}", shares[u])[0])
+        value, low, high = _interval(run, f"`shares`.{largest}", shares[largest])
+        words = f"{_source(run, largest)}{' together' if ',' in largest else ''}"
+        scale = _interval(run, "`noise_scale`", run.summary.get("noise_scale"))
+        sentences += [
+            f"The largest part of a training gradient's variance is that of {words}: {spoken(value, low, high)} of it.",
+            _scale_in_words(scale, nouns(run).many),
+        ]
+    notes = run.summary.get("notes")
     content = {
+        "notes": [str(note) for note in notes] if isinstance(notes, list) else [],
         "sentences": sentences,
         "worth": [row for row in rows if row["worth"]],
         "rest": [row for row in rows if not row["worth"]],
@@ -122,7 +133,7 @@ def _stacked(run: Run) -> Chart:
 
 def profile_sources(run: Run) -> Section | None:
     """Shares by source, by noise level and by layer group."""
-    if not _is_profile(run):
+    if not _has_shares(run):
         return None
     shares = mapping(run, "summary.json", "`shares`", run.summary.get("shares"))
     rows = []

@@ -20,6 +20,14 @@ from lowvar.report.grids import sheets
 from lowvar.report.learning import learning, least_error, weighting
 from lowvar.report.nouns import Nouns, nouns
 from lowvar.report.profile import profile_sources, profile_techniques, profile_verdict
+from lowvar.report.profile_parts import (
+    profile_against,
+    profile_errors,
+    profile_grids,
+    profile_others,
+    profile_steps,
+    profile_structure,
+)
 from lowvar.report.run import Curve, Run, curve, mapping, number
 from lowvar.report.scores import Board, board, steps_text
 from lowvar.report.section import Section
@@ -160,14 +168,20 @@ SECTIONS: tuple[Callable[[Run], Section | None], ...] = (
     answer,
     estimation,
     profile_verdict,
+    profile_against,
     profile_sources,
     profile_techniques,
+    profile_errors,
     samples,
     scores_against_nfe,
     scores_table,
     error_curve,
     residuals,
     budget,
+    profile_steps,
+    profile_grids,
+    profile_structure,
+    profile_others,
     training,
     settings,
 )
