@@ -25,7 +25,16 @@ Reward = Callable[..., Tensor | Awaitable[Tensor]]
 
 
 class RewardError(ValueError):
-    """A reward that failed on a batch."""
+    """A reward that failed on a batch.
+
+    Args:
+        what: happened, in a sentence.
+        batch: its number.
+    """
+
+    def __init__(self, what: str, batch: int = 0) -> None:
+        super().__init__(f"batch {batch}: {what}")
+        self.what, self.batch = what, batch
 
 
 def is_differentiable(reward: Reward) -> bool:
@@ -109,17 +118,16 @@ def evaluated(
     try:
         values = _waited([reward(samples, prompts, **(columns or {}))])[0]
     except Exception as error:
-        raise RewardError(f"batch {batch}: the reward raised {type(error).__name__}: {error}") from error
+        raise RewardError(f"the reward raised {type(error).__name__}: {error}", batch) from error
     if not isinstance(values, Tensor) or values.shape != (len(samples),):
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise RewardError(
-            f"batch {batch}: the reward returned {got}; give a tensor of one number a run, ({len(samples)},)"
-        )
+        raise RewardError(f"the reward returned {got}; give a tensor of one number a run, ({len(samples)},)", batch)
     bad = (~torch.isfinite(values)).nonzero()[:, 0]
     if len(bad):
         raise RewardError(
-            f"batch {batch}: the rewards of runs {bad[:8].tolist()} are not finite ({float(values[bad[0]])}); mend the "
-            "reward, or give such samples a low value"
+            f"the rewards of runs {bad[:8].tolist()} are not finite ({float(values[bad[0]])}); mend the reward, or give "
+            "such samples a low value",
+            batch,
         )
     return values
 
