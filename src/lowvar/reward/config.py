@@ -38,6 +38,7 @@ class TuneConfig:
         mixed_precision: of the network's evaluations, by accelerate: "no" or "bf16".
         check_every: updates between checks by the monitor; 0: none.
         stop_quality: held-out distance at which tuning ends; None: never.
+        measure_kl: whether the KL is measured in every update; without, where beta or stop_kl need it only.
 
     Raises:
         ValueError: if a number is out of range.
@@ -66,6 +67,7 @@ class TuneConfig:
     mixed_precision: Literal["no", "bf16"] = "no"
     check_every: int = 0
     stop_quality: float | None = None
+    measure_kl: bool = True
 
     def __post_init__(self) -> None:
         """Checks the ranges."""

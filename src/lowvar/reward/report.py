@@ -4,8 +4,8 @@ An estimate g of a batch of n runs is repeated on fresh noise, R times:
 
     variance   n x sum over parameters of Var g_r: of one run; its interval from the spread of |g_r - mean|^2
     snr        |mean|^2 / variance of a batch, the mean's own noise taken off
-    cost       seconds of a batch, or network evaluations a run (`cost="evaluations"`), which every machine and run agree
-               on: a loop that has to repeat bit for bit counts those
+    cost       seconds of a batch, or network evaluations a run (`cost="evaluations"`), which are the same on every
+               machine and in every run: a loop that has to repeat bit for bit counts those
     work       variance x cost / n: what a fixed accuracy costs, so what ranks
 
 `choose` runs the admissible estimators as a pilot and takes the one of least work; biased ones only where asked. The

@@ -120,6 +120,8 @@ class Tuner:
             if self.history.value is not None:
                 raise ValueError("a value network learns in one process; take another baseline, or start one process")
             self.history.gather, self.history.place = self._gathered, self.accelerator.process_index
+        wanted = config.measure_kl or config.beta or config.target_kl or config.stop_kl
+        self.kl_to = reference if wanted else None
         self.monitor = monitor
         self.averages = [p.detach().clone() for p in self.parameters] if config.average else []
         self.folder = None if folder is None else Path(folder)
@@ -237,7 +239,7 @@ class Tuner:
             raise RewardError(error.what, self.update) from error.__cause__
         for ran, rewards in seen.rans[:1]:
             self.history.seen(ran, rewards)
-        if self.reference is not None:
+        if self.kl_to is not None:
             self.control = self.control.updated(kl)
         rewards = self._gathered(torch.cat(seen.rewards))
         self.calls += len(rewards)
@@ -276,7 +278,7 @@ class Tuner:
                 out = estimator(problem, self.noise, size, at, history=self.history)
                 loss = out.loss
                 seen.rewards.append(out.rewards)
-                if self.reference is not None:
+                if self.kl_to is not None:
                     ran = out.ran
                     if ran is None or len(ran.steps) < problem.policy.steps or ran.n != size:
                         ran = rollout(
@@ -304,17 +306,17 @@ class Tuner:
                     seen.ratio = max(seen.ratio, float(out.log_ratio.abs().max()))
                     seen.clipped += out.clipped / m
                 loss = out.loss
-                if self.reference is not None:
+                if self.kl_to is not None:
                     loss = self._with_kl(loss, own, seen if first_time else None)
             yield loss
 
     def _with_kl(self, loss: Tensor, ran: Rollout, seen: _Runs | None) -> Tensor:
         """Plus beta KL; `seen` is told the runs' KL."""
-        assert self.reference is not None
+        assert self.kl_to is not None
         if not self.control.beta and seen is None:
             return loss
         with torch.set_grad_enabled(self.control.beta > 0):
-            found = kl_loss(self.problem.policy, self.reference, ran)
+            found = kl_loss(self.problem.policy, self.kl_to, ran)
         if seen is not None:
             seen.kl.append(found.kl.sum(0))
         return loss + self.control.beta * found.loss if self.control.beta else loss
