@@ -25,8 +25,8 @@ from lowvar.process.kernel import ReverseKernel
 from lowvar.process.noise import Independent
 from lowvar.reward import (
     Check,
+    Choice,
     Floor,
-    GradientReport,
     History,
     Monitor,
     Policy,
@@ -80,7 +80,6 @@ class Tuning:
         self.config = self._config()
         self.noise = Independent(flags.seed)
         self.tuner: Tuner | None = None
-        self.choice: GradientReport | None = None
 
     # ------------------------------------------------------------------------------------------------------- the parts
 
@@ -288,7 +287,7 @@ class Tuning:
             console.note(record.why)
             if self.tuner is not None and self.tuner.choice is not None and ranks.is_main():
                 (partial / "choice.json").write_text(
-                    json.dumps(plain(about_choice(self.tuner.choice.report, record.why))), encoding="utf-8"
+                    json.dumps(plain(about_choice(self.tuner.choice, record.why))), encoding="utf-8"
                 )
         if record.check is not None:
             _save_samples(partial, record.update + 1, record.check.samples)
@@ -359,8 +358,9 @@ def _about(found: Interval | None) -> dict[str, float]:
     return {"value": found.value, "low": found.low, "high": found.high}
 
 
-def about_choice(report: GradientReport, why: str) -> dict[str, Any]:
+def about_choice(choice: Choice, why: str) -> dict[str, Any]:
     """What a pilot measured, and why it chose."""
+    report = choice.report
     rows = [
         {
             "estimator": name,
@@ -373,7 +373,7 @@ def about_choice(report: GradientReport, why: str) -> dict[str, Any]:
         }
         for name, row in report.rows.items()
     ]
-    return {"why": why, "rows": rows, "left_out": dict(report.left_out)}
+    return {"estimator": choice.estimator.name, "why": why, "rows": rows, "left_out": dict(report.left_out)}
 
 
 def _save_samples(partial: Path, update: int, samples: Tensor) -> None:
