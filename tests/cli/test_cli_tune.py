@@ -77,7 +77,7 @@ def test_files_and_summary(lowvar: Lowvar, model: Path, tmp_path: Path) -> None:
     assert records[-1]["check"]["reward"] == summary["reward_after"]
     pilots, checks = len(chosen) * 4 * 16, 5 * 64
     assert summary["reward_calls"] == 4 * 16 + pilots + checks
-    opened = DiffusionPipeline.from_pretrained(out)
+    opened: Any = DiffusionPipeline.from_pretrained(out)
     opened.set_progress_bar_config(disable=True)
     assert opened(batch_size=2, num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 1)
     before, after = weights(model), weights(out)

@@ -20,6 +20,7 @@ from lowvar.evaluation import check_steps
 from lowvar.metrics import Scorer
 from lowvar.metrics.intervals import Interval
 from lowvar.pipelines import denoiser_of
+from lowvar.process.denoiser import Denoiser
 from lowvar.process.grid import trailing
 from lowvar.process.kernel import ReverseKernel
 from lowvar.process.noise import Independent
@@ -123,13 +124,11 @@ class Tuning:
 
     def _policy(self, model: Model) -> Policy:
         flags = self.flags
-        denoiser: Any = model.denoiser
-        if self._conditional:
-            pipeline = model.pipeline
 
-            def denoiser(labels: Tensor) -> Any:
-                return denoiser_of(pipeline, class_labels=labels, guidance=flags.guidance)
+        def of_classes(labels: Tensor) -> Denoiser:
+            return denoiser_of(model.pipeline, class_labels=labels, guidance=flags.guidance)
 
+        denoiser = of_classes if self._conditional else model.denoiser
         schedule = model.denoiser.schedule
         kernel = ReverseKernel(eta=flags.eta, variance="small")
         try:

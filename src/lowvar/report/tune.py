@@ -137,14 +137,15 @@ def _held_out(run: Run) -> Chart | None:
     y = np.array([_ends(run, "metrics.jsonl", c["quality"]) for _, c in checks])
     labels, styles = ["tuned samples"], [Style("red", "s")]
     floor = run.summary.get("quality_floor")
-    if isinstance(floor, Mapping):
+    shown = isinstance(floor, Mapping) and (_summary(run, "quality_floor")[0] > 0 or float(y[:, 0].min()) <= 0)
+    if shown:
         labels.append("data against data")
         styles.append(Style("muted", "", (0, (8, 2, 1.2, 2)), width=1.3))
     legend = keys("tune-quality", labels, styles)
 
     def paint(axes: Axes) -> None:
         _bars(axes, 0, styles[0], x, y.T)
-        if isinstance(floor, Mapping):
+        if shown:
             level = axes.axhline(_summary(run, "quality_floor")[0], **{**styles[1].line(), "marker": "None"})  # pyright: ignore[reportArgumentType]
             level.set_gid("series-1-0")
         value_axis(axes, [float(v) for v in y[:, 0]], float(np.abs(y[:, 0]).max()) / 10 or None)

@@ -8,6 +8,7 @@ Source: E. Hu et al., "LoRA: low-rank adaptation of large language models", 2022
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -53,8 +54,8 @@ def add_lora(network: Any, rank: int, *, seed: int = 0) -> tuple[list[nn.Paramet
         UserError: if peft is not installed, or no layer is large enough.
     """
     try:
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.lora import LoraLayer
+        peft = importlib.import_module("peft")
+        LoraLayer = importlib.import_module("peft.tuners.lora").LoraLayer
     except ImportError:
         raise UserError(
             "low-rank adapters need peft, which is not installed; `pip install 'lowvar[lora]'`, or tune all weights"
@@ -65,8 +66,8 @@ def add_lora(network: Any, rank: int, *, seed: int = 0) -> tuple[list[nn.Paramet
     if not names:
         raise UserError(f"no layer of the network is larger than rank {rank}; give a smaller one")
     network.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, lora_dropout=0.0)
-    inject_adapter_in_model(config, network, adapter_name=_NAME)
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names, lora_dropout=0.0)
+    peft.inject_adapter_in_model(config, network, adapter_name=_NAME)
     parameters = [p for name, p in network.named_parameters() if "lora_" in name]
     source = Independent(seed)
     with torch.no_grad():
@@ -79,7 +80,7 @@ def add_lora(network: Any, rank: int, *, seed: int = 0) -> tuple[list[nn.Paramet
     def merge() -> None:
         for name, module in list(network.named_modules()):
             if isinstance(module, LoraLayer):
-                module.merge()  # pyright: ignore[reportAttributeAccessIssue]
+                module.merge()
                 above, _, leaf = name.rpartition(".")
                 setattr(network.get_submodule(above), leaf, module.get_base_layer())
         if hasattr(network, "peft_config"):
