@@ -32,6 +32,7 @@ from lowvar.cli.report import Report
 from lowvar.cli.sample import Sample
 from lowvar.cli.stops import Terminated, status_of, stop_word
 from lowvar.cli.train import Train
+from lowvar.cli.tune import Tune
 from lowvar.errors import UserError
 
 __all__ = ["COMMANDS", "main", "parse"]
@@ -42,6 +43,7 @@ COMMANDS: dict[str, type[Command]] = {
     "calibrate": Calibrate,
     "sample": Sample,
     "evaluate": Evaluate,
+    "tune": Tune,
     "estimate": Estimate,
     "profile": Profile,
     "report": Report,
@@ -205,10 +207,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _tidy_end():
             command = parse(words)
-            if ranks.count() > 1 and not isinstance(command, Train):
+            if ranks.count() > 1 and not isinstance(command, Train | Tune):
                 raise UserError(
                     f"lowvar {command.name} runs in one process, and a launcher started {ranks.count()} (WORLD_SIZE); "
-                    "run it by itself: only `lowvar train` shares its work"
+                    "run it by itself: only `lowvar train` and `lowvar tune` share their work"
                 )
             console = Console(json=command.json and ranks.is_main(), quiet=command.quiet or not ranks.is_main())
             _environment()

@@ -1,6 +1,6 @@
 """Several processes, one run: what a launcher such as torchrun starts.
 
-`lowvar train` is the one command that shares its work among processes. All of them train; the first ("main") alone
+`lowvar train` and `lowvar tune` share their work among processes. All of them compute; the first ("main") alone
 checks and writes --out and speaks, and what it decides is told to the others, so that all end with the same status:
 
     check, save, publish     on the main process, while the others wait for its word (`main_first`)

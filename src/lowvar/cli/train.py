@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lowvar.train.config import TrainConfig
     from lowvar.train.loop import Trainer
 
-__all__ = ["Train", "about_schedule", "partial_of", "run_training", "save_trained", "weighting_figure"]
+__all__ = ["Train", "about_schedule", "kept", "partial_of", "run_training", "save_trained", "weighting_figure"]
 
 WEIGHTS = "network.safetensors"  # of a network that is no model of diffusers
 _OF_DATA = ("data", "size", "channels")
@@ -136,7 +136,7 @@ class Train(DataFlags, Common):
             last = run_training(trainer, partial, console, self.profile_every)
         except KeyboardInterrupt as stop:
             raise type(stop)(
-                f"{stop_word(stop)} after {trainer.update} of {config.updates} updates; {_kept(partial)}: "
+                f"{stop_word(stop)} after {trainer.update} of {config.updates} updates; {kept(partial)}: "
                 "give the same command with --resume to go on"
             ) from None
         summary = summarise(
@@ -223,7 +223,8 @@ def _how_to_open(trainer: Trainer, out: Path) -> str:
     )
 
 
-def _kept(partial: Path) -> str:
+def kept(partial: Path) -> str:
+    """Which checkpoint an interrupted run has, in words."""
     folder = partial / "checkpoints"
     newest = max((path.name for path in folder.glob("update-*")), default=None) if folder.is_dir() else None
     return f"{partial} has no checkpoint yet" if newest is None else f"{folder / newest} is kept"

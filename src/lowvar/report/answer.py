@@ -15,6 +15,7 @@ from lowvar.report.run import Run, number
 from lowvar.report.scores import Board, Comparison, board, steps_text
 from lowvar.report.section import Section
 from lowvar.report.text import bounds, count, metric, plain, spoken
+from lowvar.report.tune import tuned
 
 __all__ = ["answer"]
 
@@ -134,7 +135,7 @@ def answer(run: Run) -> Section | None:
     scores = board(run)
     content: dict[str, Any] = {"ranking": None if scores is None else _ranking(scores)}
     ranked = content["ranking"]["sentences"] if content["ranking"] else _trained(run)
-    content["sentences"] = [*estimated(run), *(_calibrated(run) if "mmse" in run.summary else []), *ranked]
+    content["sentences"] = [*estimated(run), *tuned(run), *(_calibrated(run) if "mmse" in run.summary else []), *ranked]
     notes = run.summary.get("notes")
     content["notes"] = [str(note) for note in notes] if isinstance(notes, list) else []
     choice = run.summary.get("recommended")

@@ -27,6 +27,7 @@ _LEADS = {
     "demo": "One small network, trained here, sampled in many ways: what the choice of variance and solver is worth.",
     "evaluate": "The same network and the same noise, sampled in many ways, scored against held-out data.",
     "train": "How the training went, by update and by noise level.",
+    "tune": "The reverse process as a policy: what a reward gained, how far the sampler moved, at what cost.",
     "estimate": "The mean of a statistic over a sampler, with its interval, what it cost and what it would have cost.",
     "profile": "Where the variance comes from, in training and in sampling, what lowers it, and by how much.",
     "calibrate": "How wrong the network is at each noise level: the variance that its reverse steps should have.",

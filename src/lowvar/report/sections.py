@@ -33,6 +33,7 @@ from lowvar.report.scores import Board, board, steps_text
 from lowvar.report.section import Section
 from lowvar.report.tables import groups, metrics_of
 from lowvar.report.text import count, flat, plain
+from lowvar.report.tune import choice, tuning
 
 __all__ = ["SECTIONS", "samples", "scores_against_nfe", "scores_table", "settings", "training"]
 
@@ -167,6 +168,8 @@ def settings(run: Run) -> Section | None:
 SECTIONS: tuple[Callable[[Run], Section | None], ...] = (
     answer,
     estimation,
+    tuning,
+    choice,
     profile_verdict,
     profile_against,
     profile_sources,

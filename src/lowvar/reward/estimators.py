@@ -3,14 +3,18 @@ r"""Estimators as values: a problem in, a loss whose gradient is the estimate ou
     estimator(problem, noise, n, first) -> RewardLoss
 
 so that they can be compared (`gradient_report`), chosen (`choose`) and run in a loop. `Scores` needs the reward's
-values only; `Paths` its derivative; `SurrogateControl` values, and makes a derivative of its own.
+values only; `Paths` its derivative; `SurrogateControl` values, and makes a derivative of its own. `Branches` (module
+`branches`) are scores with several ends a run.
+
+Each says what it costs, in network evaluations a run: a forward is 1, a backward 2 more. Baselines that learn from
+earlier batches are kept in a `History`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,7 +23,17 @@ from torch import Tensor
 from lowvar.process.noise import NoiseSource
 from lowvar.reward.advantages import AdvantageBaseline, Advantages, ScaleRewards, advantages
 from lowvar.reward.control import surrogate_control
-from lowvar.reward.pathwise import Full, PathwiseRule, RewardLoss, pathwise_loss
+from lowvar.reward.history import History
+from lowvar.reward.pathwise import (
+    Full,
+    Last,
+    LastAveraged,
+    PathwiseRule,
+    RandomTruncation,
+    RewardLoss,
+    Roulette,
+    pathwise_loss,
+)
 from lowvar.reward.policy import Policy
 from lowvar.reward.rewards import Reward, evaluated, is_differentiable, reward_gradient
 from lowvar.reward.rollout import Rollout, rollout
@@ -41,6 +55,8 @@ class RewardProblem:
         prompts: from sample numbers (n,) to prompts, for a conditional policy; samples of a group need the same.
         num_generations: G, size of a group (TRL's name): neighbouring sample numbers.
         dtype, device: of the states.
+        numbers: from sample numbers (n,) to the number of the prompt, the same in every batch (running baselines).
+        columns: from sample numbers (n,) to further arguments of the reward, by name, one entry a sample.
 
     Raises:
         ValueError: if no parameter requires a gradient.
@@ -54,17 +70,24 @@ class RewardProblem:
     num_generations: int = 8
     dtype: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
+    numbers: Callable[[Tensor], Tensor] | None = None
+    columns: Callable[[Tensor], Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         """Checks the parameters."""
         if not self.parameters or not all(p.requires_grad for p in self.parameters):
             raise ValueError("parameters are the tensors to tune: give at least one, all with requires_grad")
 
+    def given(self, index: Tensor) -> tuple[Any, Mapping[str, Any]]:
+        """Prompts and columns of samples (n,)."""
+        prompts = None if self.prompts is None else self.prompts(index)
+        return prompts, {} if self.columns is None else self.columns(index)
+
     def run(self, n: int, first: int) -> dict[str, Any]:
         """Arguments of `rollout` and its kin for the samples first .. first + n - 1."""
         return {
             "first": first,
-            "prompts": None if self.prompts is None else self.prompts(first + torch.arange(n)),
+            "prompts": self.given(first + torch.arange(n))[0],
             "num_generations": self.num_generations,
             "dtype": self.dtype,
             "device": self.device,
@@ -90,8 +113,20 @@ class RewardEstimator(ABC):
         """Why it cannot run on a problem, or None."""
 
     @abstractmethod
-    def __call__(self, problem: RewardProblem, noise: NoiseSource, n: int, first: int = 0) -> RewardLoss:
-        """The loss of n runs."""
+    def evaluations(self, problem: RewardProblem) -> float:
+        """Network evaluations a run, its gradient included: what `choose` counts where seconds would not repeat."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        problem: RewardProblem,
+        noise: NoiseSource,
+        n: int,
+        first: int = 0,
+        *,
+        history: History | None = None,
+    ) -> RewardLoss:
+        """The loss of n runs; `history` is what earlier batches have taught, and is not changed."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +134,8 @@ class Scores(RewardEstimator):
     """The score function.
 
     Args:
-        baseline: as of `advantages`, or "x0" (`x0_baseline`), or "optimal" (`optimal_constant`, a group at a time).
+        baseline: as of `advantages`, or "x0" (`x0_baseline`), "optimal" (`optimal_constant`, a group at a time) or
+            "value" (`ValueNetwork`, of a `History`).
         scale_rewards, clip: as of `advantages`.
         folds, ridge: of "x0".
 
@@ -110,7 +146,7 @@ class Scores(RewardEstimator):
 
     multiplies: ClassVar[bool] = False
 
-    baseline: AdvantageBaseline | Literal["x0", "optimal"] = "leave-one-out"
+    baseline: AdvantageBaseline | Literal["x0", "optimal", "value"] = "leave-one-out"
     scale_rewards: ScaleRewards = "none"
     clip: float | None = None
     folds: int = 4
@@ -128,26 +164,61 @@ class Scores(RewardEstimator):
             return "the last step is differentiated and the reward has no derivative"
         return None
 
-    def advantages(self, ran: Rollout, rewards: Tensor) -> Advantages:
-        """Of a rollout."""
-        b = self.baseline
+    def evaluations(self, problem: RewardProblem) -> float:
+        """See the base class: the rollout, and every step again with its gradient."""
+        return 4.0 * problem.policy.steps
+
+    def advantages(self, ran: Rollout, rewards: Tensor, history: History | None = None) -> Advantages:
+        """Of a rollout.
+
+        Raises:
+            ValueError: if the baseline is "value" and there is no history that has one.
+        """
+        b, how = self.baseline, {"scale_rewards": self.scale_rewards, "clip": self.clip}
         given: Any = b
-        if b == "x0":
+        if b == "value":
+            if history is None or history.value is None:
+                raise ValueError("baseline 'value' is a network: give history=History(value=ValueNetwork(..))")
+            given = history.value.predict(ran)
+        elif b == "x0":
             given = x0_baseline(ran, rewards, folds=self.folds, ridge=self.ridge)
         elif b == "optimal":
             given = optimal_constant(rewards, ran.score2, groups=ran.groups)
-        return advantages(rewards, ran.groups, baseline=given, scale_rewards=self.scale_rewards, clip=self.clip)
+        past = b in ("running", "running-including") or self.scale_rewards in ("running", "prompt")
+        if history is None:
+            return advantages(rewards, ran.groups, baseline=given, **how)  # pyright: ignore[reportArgumentType]
+        groups = history.numbers_of(ran.index).to(rewards.device) if past else ran.groups
+        state = history.statistics
+        if isinstance(given, Tensor):
+            return advantages(rewards, groups, baseline=given, state=state, **how)  # pyright: ignore[reportArgumentType]
+        whole = history.whole(groups if past else groups + history.place * ran.n)
+        found = advantages(history.whole(rewards), whole, baseline=given, state=state, **how)  # pyright: ignore[reportArgumentType]
+        return replace(found, values=history.mine(found.values, ran.n))
 
-    def __call__(self, problem: RewardProblem, noise: NoiseSource, n: int, first: int = 0) -> RewardLoss:
-        """See the base class."""
+    def rolled(
+        self, problem: RewardProblem, noise: NoiseSource, n: int, first: int = 0
+    ) -> tuple[Rollout, Tensor, Tensor | None]:
+        """The rollout, its rewards (n,), and dR/dx_0 where the last step is differentiated."""
         how = problem.run(n, first)
-        ran = rollout(problem.policy, noise, n, problem.shape, x0_hat=self.baseline == "x0", **how)
-        slope = None
+        ran = rollout(problem.policy, noise, n, problem.shape, x0_hat=self.baseline in ("x0", "value"), **how)
+        columns = problem.given(ran.index)[1]
         if problem.policy.terminal == "pathwise":
-            rewards, slope = reward_gradient(problem.reward, ran.samples, how["prompts"])
-        else:
-            rewards = evaluated(problem.reward, ran.samples, how["prompts"]).detach()
-        out = surrogate_loss(problem.policy, ran, self.advantages(ran, rewards), reward_gradient=slope)
+            rewards, slope = reward_gradient(problem.reward, ran.samples, how["prompts"], **columns)
+            return ran, rewards, slope
+        return ran, evaluated(problem.reward, ran.samples, how["prompts"], columns).detach(), None
+
+    def __call__(
+        self,
+        problem: RewardProblem,
+        noise: NoiseSource,
+        n: int,
+        first: int = 0,
+        *,
+        history: History | None = None,
+    ) -> RewardLoss:
+        """See the base class."""
+        ran, rewards, slope = self.rolled(problem, noise, n, first)
+        out = surrogate_loss(problem.policy, ran, self.advantages(ran, rewards, history), reward_gradient=slope)
         return RewardLoss(out.loss, out.each, rewards, ran.samples, 0, out.claim, ran)
 
 
@@ -180,7 +251,30 @@ class Paths(RewardEstimator):
         """See the base class."""
         return None if is_differentiable(problem.reward) else "the reward has no derivative"
 
-    def __call__(self, problem: RewardProblem, noise: NoiseSource, n: int, first: int = 0) -> RewardLoss:
+    def evaluations(self, problem: RewardProblem) -> float:
+        """See the base class: a step that is differentiated is run, run again (`checkpoint`) and differentiated."""
+        K, rule = problem.policy.steps, self.rule
+        again = 3.0 + bool(self.checkpoint)
+        if isinstance(rule, LastAveraged):
+            return K + 3.0 * rule.m
+        if isinstance(rule, Last):
+            return again * rule.k + (K - rule.k) * (4.0 if rule.rest == "score" else 1.0)
+        if isinstance(rule, RandomTruncation):
+            k = (rule.low + (K if rule.high is None else rule.high)) / 2
+            return again * k + K - k
+        if isinstance(rule, Roulette):
+            return K + (again - 1) * sum(rule.keep**j for j in range(K))
+        return again * K
+
+    def __call__(
+        self,
+        problem: RewardProblem,
+        noise: NoiseSource,
+        n: int,
+        first: int = 0,
+        *,
+        history: History | None = None,
+    ) -> RewardLoss:
         """See the base class."""
         return pathwise_loss(
             problem.policy,
@@ -189,8 +283,9 @@ class Paths(RewardEstimator):
             n,
             problem.shape,
             rule=self.rule,
-            advantage=self.scores.advantages,
+            advantage=lambda ran, rewards: self.scores.advantages(ran, rewards, history),
             checkpoint=self.checkpoint,
+            columns=problem.given(first + torch.arange(n))[1],
             **problem.run(n, first),
         )
 
@@ -225,7 +320,19 @@ class SurrogateControl(RewardEstimator):
         whole = len(problem.policy.scored) == problem.policy.steps
         return None if whole else "the last step has no density, and the residual needs one in every step"
 
-    def __call__(self, problem: RewardProblem, noise: NoiseSource, n: int, first: int = 0) -> RewardLoss:
+    def evaluations(self, problem: RewardProblem) -> float:
+        """See the base class: the scores' and a whole path's."""
+        return (7.0 + bool(self.checkpoint)) * problem.policy.steps
+
+    def __call__(
+        self,
+        problem: RewardProblem,
+        noise: NoiseSource,
+        n: int,
+        first: int = 0,
+        *,
+        history: History | None = None,
+    ) -> RewardLoss:
         """See the base class."""
         return surrogate_control(
             problem.policy,
@@ -233,9 +340,10 @@ class SurrogateControl(RewardEstimator):
             noise,
             n,
             problem.shape,
-            advantage=self.scores.advantages,
+            advantage=lambda ran, rewards: self.scores.advantages(ran, rewards, history),
             folds=self.folds,
             ridge=self.ridge,
             checkpoint=self.checkpoint,
+            columns=problem.given(first + torch.arange(n))[1],
             **problem.run(n, first),
         )

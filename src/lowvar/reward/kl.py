@@ -7,7 +7,9 @@ has two parts, since the parameters move the law at each state *and* which state
 
     grad = E sum_t [ grad KL_t(x_t)  +  S_t (sum_{u > t} KL_u(x_u) - b_t) ].
 
-    "exact"     both parts; b_t is the mean of the group's other runs. Unbiased
+    "exact"     both parts; b_t is the mean of the group's other runs. Unbiased. As a loss: sum_t w_t (KL_t - c_t) + c_t
+                with w_t = prod_{u < t} p / p_old of the actions and c_t the others' mean, which is right at moved
+                parameters too, so it holds in every inner iteration on the same runs
     "direct"    the first part only (DPOK, Flow-GRPO): direction, the states' part is missing
     "k1"        S_t times sum_{u >= t} log p/q of the actions: unbiased, of far larger variance
     "k2"        grad of (log p/q)^2 / 2, the actions held: the first part, unbiased of "direct", with more variance
@@ -72,7 +74,8 @@ class KLLoss:
 def kl_loss(policy: Policy, reference: Policy, ran: Rollout, *, estimator: KLEstimator = "exact") -> KLLoss:
     """The KL of the policy to a reference with the same grid and kernel, to be added to a loss with a factor beta.
 
-    The rollout has to be of the present parameters. A last step without density counts with neither.
+    With "exact" the parameters may have moved since the rollout; the others need one of the present parameters. A last
+    step without density counts with neither.
 
     Args:
         policy: p.
@@ -104,7 +107,7 @@ def kl_loss(policy: Policy, reference: Policy, ran: Rollout, *, estimator: KLEst
         raise ValueError("the score part needs the mean of other runs; give at least 2 runs")
     scored = set(policy.scored)
     q_chain = reference.chain(ran.prompts)
-    kl, log_p, log_q = [], [], []
+    kl, log_p, log_q, log_old = [], [], [], []
     for row, k, law in replayed(policy, ran):
         if k not in scored:
             continue
@@ -114,15 +117,17 @@ def kl_loss(policy: Policy, reference: Policy, ran: Rollout, *, estimator: KLEst
             log_q.append(other.log_prob(action))
         kl.append(law.kl(other))
         log_p.append(law.log_prob(action))
+        log_old.append(ran.log_prob[row].to(law.mean))
     KL, S, log_ratio = torch.stack(kl), torch.stack(log_p), torch.stack(log_p) - torch.stack(log_q)
     value = KL.detach()
     if estimator == "exact":
-        to_go = value.flip(0).cumsum(0).flip(0) - value
+        moved = S - torch.stack(log_old)
+        w = (moved.cumsum(0) - moved).exp()
         groups = ran.groups.to(value.device)
         _, place, size = groups.unique(return_inverse=True, return_counts=True)
         groups = groups if int(size.min()) > 1 else torch.zeros_like(place)
-        others = torch.stack([others_mean(row, groups, estimator) for row in to_go])
-        each = KL + (to_go - others) * zero(S)
+        c = torch.stack([others_mean(row, groups, estimator) for row in value])
+        each = w * (KL - c) + c
     elif estimator == "direct":
         each = KL
     elif estimator == "k1":

@@ -4,7 +4,8 @@ An estimate g of a batch of n runs is repeated on fresh noise, R times:
 
     variance   n x sum over parameters of Var g_r: of one run; its interval from the spread of |g_r - mean|^2
     snr        |mean|^2 / variance of a batch, the mean's own noise taken off
-    cost       seconds of a batch
+    cost       seconds of a batch, or network evaluations a run (`cost="evaluations"`), which are the same on every
+               machine and in every run: a loop that has to repeat bit for bit counts those
     work       variance x cost / n: what a fixed accuracy costs, so what ranks
 
 `choose` runs the admissible estimators as a pilot and takes the one of least work; biased ones only where asked. The
@@ -22,6 +23,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +32,8 @@ from lowvar.process.noise import NoiseSource
 from lowvar.reward.claims import Claim
 from lowvar.reward.estimators import Paths, RewardEstimator, RewardProblem, Scores, SurrogateControl
 from lowvar.reward.pathwise import Full, Last, Roulette
+
+Cost = Literal["seconds", "evaluations"]
 
 __all__ = ["Choice", "GradientReport", "GradientRow", "candidates", "choose", "gradient_report"]
 
@@ -46,6 +50,8 @@ class GradientRow:
         seconds: a batch.
         n: runs a batch.
         claim: what it says of itself.
+        evaluations: of the network, a run.
+        cost: what `work` counts.
         gradients: each batch's, (R, P).
     """
 
@@ -59,11 +65,13 @@ class GradientRow:
     n: int
     claim: Claim
     gradients: Tensor = field(repr=False)
+    evaluations: float = 0.0
+    cost: Cost = "seconds"
 
     @property
     def work(self) -> float:
-        """Variance x seconds a run."""
-        return self.variance * self.seconds / self.n
+        """Variance x cost a run."""
+        return self.variance * (self.evaluations if self.cost == "evaluations" else self.seconds / self.n)
 
     @property
     def trust(self) -> tuple[bool, float]:
@@ -107,6 +115,7 @@ def gradient_report(
     n: int = 64,
     repeats: int = 16,
     first: int = 0,
+    cost: Cost = "seconds",
 ) -> GradientReport:
     """Measures estimators on the same runs, in turn.
 
@@ -117,6 +126,7 @@ def gradient_report(
         n: runs a batch.
         repeats: batches, at least 2; repeats x parameters numbers are held.
         first: number of the first sample.
+        cost: what ranks beside the variance.
 
     Raises:
         ValueError: if repeats is below 2.
@@ -141,13 +151,19 @@ def gradient_report(
         if reason is not None:
             left_out[estimator.name] = reason
             continue
-        rows[estimator.name] = _measured(problem, estimator, noise, n, repeats, first)
+        rows[estimator.name] = _measured(problem, estimator, noise, n, repeats, first, cost)
     ranked = sorted(rows.items(), key=lambda row: (row[1].claim.label == "biased", row[1].work))
     return GradientReport(dict(ranked), left_out)
 
 
 def _measured(
-    problem: RewardProblem, estimator: RewardEstimator, noise: NoiseSource, n: int, repeats: int, first: int
+    problem: RewardProblem,
+    estimator: RewardEstimator,
+    noise: NoiseSource,
+    n: int,
+    repeats: int,
+    first: int,
+    cost: Cost,
 ) -> GradientRow:
     parameters, found, seconds, claim = list(problem.parameters), [], [], Claim("none")
     for r in range(repeats):
@@ -173,6 +189,8 @@ def _measured(
         n,
         claim,
         g,
+        estimator.evaluations(problem),
+        cost,
     )
 
 
@@ -213,12 +231,13 @@ def choose(
     n: int = 64,
     repeats: int = 16,
     first: int = 0,
+    cost: Cost = "seconds",
 ) -> Choice:
     """The estimator of least variance x cost in a pilot (`estimator="auto"`).
 
     Args:
         problem: what is tuned.
-        noise, n, repeats, first: as of `gradient_report`; take sample numbers that training does not use.
+        noise, n, repeats, first, cost: as of `gradient_report`; take sample numbers that training does not use.
         among: what to choose from; None: `candidates`.
         biased: whether biased estimators may be chosen.
 
@@ -236,7 +255,7 @@ def choose(
         'scores, x0 baseline'
     """
     report = gradient_report(
-        problem, candidates(problem) if among is None else among, noise, n=n, repeats=repeats, first=first
+        problem, candidates(problem) if among is None else among, noise, n=n, repeats=repeats, first=first, cost=cost
     )
     allowed = {name: row for name, row in report.rows.items() if biased or row.claim.label == "unbiased"}
     if not allowed:
@@ -258,8 +277,9 @@ def choose(
         for other, row in allowed.items()
     )
     refused = "".join(f"; not {other}: {reason}" for other, reason in {**misses, **report.left_out}.items())
+    spent = f"{best.evaluations:g} evaluations a run" if cost == "evaluations" else f"{best.seconds:.3g} s for {n} runs"
     why = (
         f"{name}: variance x cost {best.work:.3g} (variance {best.variance:.3g}, {best.low:.3g} to {best.high:.3g}, "
-        f"{best.seconds:.3g} s for {n} runs), against {others or 'nothing else'}{refused}"
+        f"{spent}), against {others or 'nothing else'}{refused}"
     )
     return Choice(best.estimator, why, report)

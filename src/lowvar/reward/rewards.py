@@ -19,13 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Reward", "RewardError", "WeightedSum", "evaluated", "is_differentiable", "reward_gradient"]
+__all__ = ["Reward", "RewardError", "WeightedSum", "evaluated", "is_differentiable", "reward_gradient", "waited"]
 
 Reward = Callable[..., Tensor | Awaitable[Tensor]]
 
 
 class RewardError(ValueError):
-    """A reward that failed on a batch."""
+    """A reward that failed on a batch.
+
+    Args:
+        what: happened, in a sentence.
+        batch: its number.
+    """
+
+    def __init__(self, what: str, batch: int = 0) -> None:
+        super().__init__(f"batch {batch}: {what}")
+        self.what, self.batch = what, batch
 
 
 def is_differentiable(reward: Reward) -> bool:
@@ -70,11 +79,13 @@ class WeightedSum:
 
     def __call__(self, samples: Tensor, prompts: Any = None, **columns: Any) -> Tensor:
         """The sum, (n,)."""
-        values = _waited([f(samples, prompts, **columns) for f in self.reward_funcs])
+        values = waited([f(samples, prompts, **columns) for f in self.reward_funcs])
         return torch.stack([w * v.to(samples) for w, v in zip(self.weights, values, strict=True)]).sum(0)
 
 
-def _waited(given: Sequence[Tensor | Awaitable[Tensor]]) -> list[Tensor]:
+def waited(given: Sequence[Tensor | Awaitable[Tensor]]) -> list[Tensor]:
+    """Values, those of asynchronous functions waited for together."""
+
     async def one(value: Tensor | Awaitable[Tensor]) -> Tensor:
         return await value if inspect.isawaitable(value) else value  # pyright: ignore[reportReturnType]
 
@@ -107,19 +118,18 @@ def evaluated(
         lowvar.reward.rewards.RewardError: batch 7: the rewards of runs [1] are not finite (inf); ...
     """
     try:
-        values = _waited([reward(samples, prompts, **(columns or {}))])[0]
+        values = waited([reward(samples, prompts, **(columns or {}))])[0]
     except Exception as error:
-        raise RewardError(f"batch {batch}: the reward raised {type(error).__name__}: {error}") from error
+        raise RewardError(f"the reward raised {type(error).__name__}: {error}", batch) from error
     if not isinstance(values, Tensor) or values.shape != (len(samples),):
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise RewardError(
-            f"batch {batch}: the reward returned {got}; give a tensor of one number a run, ({len(samples)},)"
-        )
+        raise RewardError(f"the reward returned {got}; give a tensor of one number a run, ({len(samples)},)", batch)
     bad = (~torch.isfinite(values)).nonzero()[:, 0]
     if len(bad):
         raise RewardError(
-            f"batch {batch}: the rewards of runs {bad[:8].tolist()} are not finite ({float(values[bad[0]])}); mend the "
-            "reward, or give such samples a low value"
+            f"the rewards of runs {bad[:8].tolist()} are not finite ({float(values[bad[0]])}); mend the reward, or "
+            "give such samples a low value",
+            batch,
         )
     return values
 

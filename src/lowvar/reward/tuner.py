@@ -2,37 +2,47 @@ r"""The tuning loop: a generator of records over accelerate.
 
     update u:  runs u B .. u B + B - 1,   loss = -E R (by an estimator) + beta KL(policy || reference),   clip, AdamW,
 
-`num_iterations` times on the same runs where the estimator is a score function (ratios bounded by `trust_nats`, the KL
-in the first only). Noise
-is a function of the run's number, so an update is a function of its number and of the last checkpoint: a run that was
-interrupted goes on to the same parameters. With n processes each takes an n-th of the runs, whole groups, and gradients
-are averaged: the same gradient as one process with all of them, for baselines that stay within a group.
+`num_iterations` times on the same runs where the estimator is a score function (ratios bounded by `trust_nats`; the KL
+in every one of them, by its form for moved parameters). Noise is a function of the run's number, so an update is a
+function of its number and of the last checkpoint: a run that was interrupted goes on to the same parameters. With n
+processes each takes an n-th of the runs, whole groups, and gradients are averaged: the same gradient as one process
+with all of them, for baselines by rewards; one that is a regression on states ("x0", "value") is fitted to each
+process's own runs.
 
-`estimator="auto"` asks `choose` before the first update and every `pilot_every` updates, on runs of their own; the
-record of that update says why. Watch reward *against KL*: every method overdoes it if left alone.
+**Parts.** The runs of an update are differentiated in `gradient_accumulation_steps` parts of whole groups, g_1 .. g_m
+their gradients. With g the mean, Var g = sum |g_i - g|^2 / (m (m - 1)): the noise of the gradient in every update, at
+no cost, and |g|^2 - Var g over Var g is its signal-to-noise ratio.
+
+`estimator="auto"` asks `choose` before the first update and every `pilot_every` updates, on runs of their own, and
+counts cost in network evaluations, since seconds would make a resumed run another one; the record of that update says
+why. Watch reward *against KL* and held-out quality (`Monitor`): every method overdoes it if left alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowvar.process.noise import NoiseSource
+from lowvar.reward.config import TuneConfig, TuneRecord
 from lowvar.reward.estimators import RewardEstimator, RewardProblem, Scores
+from lowvar.reward.history import History
 from lowvar.reward.kl import BetaController, kl_loss
-from lowvar.reward.pathwise import RewardLoss
+from lowvar.reward.monitor import Check, Monitor
 from lowvar.reward.policy import Policy
-from lowvar.reward.report import candidates, choose
-from lowvar.reward.rewards import reward_gradient
-from lowvar.reward.rollout import rollout
+from lowvar.reward.report import Choice, candidates, choose
+from lowvar.reward.rewards import RewardError
+from lowvar.reward.rollout import Rollout, rollout
 from lowvar.reward.surrogate import surrogate_loss
 from lowvar.train import checkpoints
 
@@ -41,97 +51,15 @@ __all__ = ["TuneConfig", "TuneRecord", "Tuner"]
 _PILOT = 2**40  # first run of pilots; training never gets there
 
 
-@dataclass(frozen=True)
-class TuneConfig:
-    """How to tune.
+@dataclass
+class _Runs:
+    """What an update has seen so far, over its parts and iterations."""
 
-    Args:
-        updates: how many.
-        batch: B, runs an update, over all processes; a multiple of the problem's `num_generations`.
-        estimator: an estimator, or "auto".
-        learning_rate: of AdamW (no weight decay).
-        num_iterations: gradient steps on the same runs (TRL's name); above 1 for `Scores` only.
-        trust_nats: bound of the log ratio then.
-        beta: factor of the KL to the reference (TRL's name).
-        target_kl: KL in nats that beta is steered to; None: beta stays.
-        stop_kl: KL in nats at which tuning ends; None: never.
-        max_grad_norm: bound of the gradient's norm.
-        pilot_every: updates between pilots of "auto"; 0: only before the first.
-        pilot_batch, pilot_repeats: of a pilot.
-        checkpoint_every: updates between checkpoints; 0: none.
-
-    Raises:
-        ValueError: if a number is out of range.
-
-    Example:
-        >>> TuneConfig(updates=10, batch=32).estimator
-        'auto'
-    """
-
-    updates: int = 100
-    batch: int = 64
-    estimator: RewardEstimator | Literal["auto"] = "auto"
-    learning_rate: float = 1e-4
-    num_iterations: int = 1
-    trust_nats: float | None = 0.2
-    beta: float = 0.0
-    target_kl: float | None = None
-    stop_kl: float | None = None
-    max_grad_norm: float = 1.0
-    pilot_every: int = 0
-    pilot_batch: int = 64
-    pilot_repeats: int = 8
-    checkpoint_every: int = 0
-
-    def __post_init__(self) -> None:
-        """Checks the ranges."""
-        least = {"updates": 1, "batch": 1, "num_iterations": 1, "pilot_every": 0, "checkpoint_every": 0}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)}; give {low} or more")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a number above 0")
-        if self.num_iterations > 1 and not isinstance(self.estimator, Scores):
-            raise ValueError(
-                f"num_iterations is {self.num_iterations}, and only a score function can use its runs again; give "
-                "estimator=Scores(...), or num_iterations=1"
-            )
-        BetaController(self.beta, self.target_kl)
-
-
-@dataclass(frozen=True)
-class TuneRecord:
-    """Of one update.
-
-    Attributes:
-        update: its number, from 0.
-        reward, reward_std: mean and standard deviation over the runs.
-        kl: to the reference, nats a run; nan where there is none.
-        beta: factor of it.
-        gradient_norm: before clipping.
-        estimator: its name.
-        why: why it was chosen, in updates where it was.
-        log_ratio: largest size of a log ratio in the last iteration.
-        clipped: share of terms that clipping left without a gradient there.
-        idle: share of groups whose rewards were all equal.
-        reward_calls: so far, pilots included.
-        seconds: of the update.
-    """
-
-    update: int
-    reward: float
-    reward_std: float
-    kl: float
-    beta: float
-    gradient_norm: float
-    estimator: str
-    why: str
-    log_ratio: float
-    clipped: float
-    idle: float
-    reward_calls: int
-    seconds: float
+    rewards: list[Tensor]
+    rans: list[tuple[Rollout, Tensor]]
+    kl: list[Tensor]
+    ratio: float = 0.0
+    clipped: float = 0.0
 
 
 class Tuner:
@@ -144,9 +72,11 @@ class Tuner:
         reference: the policy the KL is to, with parameters of its own; needed for beta, target_kl and stop_kl.
         folder: for `metrics.jsonl` and checkpoints; None: nothing is written.
         resume: go on from the newest checkpoint in the folder.
+        history: what the estimator remembers; None: a new one, without a value network.
+        monitor: checks the parameters every `check_every` updates, on the main process.
 
     Raises:
-        ValueError: if the batch holds no whole number of groups a process, or a reference is missing.
+        ValueError: if the batch holds no whole number of groups a process and part, or a reference is missing.
 
     Example:
         >>> from lowvar.process import CosineVP, GaussianTwin, Independent, PixelBasis, ReverseKernel
@@ -170,22 +100,30 @@ class Tuner:
         reference: Policy | None = None,
         folder: str | Path | None = None,
         resume: bool = False,
+        history: History | None = None,
+        monitor: Monitor | None = None,
     ) -> None:
         from accelerate import Accelerator
 
         self.problem, self.config, self.noise, self.reference = problem, config, noise, reference
-        self.accelerator = Accelerator(cpu=torch.device(problem.device).type == "cpu")
-        parts = self.accelerator.num_processes
-        if config.batch % (parts * problem.num_generations):
-            raise ValueError(
-                f"batch is {config.batch}; give a multiple of {parts * problem.num_generations}: {parts} processes "
-                f"with groups of {problem.num_generations}"
-            )
-        if reference is None and (config.beta or config.target_kl or config.stop_kl):
-            raise ValueError("a KL needs a policy to be measured from; give reference, with parameters of its own")
-        self.optimizer = torch.optim.AdamW(list(problem.parameters), config.learning_rate, weight_decay=0.0)
+        self.accelerator = Accelerator(
+            cpu=torch.device(problem.device).type == "cpu", mixed_precision=config.mixed_precision
+        )
+        self._check_sizes()
+        self.parameters = list(problem.parameters)
+        self.optimizer = torch.optim.AdamW(self.parameters, config.learning_rate, weight_decay=0.0)
         self.control = BetaController(config.beta, config.target_kl)
         self.estimator = config.estimator if isinstance(config.estimator, RewardEstimator) else None
+        self.choice: Choice | None = None
+        self.history = History(problem.numbers) if history is None else history
+        if self.accelerator.num_processes > 1:
+            if self.history.value is not None:
+                raise ValueError("a value network learns in one process; take another baseline, or start one process")
+            self.history.gather, self.history.place = self._gathered, self.accelerator.process_index
+        wanted = config.measure_kl or config.beta or config.target_kl or config.stop_kl
+        self.kl_to = reference if wanted else None
+        self.monitor = monitor
+        self.averages = [p.detach().clone() for p in self.parameters] if config.average else []
         self.folder = None if folder is None else Path(folder)
         self.update = self.calls = 0
         if resume:
@@ -193,8 +131,19 @@ class Tuner:
         elif self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
 
+    def _check_sizes(self) -> None:
+        config, groups, processes = self.config, self.problem.num_generations, self.accelerator.num_processes
+        parts = processes * config.gradient_accumulation_steps
+        if config.batch % (parts * groups):
+            raise ValueError(
+                f"batch is {config.batch}; give a multiple of {parts * groups}: {processes} processes and "
+                f"{config.gradient_accumulation_steps} parts with groups of {groups}"
+            )
+        if self.reference is None and (config.beta or config.target_kl or config.stop_kl):
+            raise ValueError("a KL needs a policy to be measured from; give reference, with parameters of its own")
+
     def run(self) -> Iterator[TuneRecord]:
-        """Updates, until their number or the KL's bound is reached.
+        """Updates, until their number, or the bound of KL or quality, is reached.
 
         Yields:
             A record an update, once its parameters (and checkpoint) are there.
@@ -203,14 +152,49 @@ class Tuner:
         while self.update < config.updates:
             record = self._update()
             self.update += 1
+            if config.check_every and (self.update % config.check_every == 0 or self.update == config.updates):
+                record = replace(record, check=self.check())
             if self.folder is not None and self.accelerator.is_main_process:
                 with (self.folder / "metrics.jsonl").open("a") as file:
-                    file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+                    file.write(json.dumps(record.plain()) + "\n")
                 if config.checkpoint_every and self.update % config.checkpoint_every == 0:
-                    self._save()
+                    self.save()
             yield record
-            if config.stop_kl is not None and record.kl > config.stop_kl:
+            if self._over(record):
                 return
+
+    def check(self, progress: Callable[[int], object] | None = None) -> Check | None:
+        """What the parameters (their average, where there is one) are worth now; None without a monitor."""
+        if self.monitor is None or not self.accelerator.is_main_process:
+            return None
+        with self.averaged():
+            self.calls += self.monitor.n
+            return self.monitor(progress)
+
+    def _over(self, record: TuneRecord) -> bool:
+        config, quality = self.config, None if record.check is None else record.check.quality
+        far = config.stop_kl is not None and record.kl > config.stop_kl
+        bad = config.stop_quality is not None and quality is not None and quality.value > config.stop_quality
+        if self.accelerator.num_processes == 1:
+            return far or bad
+        told = torch.tensor([float(far or bad)], device=self.accelerator.device)
+        return bool(self._gathered(told).max())
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the parameters are their moving averages; as they are without one."""
+        if not self.averages:
+            yield
+            return
+        with torch.no_grad():
+            own = [p.clone() for p in self.parameters]
+            for p, a in zip(self.parameters, self.averages, strict=True):
+                p.copy_(a)
+            try:
+                yield
+            finally:
+                for p, kept in zip(self.parameters, own, strict=True):
+                    p.copy_(kept)
 
     def _chosen(self) -> str:
         """Chooses where it is time to, and says why."""
@@ -224,43 +208,41 @@ class Tuner:
             n=config.pilot_batch,
             repeats=config.pilot_repeats,
             first=_PILOT + self.update * config.pilot_batch * config.pilot_repeats,
+            cost="evaluations",
         )
+        self.choice = choice
         self.calls += config.pilot_batch * config.pilot_repeats * len(choice.report.rows)
         every_one = candidates(self.problem)
         place = torch.tensor(every_one.index(choice.estimator), device=self.accelerator.device)
-        if self.accelerator.num_processes > 1:  # seconds differ: all take the main process's choice
-            place = self.accelerator.gather(place[None])[0]  # pyright: ignore[reportIndexIssue, reportCallIssue]
+        if self.accelerator.num_processes > 1:  # rounding may differ: all take the main process's choice
+            place = self._gathered(place[None])[0]
         self.estimator = every_one[int(place)]
         return choice.why
 
     def _update(self) -> TuneRecord:
-        begin, config, problem = time.perf_counter(), self.config, self.problem
+        begin, config = time.perf_counter(), self.config
         why = self._chosen()
         assert self.estimator is not None
         n = config.batch // self.accelerator.num_processes
         first = self.update * config.batch + self.accelerator.process_index * n
-        out = self.estimator(problem, self.noise, n, first)
-        self.calls += config.batch
-        kl, norm, ratio, clipped = float("nan"), 0.0, 0.0, 0.0
-        weights = slope = None
-        if config.num_iterations > 1 and isinstance(self.estimator, Scores) and out.ran is not None:
-            weights = self.estimator.advantages(out.ran, out.rewards)
-            if problem.policy.terminal == "pathwise":
-                slope = reward_gradient(problem.reward, out.samples, out.ran.prompts)[1]
-        for i in range(config.num_iterations):
-            loss = out.loss
-            if i and weights is not None and out.ran is not None:
-                again = surrogate_loss(
-                    problem.policy, out.ran, weights, trust_nats=config.trust_nats, reward_gradient=slope
-                )
-                loss, ratio, clipped = again.loss, float(again.log_ratio.abs().max()), again.clipped
-            if self.reference is not None and i == 0:
-                value, term = self._kl(out, n, first)
-                kl = value
-                loss = loss + self.control.beta * term if self.control.beta else loss
-            norm = self._step(loss)
-        self.control = self.control.updated(kl) if self.reference is not None else self.control
-        rewards = self._gathered(out.rewards)
+        seen = _Runs([], [], [])
+        norm, variance, snr, kl = 0.0, math.nan, math.nan, math.nan
+        try:
+            for i in range(config.num_iterations):
+                losses = self._again(seen) if i else self._parts(self.estimator, n, first, seen)
+                found = self._gradients(losses)
+                if not i:
+                    kl = float(self._gathered(torch.cat(seen.kl)).mean()) if seen.kl else math.nan
+                    variance, snr = found[1:]
+                norm = self._step(found[0])
+        except RewardError as error:
+            raise RewardError(error.what, self.update) from error.__cause__
+        for ran, rewards in seen.rans[:1]:
+            self.history.seen(ran, rewards)
+        if self.kl_to is not None:
+            self.control = self.control.updated(kl)
+        rewards = self._gathered(torch.cat(seen.rewards))
+        self.calls += len(rewards)
         return TuneRecord(
             self.update,
             float(rewards.mean()),
@@ -270,40 +252,116 @@ class Tuner:
             norm,
             self.estimator.name,
             why,
-            ratio,
-            clipped,
+            seen.ratio,
+            seen.clipped,
             self._idle(rewards),
             self.calls,
             time.perf_counter() - begin,
+            variance,
+            snr,
         )
 
-    def _kl(self, out: RewardLoss, n: int, first: int) -> tuple[float, Tensor]:
-        """Its mean over all processes, and the loss of this one's runs."""
-        problem, ran = self.problem, out.ran
-        assert self.reference is not None
-        if ran is None or len(ran.steps) < problem.policy.steps:
-            ran = rollout(problem.policy, self.noise, n, problem.shape, x0_hat=False, **problem.run(n, first))
-        with torch.set_grad_enabled(self.control.beta > 0):
-            found = kl_loss(problem.policy, self.reference, ran)
-        return float(self._gathered(found.kl.sum(0)).mean()), found.loss
+    def _parts(self, estimator: RewardEstimator, n: int, first: int, seen: _Runs) -> Iterator[Tensor]:
+        """Losses whose mean is the update's: of each part of its runs, KL included."""
+        problem, m = self.problem, self.config.gradient_accumulation_steps
+        if isinstance(estimator, Scores):  # baselines are fitted to all runs, then gradients are taken in parts
+            with self.accelerator.autocast():
+                ran, rewards, self._slope = estimator.rolled(problem, self.noise, n, first)
+                self._weights = estimator.advantages(ran, rewards, self.history)
+            seen.rewards.append(rewards)
+            seen.rans.append((ran, rewards))
+            yield from self._scored(seen, first_time=True)
+            return
+        for j in range(m):
+            at, size = first + j * (n // m), n // m
+            with self.accelerator.autocast():
+                out = estimator(problem, self.noise, size, at, history=self.history)
+                loss = out.loss
+                seen.rewards.append(out.rewards)
+                if self.kl_to is not None:
+                    ran = out.ran
+                    if ran is None or len(ran.steps) < problem.policy.steps or ran.n != size:
+                        ran = rollout(
+                            problem.policy, self.noise, size, problem.shape, x0_hat=False, **problem.run(size, at)
+                        )
+                    loss = self._with_kl(loss, ran, seen)
+            yield loss
 
-    def _step(self, loss: Tensor) -> float:
-        parameters = list(self.problem.parameters)
-        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for p, g in zip(parameters, grads, strict=True):
-            g = torch.zeros_like(p) if g is None else g
-            if self.accelerator.num_processes > 1:
-                g = self.accelerator.reduce(g, "mean")
-            p.grad = g  # pyright: ignore[reportAttributeAccessIssue]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+    def _again(self, seen: _Runs) -> Iterator[Tensor]:
+        """The same runs once more, at moved parameters."""
+        return self._scored(seen, first_time=False)
+
+    def _scored(self, seen: _Runs, *, first_time: bool) -> Iterator[Tensor]:
+        (ran, _), m = seen.rans[0], self.config.gradient_accumulation_steps
+        nats = None if first_time else self.config.trust_nats
+        if not first_time:
+            seen.ratio = seen.clipped = 0.0
+        for which in torch.arange(ran.n).chunk(m):
+            own = ran.part(which) if m > 1 else ran
+            A = replace(self._weights, values=self._weights.values[..., which])
+            slope = None if self._slope is None else self._slope[which]
+            with self.accelerator.autocast():
+                out = surrogate_loss(self.problem.policy, own, A, trust_nats=nats, reward_gradient=slope)
+                if not first_time:
+                    seen.ratio = max(seen.ratio, float(out.log_ratio.abs().max()))
+                    seen.clipped += out.clipped / m
+                loss = out.loss
+                if self.kl_to is not None:
+                    loss = self._with_kl(loss, own, seen if first_time else None)
+            yield loss
+
+    def _with_kl(self, loss: Tensor, ran: Rollout, seen: _Runs | None) -> Tensor:
+        """Plus beta KL; `seen` is told the runs' KL."""
+        assert self.kl_to is not None
+        if not self.control.beta and seen is None:
+            return loss
+        with torch.set_grad_enabled(self.control.beta > 0):
+            found = kl_loss(self.problem.policy, self.kl_to, ran)
+        if seen is not None:
+            seen.kl.append(found.kl.sum(0))
+        return loss + self.control.beta * found.loss if self.control.beta else loss
+
+    def _gradients(self, losses: Iterator[Tensor]) -> tuple[list[Tensor], float, float]:
+        """Their mean, the variance of one run, and the signal-to-noise ratio of the batch."""
+        total = [torch.zeros_like(p) for p in self.parameters]
+        squares, m = torch.zeros((), dtype=torch.float64, device=self.accelerator.device), 0
+        for loss in losses:
+            for part, g in zip(total, torch.autograd.grad(loss, self.parameters, allow_unused=True), strict=True):
+                if g is not None:
+                    part += g
+                    squares += g.double().square().sum()
+            m += 1
+        grads = [g / m for g in total]
+        squares /= m
+        processes = self.accelerator.num_processes
+        if processes > 1:
+            grads = [self._reduced(g) for g in grads]
+            squares = self._reduced(squares)
+        if m * processes < 2:
+            return grads, math.nan, math.nan
+        length = sum(float(g.double().square().sum()) for g in grads)
+        noise = max(float(squares) - length, 0.0) / (m * processes - 1)  # of the batch's mean
+        return grads, noise * self.config.batch, (length - noise) / noise if noise else math.inf
+
+    def _step(self, grads: Sequence[Tensor]) -> float:
+        for p, g in zip(self.parameters, grads, strict=True):
+            p.grad = g
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         if not bool(torch.isfinite(norm)):
+            self.optimizer.zero_grad()
             raise ValueError(
                 f"the gradient of update {self.update} is not finite; lower the learning rate, or raise the floor of "
                 "the last step (parameters are as they were)"
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
+        with torch.no_grad():
+            for a, p in zip(self.averages, self.parameters, strict=False):
+                a.lerp_(p, 1 - self.config.average)
         return float(norm)
+
+    def _reduced(self, value: Tensor) -> Tensor:
+        return self.accelerator.reduce(value, "mean")  # pyright: ignore[reportReturnType]
 
     def _gathered(self, values: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:
@@ -314,26 +372,36 @@ class Tuner:
         groups = rewards.reshape(-1, self.problem.num_generations)
         return float((groups.amax(1) == groups.amin(1)).double().mean())
 
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
     def _identity(self) -> dict[str, Any]:
         free = ("updates", "checkpoint_every")
         settings = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(self.config) if f.name not in free}
         own = self.config.estimator
         return {**settings, "estimator": own if isinstance(own, str) else repr(own), "noise": repr(self.noise)}
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Writes a checkpoint of the last update into the folder."""
         assert self.folder is not None
         kept = self.optimizer.state_dict()["state"]
         moments = {f"{i}.{name}": torch.as_tensor(v) for i, values in kept.items() for name, v in values.items()}
         every = candidates(self.problem)
+        history, learned = self.history.state()
         state = {
             "update": self.update,
             "identity": self._identity(),
             "beta": self.control.beta,
             "calls": self.calls,
             "choice": every.index(self.estimator) if self.config.estimator == "auto" and self.estimator else None,
+            "history": history,
         }
-        own = {str(i): p for i, p in enumerate(self.problem.parameters)}
-        checkpoints.save(self.folder / "checkpoints", state, {"parameters": own, "optimizer": moments})
+        tensors = {
+            "parameters": {str(i): p for i, p in enumerate(self.parameters)},
+            "averages": {str(i): p for i, p in enumerate(self.averages)},
+            "optimizer": moments,
+            "history": learned,
+        }
+        checkpoints.save(self.folder / "checkpoints", state, tensors)
         checkpoints.prune(self.folder / "checkpoints", 2)
 
     @torch.no_grad()
@@ -342,8 +410,9 @@ class Tuner:
         if kept is None or self.folder is None:
             raise ValueError(f"there is no checkpoint to resume in {self.folder}; start without resume")
         checkpoints.check_same(kept, self._identity(), {}, self.folder)
-        for i, p in enumerate(self.problem.parameters):
-            p.copy_(kept.tensors["parameters"][str(i)])
+        for name, values in (("parameters", self.parameters), ("averages", self.averages)):
+            for i, p in enumerate(values):
+                p.copy_(kept.tensors[name][str(i)])
         whole = self.optimizer.state_dict()
         for key, value in kept.tensors["optimizer"].items():
             i, name = key.split(".", 1)
@@ -351,6 +420,7 @@ class Tuner:
         self.optimizer.load_state_dict(whole)
         self.update, self.calls = int(kept.state["update"]), int(kept.state["calls"])
         self.control = replace(self.control, beta=float(kept.state["beta"]))
+        self.history.restore(kept.state["history"], kept.tensors.get("history", {}))
         if kept.state["choice"] is not None:
             self.estimator = candidates(self.problem)[kept.state["choice"]]
         checkpoints.truncate(self.folder / "metrics.jsonl", self.update - 1)
