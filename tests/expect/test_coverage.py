@@ -15,7 +15,7 @@ from lowvar.expect.catalogue import Catalogue
 from lowvar.expect.design import Design
 from lowvar.expect.integrand import Integrand
 from lowvar.expect.run import quantile
-from lowvar.expect.sums import Sums
+from lowvar.expect.sums import Sums, effective_freedom
 from lowvar.metrics import Statistic
 from lowvar.process import Independent
 from lowvar.testing.expectations import expectation, smooth_map
@@ -73,7 +73,7 @@ def covered(name: str, statistic: str, n: int, replicates: int = REPLICATES) -> 
     assert combined is not None
     truth, se = expectation(f), combined.var.sqrt()
     shares = torch.stack([p.share for p in combined.parts])
-    freedom = torch.tensor([p.freedom for p in combined.parts], dtype=torch.float64)[:, None]
+    freedom = torch.stack([effective_freedom(p.leave_out, p.freedom) for p in combined.parts])
     freedom = shares.sum(0) ** 2 / (shares**2 / freedom).sum(0).clamp_min(1e-300)
     t = torch.tensor(t_quantiles.ppf(0.975, freedom.clamp_min(1).numpy()))
     inside = (combined.mean - truth).abs() <= t * se + 1e-12  # some designs are exact on some statistics

@@ -47,15 +47,13 @@ class Decision:
         chosen: the design.
         sentence: the reason.
         candidates: what was compared, the best first.
-        pilot: evaluations spent on comparing; their samples are part of the estimate where `reused`.
-        reused: whether the pilot's samples are in the estimate.
+        pilot: evaluations spent on comparing; its samples are part of the estimate.
     """
 
     chosen: str
     sentence: str
     candidates: tuple[Candidate, ...] = ()
     pilot: int = 0
-    reused: bool = True
 
     def table(self) -> str:
         """The candidates, one a line.
