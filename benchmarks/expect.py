@@ -382,7 +382,8 @@ def main() -> None:
         factor = STEPS * SAMPLES[kind(target)] / found["nfe"]
         print(run, f"{factor:.2f}", found.get("chosen", ""), f"{found['seconds']:.1f} s", flush=True)
     if not options.report and not options.only:
-        square_law(), convergence()
+        square_law()
+        convergence()
     report()
 
 

@@ -235,7 +235,9 @@ def test_a_score_that_is_no_mean(lowvar, model: Path, tmp_path: Path, score: str
     assert summary["low"] < summary["value"] < summary["high"]
     assert (summary["samples"], summary["nfe"]) == (192, 768)
     assert summary["at_n"]["value"] - summary["bias"] == pytest.approx(summary["value"])
-    assert "independent blocks" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    for said in ("independent blocks", f"The {score} distance to digits, its bias taken off, is"):
+        assert said in page, said
 
 
 REFUSED = [

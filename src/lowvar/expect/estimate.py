@@ -184,4 +184,6 @@ class Progress:
     @property
     def fraction(self) -> float:
         """Part of the run that is done, 0 to 1."""
-        return 1.0 if self.done else min(self.nfe / self.expected, 1.0) if math.isfinite(self.expected) else 0.0
+        return (
+            1.0 if self.done else min(self.nfe / max(self.expected, 1.0), 1.0) if math.isfinite(self.expected) else 0.0
+        )
