@@ -112,12 +112,17 @@ def test_the_chain_is_what_sample_draws(lowvar, calibrated: Path, tmp_path: Path
         assert np.abs(file["samples"] - x.numpy()).max() < 1e-4
 
 
-def test_an_interrupted_run_goes_on_to_the_same_value(lowvar, model: Path, tmp_path: Path, module: str) -> None:
-    settings = ("--budget", 1600, "--batch-size", 32, "--quiet")
+@pytest.mark.parametrize("both", [False, True], ids=["one", "difference"])
+def test_an_interrupted_run_goes_on_to_the_same_value(
+    lowvar, model: Path, calibrated: Path, tmp_path: Path, module: str, both: bool
+) -> None:
+    against = ("--against", model, "--sampler", "ddim") if both else ()
+    settings = ("--budget", 3200 if both else 1600, "--batch-size", 32, "--quiet", *against)
     whole, out, partial = tmp_path / "whole", tmp_path / "run", tmp_path / "run.partial"
+    model = calibrated if both else model
     assert lowvar(*words(model, f"{module}:corner", whole, *settings)).status == 0
     sys.modules.pop(module)
-    (tmp_path / "stop_at").write_text("9")
+    (tmp_path / "stop_at").write_text("28" if both else "9")
     done = lowvar(*words(model, f"{module}:corner", out, *settings))
     assert done.status == 130
     assert "interrupted after" in done.sentence
@@ -135,6 +140,7 @@ def test_an_interrupted_run_goes_on_to_the_same_value(lowvar, model: Path, tmp_p
     a, b = (json.loads((folder / "summary.json").read_text()) for folder in (whole, out))
     assert all(a[k] == b[k] for k in ("value", "low", "high", "nfe", "samples", "design", "vrf"))
     assert (whole / "metrics.jsonl").read_text() == (out / "metrics.jsonl").read_text()
+    assert a.get("value_a") == b.get("value_a")
     assert not partial.exists()
 
 
@@ -172,6 +178,68 @@ def test_a_difference_on_common_noise(lowvar, calibrated: Path, model: Path, tmp
     assert "The difference in brightness to" in (tmp_path / "b" / "report.html").read_text()
 
 
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained conditional pipeline of three classes that differ, because their embeddings are drawn large."""
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    from lowvar.own_pipelines import ClassConditionalPipeline
+
+    folder = tmp_path_factory.mktemp("models") / "classes"
+    torch.manual_seed(0)
+    blocks: dict[str, Any] = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    blocks |= {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4}
+    unet: Any = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, num_class_embeds=4, **blocks)
+    with torch.no_grad():
+        unet.class_embedding.weight.mul_(20)
+    scheduler: Any = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    ClassConditionalPipeline(unet, scheduler, ["a", "b", "c"]).save_pretrained(str(folder))
+    return folder
+
+
+def test_a_class_and_its_guidance(lowvar, classes: Path, tmp_path: Path) -> None:
+    def value(name: str, *more: object) -> dict[str, Any]:
+        done = lowvar(*words(classes, "brightness", tmp_path / name, "--budget", 600, "--sampler", "ddim", *more))
+        assert done.status == 0, done.err
+        return json.loads((tmp_path / name / "summary.json").read_text())
+
+    named, numbered = value("a", "--label", "b"), value("b", "--label", 1)
+    assert named["value"] == numbered["value"]
+    none, guided = value("c"), value("d", "--label", "b", "--guidance", 2)
+    assert len({named["value"], none["value"], guided["value"]}) == 3
+    assert guided["samples"] <= 600 // 8  # two evaluations a step
+
+
+def test_each_class_is_a_stratum(lowvar, classes: Path, tmp_path: Path) -> None:
+    """The mean over all classes is the mean of the classes' means, and the planner looks at strata."""
+    settings = ("--budget", 12000, "--sampler", "ddim", "--json")
+    each = lowvar(*words(classes, "brightness", tmp_path / "each", *settings, "--label", "each")).json
+    assert "stratified" in [c["design"] for c in each["decision"]["candidates"]]
+    one = [lowvar(*words(classes, "brightness", tmp_path / c, *settings, "--label", c)).json for c in "abc"]
+    mean, se = sum(r["value"] for r in one) / 3, sum(r["se"] for r in one) / 3
+    assert abs(each["value"] - mean) < 4 * (each["se"] + se)
+    named = lowvar(
+        *words(classes, "brightness", tmp_path / "n", *settings, "--label", "each", "--design", "stratified")
+    )
+    assert named.status == 0, named.err
+    assert abs(named.json["value"] - mean) < 4 * (named.json["se"] + se)
+
+
+@pytest.mark.parametrize("score", ["energy", pytest.param("frechet", marks=pytest.mark.slow)])
+def test_a_score_that_is_no_mean(lowvar, model: Path, tmp_path: Path, score: str) -> None:
+    out = tmp_path / "run"
+    done = lowvar(*words(model, score, out, "--budget", 800, "--data", "digits", "--json"))
+    assert done.status == 0, done.err
+    summary = done.json
+    assert summary.keys() >= KEYS
+    assert summary["low"] < summary["value"] < summary["high"]
+    assert (summary["samples"], summary["nfe"]) == (192, 768)
+    assert summary["at_n"]["value"] - summary["bias"] == pytest.approx(summary["value"])
+    page = (out / "report.html").read_text()
+    for said in ("independent blocks", f"The {score} distance to digits, its bias taken off, is"):
+        assert said in page, said
+
+
 REFUSED = [
     (("brightness",), "--tol and --budget are missing"),
     (("brightness", "--tol", 0), "--tol is 0; give a half width above 0"),
@@ -191,7 +259,13 @@ REFUSED = [
     (("brightness", "--tol", 0.1, "--sampler", "magic"), "sampler is 'magic'; allowed"),
     (("brightness", "--tol", 0.1, "--guidance", 2), "there is no class to guide to"),
     (("class:3", "--tol", 0.1, "--data", "photos:8"), "--data photos:8 has images (3, 8, 8), and the model makes"),
-    (("brightness", "--tol", 0.1, "--against", ".", "--resume"), "--resume goes on with one model's estimate"),
+    (("brightness", "--tol", 0.1, "--label", "each"), "--label is 'each', and the model has no classes"),
+    (("energy", "--tol", 0.1, "--data", "digits"), "energy is no mean and has no tolerance to stop at; give --budget"),
+    (("frechet", "--budget", 4000), "frechet is a distance to data; give --data"),
+    (("kernel", "--budget", 100, "--data", "digits"), "kernel takes 32 blocks of at least 2 samples, 256 evaluations"),
+    (("energy", "--budget", 900, "--data", "digits", "--design", "sobol"), "takes independent samples only"),
+    (("energy", "--budget", 900, "--data", "digits", "--against", "."), "takes neither --against nor --resume"),
+    (("energy", "--budget", 900, "--data", "photos:8"), "give reference images of the model's shape"),
 ]
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from lowvar.expect import estimate
+from lowvar.expect import Sampler, estimate
 from lowvar.process import Independent, ReverseKernel
 from lowvar.testing import mixture2, mixture8
 from lowvar.testing.expectations import chain_on, smooth_map
@@ -39,32 +40,62 @@ def ratios(sampler, f, replicates: int) -> tuple[Tensor, float]:
     return r, float(r.std()) / math.sqrt(len(r))
 
 
-def targets(mixture: bool):
-    ode, sde = ReverseKernel(0.0, "small"), ReverseKernel(1.0, "small")
-    yield "map", smooth_map()
-    yield "mixture2 ODE", chain_on(mixture2(), 8, ode, mixture=mixture)
-    yield "mixture2 SDE", chain_on(mixture2(), 8, sde, mixture=mixture)
-    yield "mixture8 ODE", chain_on(mixture8(), 8, ode, mixture=mixture)
-    yield "mixture8 SDE", chain_on(mixture8(), 8, sde, mixture=mixture)
+ODE, SDE = ReverseKernel(0.0, "small"), ReverseKernel(1.0, "small")
+TARGETS = {"map": None, "mixture2 ODE": (mixture2, ODE), "mixture2 SDE": (mixture2, SDE)}
+TARGETS |= {"mixture8 ODE": (mixture8, ODE), "mixture8 SDE": (mixture8, SDE)}
+
+
+def equipped(target: str, twins: bool) -> Sampler:
+    """A target with all that a calibrated model has, or with no twin at all."""
+    made = TARGETS[target]
+    if made is None:
+        return smooth_map() if twins else replace(smooth_map(), shadow=None, surrogate=None)
+    sampler = chain_on(made[0](), 8, made[1], mixture=twins)
+    return sampler if twins else replace(sampler, twin=None)
 
 
 @pytest.mark.slow
-def test_never_worse_over_thirty_pairs_and_five_times_better_on_the_median_smooth_one() -> None:
-    """5 targets x 6 statistics, 50 runs each; mean over runs, two standard errors allowed on the worst."""
-    found = {}
-    for target, sampler in targets(mixture=True):
-        for name, f in STATISTICS.items():
-            r, se = ratios(sampler, f, 50)
-            found[target, name] = (float(r.mean()), se)
-    worst = max(found, key=lambda k: found[k][0])
-    assert found[worst][0] <= 1.05 + 2 * found[worst][1], (worst, found[worst])
-    assert statistics.median(v for (_, name), (v, _) in found.items() if name in SMOOTH) <= 0.2, found
+@pytest.mark.parametrize("target", list(TARGETS))
+def test_calibrated_runs_are_never_worse_and_five_times_better_on_the_median_smooth_statistic(target: str) -> None:
+    """30 pairs in all, 50 runs each; means over runs. The 256 samples of four pilots are .133 of independent's."""
+    sampler, found = equipped(target, True), {}
+    for name, f in STATISTICS.items():
+        r, se = ratios(sampler, f, 50)
+        found[name] = (float(r.mean()), se)
+    assert all(mean <= 1.05 + 2 * se for mean, se in found.values()), found
+    assert statistics.median(found[name][0] for name in SMOOTH) <= 0.2, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", list(TARGETS))
+def test_runs_without_a_twin_are_never_worse(target: str) -> None:
+    """The other 30 pairs, where little helps: mirrored noise harms norms, nets help an SDE by nothing."""
+    sampler = equipped(target, False)
+    found = {name: ratios(sampler, f, 50) for name, f in STATISTICS.items()}
+    assert all(float(r.mean()) <= 1.05 + 2 * se for r, se in found.values()), found
 
 
 def test_planned_runs_of_a_map_are_cheaper() -> None:
     for name in ("coordinate", "norm"):
         r, _ = ratios(smooth_map(), STATISTICS[name], 3)
         assert float(r.mean()) < 0.5
+
+
+def test_one_lucky_pilot_is_not_enough() -> None:
+    """Without twins nothing helps a norm under ancestral noise: gains above 1 by less than their error are declined."""
+    sampler, f = equipped("mixture2 SDE", False), STATISTICS["norm"]
+    found = estimate(sampler, f, budget=8 * 1300, noise=Independent(1), batch_size=512)
+    ahead = [c for c in found.decision.candidates if c.gain > 1]
+    assert ahead
+    assert found.decision.chosen == "independent"
+    assert all(c.note == "not ahead by more than the pilot's error" for c in ahead)
+
+
+def test_nets_grow_only_into_what_is_left() -> None:
+    """A net larger than what is left to draw would end the run at three times its cost."""
+    run = [estimate(equipped("mixture2 ODE", False), STATISTICS["norm"], tol=t, batch_size=512) for t in (0.08, 0.04)]
+    assert run[0].design == run[1].design == "sobol"
+    assert all(e.half_width > 0.6 * t for e, t in zip(run, (0.08, 0.04), strict=True))
 
 
 def test_the_decision_is_in_the_result() -> None:

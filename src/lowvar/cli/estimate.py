@@ -6,13 +6,15 @@ import dataclasses
 import math
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowvar.cli.console import Console
-from lowvar.cli.folders import check_free, new_folder, publish
+from lowvar.cli.folders import check_free, publish
 from lowvar.cli.options import MaybeFloat, MaybeInt, MaybePath, MaybeText, Sampling, at_least, choose_device
+from lowvar.cli.score import SCORES, check_score, scored
 from lowvar.cli.stops import stop_word
 from lowvar.cli.train import clear_partial, partial_of
 from lowvar.cli.unfinished import Kept
@@ -22,11 +24,13 @@ if TYPE_CHECKING:
     import torch
 
     from lowvar.cli.models import Model
-    from lowvar.expect import ChainSampler, Comparison, Progress
+    from lowvar.expect import ChainSampler, Comparison, Progress, Sampler
     from lowvar.expect import Estimate as Found
     from lowvar.metrics import Statistic
 
 __all__ = ["Estimate"]
+
+EACH = "each"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +41,8 @@ class Estimate(Sampling):
     steps, levels of steps) by variance x cost for this statistic, takes the best and declines what does harm. The run
     stops when the interval's half width is --tol, or when --budget is spent. Statistics: brightness, mean, jpeg,
     thickness, class:K, fraction:K, or module:function of your own, called as f(samples (n, C, h, w) in [-1, 1]) -> (n,)
-    or (n, ...); vectors and images go to estimate.npz. An unfinished run is kept in OUT.partial for --resume.
+    or (n, ...); vectors and images go to estimate.npz. frechet, kernel and energy are distances to --data, no means:
+    they take a --budget, which 32 independent blocks share. An unfinished run is kept in OUT.partial for --resume.
     """
 
     model: Path
@@ -52,7 +57,7 @@ class Estimate(Sampling):
     """network evaluations not to pass"""
     design: str = "auto"
     """auto, or parts joined by +: independent, antithetic, sobol, twin, mixture, features, few-step, multilevel,
-    single-term"""
+    single-term, stratified (with --label each)"""
     norm: Literal["max", "rms"] = "max"
     """of vectors and images, what --tol bounds: the largest half width, or the root of their mean square"""
     pilot: int = 64
@@ -60,7 +65,8 @@ class Estimate(Sampling):
     against: MaybePath = None
     """folder of a second model: estimate the difference, the first less the second, on common noise"""
     data: MaybeText = None
-    """labelled images of the samples' shape, to train the classifier of class:K and fraction:K on; default: digits"""
+    """labelled images of the samples' shape, to train the classifier of class:K and fraction:K on (default: digits);
+    the reference of frechet, kernel and energy"""
     steps: int = 20
     """number of reverse steps; a power of two gives levels their most"""
     sampler: MaybeText = None
@@ -75,7 +81,8 @@ class Estimate(Sampling):
     """trailing, uniform, leading, quadratic, uniform-logsnr or karras, and path of a calibrated model; default: the
     sampler's own"""
     label: MaybeText = None
-    """class to sample, by name or number, of a model trained with --conditional; default: all classes"""
+    """class to sample, by name or number, of a model trained with --conditional, or each: every class equally often,
+    classes as strata; default: the model without a class"""
     guidance: float = 1.0
     """scale of classifier-free guidance with --label"""
     resume: bool = False
@@ -85,22 +92,34 @@ class Estimate(Sampling):
         """See the base class."""
         begun = time.perf_counter()
         self._checked()
-        partial = partial_of(self.out)
+        place = partial_of(self.out)
         check_free(self.out, overwrite=self.overwrite)
-        self._make_way(partial)
+        self._make_way(place)
+        from functools import partial
+
         from lowvar.cli.models import open_model
+        from lowvar.expect import estimates
+        from lowvar.expect.compare import Pair
 
         device = choose_device(self.device)
-        model = open_model(self.model, device, self.label, self.guidance)
-        statistic = _Watched(self._statistic(model))
-        chain, settings = self._chain(model, device)
-        if self.against is not None:
-            return self._compare(chain, settings, statistic, model, begun, device, console)
-        found, records = self._estimated(chain, statistic, partial, console)
-        summary = self._summary(found, begun, device, settings, model)
-        _write(partial, summary, found, records, self.tol)
-        publish(partial, self.out)
+        model = open_model(self.model, device, None if self.label == EACH else self.label, self._guidance)
+        if self.statistic in SCORES:
+            return scored(self, model, *self._sampler(model, device), begun, device, console)
+        statistic = self._statistic(model)
+        chain, settings = self._sampler(model, device)
+        if self.against is None:
+            found, records = self._estimated(partial(estimates, chain, statistic), place, console)
+            more: dict[str, Any] = {}
+        else:
+            pair = Pair(chain, self._other(model, device), statistic)
+            found, records = self._estimated(pair.records, place, console)
+            more = _both(pair.result(found, largest=self.norm == "max"), self.against)
+        summary = self._summary(found, begun, device, settings, model, **more)
+        _write(place, summary, found, records, self.tol)
+        publish(place, self.out)
         _say(console, found, self.out)
+        if math.isfinite(more.get("factor", math.nan)):
+            console.result(f"independent runs would need {more['factor']:.3g} times the samples for this interval")
         return summary
 
     # -------------------------------------------------------------------------------------------------------- before
@@ -109,7 +128,7 @@ class Estimate(Sampling):
         """A look at all flags before anything heavy is imported."""
         at_least("--steps", self.steps)
         at_least("--batch-size", self.batch_size)
-        if self.tol is None and self.budget is None:
+        if self.tol is None and self.budget is None and self.statistic not in SCORES:
             raise UserError("--tol and --budget are missing; give the half width to reach, or evaluations not to pass")
         if self.tol is not None and not (math.isfinite(self.tol) and self.tol > 0):
             raise UserError(f"--tol is {self.tol:g}; give a half width above 0, for example --tol 0.01, or a --budget")
@@ -119,14 +138,14 @@ class Estimate(Sampling):
             raise UserError(f"--pilot is {self.pilot}; give an even number of samples from 32")
         if not (math.isfinite(self.guidance) and self.guidance >= 0):
             raise UserError(f"--guidance is {self.guidance:g}; give a number from 0, for example 2")
+        if self.statistic in SCORES:
+            check_score(self)
         if self.guidance != 1 and self.label is None:
             raise UserError(f"--guidance is {self.guidance:g}, and there is no class to guide to; give --label")
-        if self.against is not None and self.resume:
-            raise UserError("--resume goes on with one model's estimate; a difference (--against) starts anew")
 
     def _make_way(self, partial: Path) -> None:
         """Refuses an unfinished run in the way, or removes it where that was asked for."""
-        if partial.exists() and not self.resume and self.against is None:
+        if partial.exists() and not self.resume:
             if not self.overwrite:
                 raise UserError(
                     f"{partial} holds an unfinished run; go on with --resume, or start anew with --overwrite"
@@ -152,6 +171,23 @@ class Estimate(Sampling):
             )
         return statistic_named(self.statistic, data=data)
 
+    @property
+    def _guidance(self) -> float:
+        """Of a model opened without a class there is none."""
+        return 1.0 if self.label == EACH else self.guidance
+
+    def _sampler(self, model: Model, device: torch.device) -> tuple[Sampler, dict[str, Any]]:
+        """The sampler as a function of noise, of all classes in turn where that is asked for, and its settings."""
+        if self.label != EACH:
+            return self._chain(model, device)
+        from lowvar.cli.models import model_of
+        from lowvar.expect import ClassSampler
+
+        if not model.classes:
+            raise UserError("--label is 'each', and the model has no classes; leave it out")
+        found = [self._chain(model_of(model.pipeline, device, name, self.guidance), device) for name in model.classes]
+        return ClassSampler(tuple((1.0, chain) for chain, _ in found)), found[0][1]
+
     def _chain(self, model: Model, device: torch.device) -> tuple[ChainSampler, dict[str, Any]]:
         """The sampler as a function of noise, and its settings."""
         from lowvar.cli.models import noise_ready, scheduler_of
@@ -169,10 +205,9 @@ class Estimate(Sampling):
     # ------------------------------------------------------------------------------------------------------- one model
 
     def _estimated(
-        self, chain: ChainSampler, statistic: _Watched, partial: Path, console: Console
+        self, run: Callable[..., Iterator[Progress]], partial: Path, console: Console
     ) -> tuple[Found, list[dict[str, Any]]]:
         """The estimate, with its state kept in `partial` while it runs, and the records of its way."""
-        from lowvar.expect import estimates
         from lowvar.process.noise import Independent
 
         kept = Kept(partial, self._identity())
@@ -181,9 +216,7 @@ class Estimate(Sampling):
         with console.progress(1.0, f"estimating {self.statistic}") as bar:
             done = 0.0
             try:
-                for last in estimates(
-                    chain,
-                    statistic,
+                for last in run(
                     tol=self.tol,
                     budget=self.budget,
                     design=self.design,
@@ -234,64 +267,14 @@ class Estimate(Sampling):
 
     # ------------------------------------------------------------------------------------------------------ two models
 
-    def _compare(
-        self,
-        chain: ChainSampler,
-        settings: dict[str, Any],
-        statistic: _Watched,
-        model: Model,
-        begun: float,
-        device: torch.device,
-        console: Console,
-    ) -> dict[str, Any]:
+    def _other(self, model: Model, device: torch.device) -> Sampler:
+        """The sampler of the second model."""
         from lowvar.cli.models import open_model, require_shape
-        from lowvar.expect import compare
-        from lowvar.process.noise import Independent
 
         assert self.against is not None
-        other = open_model(self.against, device, self.label, self.guidance)
+        other = open_model(self.against, device, None if self.label == EACH else self.label, self._guidance)
         require_shape(other, model.shape)
-        second, _ = self._chain(other, device)
-        total = self.budget or 0
-        with console.progress(total or 1, f"comparing {self.statistic}") as bar:
-            statistic.seen = lambda n: bar.update(n * chain.nfe if total else 0)
-            found = compare(
-                chain,
-                second,
-                statistic,
-                tol=self.tol,
-                budget=self.budget,
-                design=self.design,
-                noise=Independent(self.seed),
-                batch_size=self.batch_size,
-                pilot=self.pilot,
-                norm=self.norm,
-                name=self.statistic,
-            )
-        summary = self._summary(found.difference, begun, device, settings, model, **_both(found, self.against))
-        with new_folder(self.out, overwrite=self.overwrite) as folder:
-            _write(folder, summary, found.difference, [], self.tol)
-        _say(console, found.difference, self.out)
-        if math.isfinite(found.factor):
-            console.result(f"independent runs would need {found.factor:.3g} times the samples for this interval")
-        return summary
-
-
-class _Watched:
-    """The statistic, which tells how far a run is.
-
-    Attributes:
-        seen: called with the number of samples after each call.
-    """
-
-    def __init__(self, statistic: Statistic) -> None:
-        self.statistic = statistic
-        self.seen: Any = lambda n: None
-
-    def __call__(self, samples: torch.Tensor) -> torch.Tensor:
-        values = self.statistic(samples)
-        self.seen(len(samples))
-        return values
+        return self._sampler(other, device)[0]
 
 
 def _both(found: Comparison, against: Path) -> dict[str, Any]:

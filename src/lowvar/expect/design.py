@@ -9,7 +9,7 @@ unit, the cheapest way to a variance V, and the variance for a budget, are
     n_k = sqrt(v_k / c_k) sum_j sqrt(v_j c_j) / V,      cost = (sum_j sqrt(v_j c_j))^2 / V         (Giles 2008, Eq. 4).
 
 The interval is t-distributed with the degrees of freedom of Satterthwaite, (sum u_k)^2 / sum (u_k^2 / f_k),
-u_k = v_k / n_k.
+u_k = v_k / n_k, where f_k is what the jackknife says that v_k is worth (`lowvar.expect.sums.effective_freedom`).
 
 A stream that costs no evaluation (the twin alone) is charged a thousandth of a sample, so that it is not drawn without
 end.
@@ -20,13 +20,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lowvar.expect.streams import Stream
-from lowvar.expect.sums import Fit, Sums, fit
+from lowvar.expect.sums import Fit, Sums, effective_freedom, fit
 
 __all__ = ["Combined", "Design", "ManyStreams", "OneStream", "Part", "Pooled", "allocation"]
 
@@ -41,7 +41,7 @@ class Part:
         stream: the stream.
         variance: v, w^2 times the variance of a unit, (D,).
         n: units so far.
-        freedom: degrees of freedom of `variance`.
+        freedom: degrees of freedom of `variance` for normal units.
         leave_out: `variance` without fold j, (J, D).
     """
 
@@ -70,9 +70,10 @@ class Combined:
         return torch.stack([p.share for p in self.parts]).sum(0)
 
     def freedom(self, focus: Tensor) -> float:
-        """Satterthwaite's degrees of freedom of the variance in `focus` (D,)."""
+        """Satterthwaite's degrees of freedom of the variance in `focus` (D,), from the parts' effective ones."""
         u = [float((p.share * focus).sum()) for p in self.parts]
-        below = sum(x**2 / p.freedom for x, p in zip(u, self.parts, strict=True))
+        own = [float(effective_freedom(p.leave_out @ focus, p.freedom)) for p in self.parts]
+        below = sum(x**2 / f for x, f in zip(u, own, strict=True))
         return sum(u) ** 2 / below if below > 0 else min(p.freedom for p in self.parts)
 
 
@@ -170,82 +171,6 @@ class OneStream(Design):
 
 
 @dataclass(frozen=True, eq=False)
-class Pooled(Design):
-    """A design and what was drawn before it was chosen, weighted by precision.
-
-    Every estimate is unbiased, so any weights that do not depend on the means keep the sum unbiased; those that
-    minimise its variance are 1 / Var. A variance from few units is raised by 1 + 8 / f in the weights, so that one
-    estimated too low does not dominate.
-
-    Attributes:
-        main: the design that is drawn.
-        others: designs of one stream each that were drawn before.
-    """
-
-    main: OneStream
-    others: tuple[OneStream, ...]
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        """That of the main design."""
-        return self.main.name
-
-    @property
-    def streams(self) -> tuple[Stream, ...]:  # type: ignore[override]
-        """Those of the main design."""
-        return self.main.streams
-
-    @property
-    def declared(self) -> str | None:  # type: ignore[override]
-        """That of the main design."""
-        return self.main.declared
-
-    def combined(self, sums: Mapping[str, Sums]) -> Combined | None:
-        """See the base class."""
-        first = self.main.fit(sums)
-        if first is None:
-            return None
-        found = [(self.main, *first)]
-        found += [(d, *f) for d in self.others if (f := d.fit(sums)) is not None]
-        precision = torch.stack([1 / (f.var * (1 + 8 / f.freedom)).clamp_min(1e-280) for _, f, _ in found])
-        weight = precision / precision.sum(0)
-        mean = sum((w * f.mean for w, (_, f, _) in zip(weight, found, strict=True)), torch.zeros_like(weight[0]))
-        parts, slope, alone = [], torch.zeros_like(mean), None
-        for w, (design, f, other) in zip(weight, found, strict=True):
-            n = sums[design.streams[0].key].units
-            parts.append(Part(design.streams[0], w**2 * f.variance, n, f.freedom, w**2 * f.leave_out))
-            if other is not None:
-                slope = slope + w * f.beta[:, 0]
-                alone = (design.streams[1], other)
-        if alone is not None:
-            stream, other = alone
-            b2 = slope**2
-            n = sums[stream.key].units
-            parts.append(Part(stream, b2 * other.variance, n, other.freedom, b2 * other.leave_out))
-        return Combined(mean, tuple(parts))
-
-    def planning(self, sums: Mapping[str, Sums], variance: float, focus: Tensor) -> tuple[Combined, float] | None:
-        """See the base class."""
-        found = self.main.combined(sums)
-        known = 0.0
-        for design in self.others:
-            if (other := design.combined(sums)) is not None:
-                known += 1 / max(float((other.var * focus).sum()), 1e-280)
-        left = 1 / variance - known if variance > 0 else math.inf
-        return None if found is None else (found, 1 / left if left > 0 else math.inf)
-
-    def spread(self, sums: Mapping[str, Sums]) -> tuple[Tensor, Tensor]:
-        """See the base class; over all samples drawn, each of which alone has the sampler's law."""
-        total: Sums | None = None
-        for design in (self.main, *self.others):
-            held = sums.get(design.streams[0].key)
-            if held is not None:
-                total = held.only([]) if total is None else total + held.only([])
-        assert total is not None
-        return total.variance, total.leaving_out()
-
-
-@dataclass(frozen=True, eq=False)
 class ManyStreams(Design):
     """A weighted sum of streams' means.
 
@@ -293,6 +218,94 @@ class ManyStreams(Design):
         inside = torch.stack([s.variance for s in every])
         leave = torch.stack([s.leaving_out() for s in every])
         return (p * inside).sum(0) + between, (p[..., None] * leave).sum(0) + between
+
+
+@dataclass(frozen=True, eq=False)
+class Pooled(Design):
+    """A design and what was drawn before it was chosen, weighted by precision.
+
+    Every estimate is unbiased, so any weights that do not depend on the means keep the sum unbiased; those that
+    minimise its variance are 1 / Var. A variance from few units is raised by 1 + 8 / f in the weights, so that one
+    estimated too low does not dominate.
+
+    Attributes:
+        main: the design that is drawn.
+        others: designs of one stream each that were drawn before.
+    """
+
+    main: Design
+    others: tuple[OneStream, ...]
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """That of the main design."""
+        return self.main.name
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:  # type: ignore[override]
+        """Those of the main design."""
+        return self.main.streams
+
+    @property
+    def declared(self) -> str | None:  # type: ignore[override]
+        """That of the main design."""
+        return self.main.declared
+
+    def combined(self, sums: Mapping[str, Sums]) -> Combined | None:
+        """See the base class."""
+        fits = [(d, *f) for d in self.others if (f := d.fit(sums)) is not None]
+        first = self.main.fit(sums) if isinstance(self.main, OneStream) else None
+        several = None if isinstance(self.main, OneStream) else self.main.combined(sums)
+        if isinstance(self.main, OneStream) and first is not None:
+            fits.append((self.main, *first))
+        elif several is None:
+            return None
+        variances = [f.var * (1 + 8 / f.freedom) for _, f, _ in fits]
+        means = [f.mean for _, f, _ in fits]
+        if several is not None:
+            variances.append(several.var * (1 + 8 / min(p.freedom for p in several.parts)))
+            means.append(several.mean)
+        precision = 1 / torch.stack(variances).clamp_min(1e-280)
+        weight = precision / precision.sum(0)
+        mean = (weight * torch.stack(means)).sum(0)
+        parts, slope, alone = [], torch.zeros_like(mean), None
+        if several is not None:
+            w2 = weight[-1] ** 2
+            parts += [replace(p, variance=w2 * p.variance, leave_out=w2 * p.leave_out) for p in several.parts]
+        for w, (design, f, other) in zip(weight, fits, strict=False):
+            n = sums[design.streams[0].key].units
+            parts.append(Part(design.streams[0], w**2 * f.variance, n, f.freedom, w**2 * f.leave_out))
+            if other is not None:
+                slope = slope + w * f.beta[:, 0]
+                alone = (design.streams[1], other)
+        if alone is not None:
+            stream, other = alone
+            b2 = slope**2
+            n = sums[stream.key].units
+            parts.append(Part(stream, b2 * other.variance, n, other.freedom, b2 * other.leave_out))
+        return Combined(mean, tuple(parts))
+
+    def planning(self, sums: Mapping[str, Sums], variance: float, focus: Tensor) -> tuple[Combined, float] | None:
+        """See the base class."""
+        found = self.main.combined(sums)
+        known = 0.0
+        for design in self.others:
+            if (other := design.combined(sums)) is not None:
+                known += 1 / max(float((other.var * focus).sum()), 1e-280)
+        left = 1 / variance - known if variance > 0 else math.inf
+        return None if found is None else (found, 1 / left if left > 0 else math.inf)
+
+    def spread(self, sums: Mapping[str, Sums]) -> tuple[Tensor, Tensor]:
+        """See the base class; over all samples drawn, each of which alone has the sampler's law."""
+        if not isinstance(self.main, OneStream):
+            return self.main.spread(sums)
+        total: Sums | None = None
+        for design in (self.main, *self.others):
+            held = sums.get(design.streams[0].key)
+            if held is not None:
+                total = held.only([]) if total is None else total + held.only([])
+        assert total is not None
+        return total.variance, total.leaving_out()
 
 
 def allocation(

@@ -47,15 +47,13 @@ class Decision:
         chosen: the design.
         sentence: the reason.
         candidates: what was compared, the best first.
-        pilot: evaluations spent on comparing; their samples are part of the estimate where `reused`.
-        reused: whether the pilot's samples are in the estimate.
+        pilot: evaluations spent on comparing; its samples are part of the estimate.
     """
 
     chosen: str
     sentence: str
     candidates: tuple[Candidate, ...] = ()
     pilot: int = 0
-    reused: bool = True
 
     def table(self) -> str:
         """The candidates, one a line.
@@ -186,4 +184,6 @@ class Progress:
     @property
     def fraction(self) -> float:
         """Part of the run that is done, 0 to 1."""
-        return 1.0 if self.done else min(self.nfe / self.expected, 1.0) if math.isfinite(self.expected) else 0.0
+        return (
+            1.0 if self.done else min(self.nfe / max(self.expected, 1.0), 1.0) if math.isfinite(self.expected) else 0.0
+        )

@@ -111,7 +111,7 @@ def estimates(
             )
         choice = plan(run, pilot=pilot, norm=norm, confidence=confidence, tol=tol, budget=budget)
         run.decision = choice.decision
-        run.memory = _remembered(choice.design)
+        run.memory |= _remembered(choice.design)
         run.memory |= {"looked": run.samples, "least": _WHOLE * pilot}
         yield Progress(None, run.nfe, choice.decision.candidates[0].nfe, run.state(), False)
     else:
@@ -203,7 +203,9 @@ def _order(
 
 def _short(run: Run, design: Design) -> tuple[Stream, int] | None:
     """A stream that has too few units for a variance."""
-    pooled = isinstance(design, Pooled) and bool(design.others)
+    main = design.main if isinstance(design, Pooled) else design
+    pooled = isinstance(design, Pooled) and bool(design.others) and isinstance(main, OneStream)
+    pooled = pooled and main.name != "few-step"
     for stream in design.streams:
         least = _LEAST if stream.size < 8 else _LEAST_NETS
         if isinstance(design, OneStream) and stream is design.streams[0] and stream.size < 8:
@@ -227,14 +229,12 @@ def _points(tol: float | None, limit: float, nfe: int) -> int:
 
 def _remembered(design: Design) -> dict[str, Any]:
     """What finds the design again."""
+    main = design.main if isinstance(design, Pooled) else design
+    found: dict[str, Any] = {"design": main.name, "points": main.streams[0].size, "levels": len(main.streams)}
+    if main.name == "few-step":
+        found["steps"] = int(main.streams[1].nfe // main.streams[1].size)
     if isinstance(design, Pooled):
-        memory = {"design": design.main.name, "points": design.main.streams[0].size}
-        memory["columns"] = list(design.main.columns)
-        memory["others"] = [[d.name, d.streams[0].size] for d in design.others]
-        return memory
-    found: dict[str, Any] = {"design": design.name, "levels": len(design.streams)}
-    if design.name == "few-step":
-        found["steps"] = int(design.streams[1].nfe // design.streams[1].size)
+        found["others"] = [[d.name, d.streams[0].size] for d in design.others]
     return found
 
 
@@ -242,11 +242,6 @@ def _recalled(run: Run, tol: float | None) -> Design:
     """The design that `_remembered` wrote down."""
     memory, catalogue = run.memory, run.catalogue
     name = memory["design"]
-    if "others" in memory:
-        others = tuple(catalogue.design(n, points=p) for n, p in memory["others"])
-        main = catalogue.design(name, points=memory["points"])
-        assert isinstance(main, OneStream)
-        return Pooled(main, tuple(o for o in others if isinstance(o, OneStream)))
     found = catalogue.design(
         name,
         points=memory.get("points") or 64,
@@ -254,6 +249,9 @@ def _recalled(run: Run, tol: float | None) -> Design:
         steps=memory.get("steps"),
         levels=memory.get("levels"),
     )
+    if "others" in memory:
+        others = tuple(catalogue.design(n, points=p) for n, p in memory["others"])
+        return Pooled(found, tuple(o for o in others if isinstance(o, OneStream)))
     return Pooled(found, ()) if isinstance(found, OneStream) and "sobol" in name and tol is not None else found
 
 

@@ -18,7 +18,7 @@ from lowvar.expect.catalogue import Catalogue
 from lowvar.expect.design import FREE, Combined, Design, allocation
 from lowvar.expect.estimate import Candidate, Decision, Estimate, Norm, RunState
 from lowvar.expect.streams import Stream
-from lowvar.expect.sums import FOLDS, Sums
+from lowvar.expect.sums import FOLDS, Sums, log_error
 from lowvar.process.noise import NoiseSource
 
 __all__ = ["Run", "half_width", "quantile"]
@@ -166,11 +166,7 @@ class Run:
         """Jackknife standard error of log(variance of a sample / variance of the estimate) over folds."""
         alone = leave.amax(1) if norm == "max" else leave.mean(1)
         own = sum(((p.leave_out / p.n) @ focus for p in combined.parts), torch.zeros_like(alone))
-        good = (alone > 0) & (own > 0)
-        if int(good.sum()) < 2:
-            return 0.0
-        x = torch.log(alone[good] / own[good])
-        return math.sqrt((FOLDS - 1) / FOLDS * float(((x - x.mean()) ** 2).sum()))
+        return float(log_error(alone / own))
 
     # --------------------------------------------------------------------------------------------------------- state
 

@@ -211,6 +211,8 @@ def _plain(solver: Solver) -> Solver:
 class ClassSampler(Sampler):
     """A class from the noise's uniform number (draw 0), then a sample of it: the marginal of a conditional model.
 
+    The twins are those of the first class: on the same noise they are controls of any class's samples.
+
     Attributes:
         parts: (probability, sampler) of each class; probabilities are scaled to sum 1.
 
@@ -247,6 +249,21 @@ class ClassSampler(Sampler):
     def nfe(self) -> int:  # type: ignore[override]
         """That of the classes."""
         return self.parts[0][1].nfe
+
+    @property
+    def draws(self) -> int:  # type: ignore[override]
+        """That of the classes."""
+        return self.parts[0][1].draws
+
+    @property
+    def shadow(self) -> Any:  # type: ignore[override]
+        """That of the first class."""
+        return self.parts[0][1].shadow
+
+    @property
+    def surrogate(self) -> Any:  # type: ignore[override]
+        """That of the first class."""
+        return self.parts[0][1].surrogate
 
     def __call__(self, index: Tensor, noise: NoiseSource) -> Tensor:
         """See the base class."""

@@ -56,4 +56,4 @@ class SurrogateDenoiser(Denoiser):
         found = self.mixture.posterior(x, level)
         if self.table is not None:
             return Posterior(found.mean, self.table(x, level, found))
-        return Posterior(found.mean, self.mixture.gaussian.posterior(x, level).covariance)
+        return Posterior(found.mean, self.mixture.gaussian.posterior(x[:1], level).covariance)  # whatever x is

@@ -37,7 +37,8 @@ from lowvar.process.discrete import DiscreteVP
 from lowvar.process.noise import Independent
 from lowvar.train import DrawPlan, GradientNormTimes, LossSecondMomentTimes, Objective, config_from
 from lowvar.train.config import make_pairing
-from lowvar.train.noise_probe import flat_gradient, rows_of
+from lowvar.train.draws import rows_of
+from lowvar.train.noise_probe import flat_gradient
 from lowvar.train.noise_scale import moments_of_sums
 from lowvar.train.stable_target import ReferencePlan, reference_noise
 from lowvar.train.targets import PlainTarget

@@ -36,6 +36,11 @@ def _is_estimate(run: Run) -> bool:
     return run.command == "estimate" and "statistic" in run.summary
 
 
+def _is_score(run: Run) -> bool:
+    """Whether it is a score that is no mean."""
+    return "at_n" in run.summary
+
+
 def _figure(run: Run, key: str) -> float:
     found = number(run.summary.get(key))
     if found is None:
@@ -45,6 +50,9 @@ def _figure(run: Run, key: str) -> float:
 
 def _name(run: Run) -> str:
     name, against = str(run.summary.get("statistic", "")), run.summary.get("against")
+    if _is_score(run):
+        data = mapping(run, "summary.json", "`config`", run.summary.get("config")).get("data")
+        return f"the {name} distance to {data}, its bias taken off,"
     name = "the samples" if name == "mean" else name
     return f"the difference in {name} to {against}" if against else f"the mean of {name}"
 
@@ -63,7 +71,7 @@ def estimated(run: Run) -> list[str]:
         first = f"{name[:1].upper()}{name[1:]}, {size} numbers, is known to within {plain(half)}"
     sentences = [f"{first}, for {count(nfe)} network evaluations by the design {run.summary.get('design')}."]
     needed, vrf, vrf_low, vrf_high = (_figure(run, k) for k in ("nfe_independent", "vrf", "vrf_low", "vrf_high"))
-    if math.isfinite(needed) and math.isfinite(vrf):
+    if math.isfinite(needed) and math.isfinite(vrf) and not _is_score(run):
         sentences.append(
             f"Independent sampling would need {count(needed)} for the same interval: a factor of "
             f"{spoken(vrf, vrf_low, vrf_high)}."
@@ -235,6 +243,7 @@ def estimation(run: Run) -> Section | None:
         "facts": facts,
         "charts": charts,
         "sentence": sentence[:1].upper() + sentence[1:],
+        "said": _is_score(run),
         "rows": rows,
         "predicted": any(row["nfe"] != "–" for row in rows),
         "pictures": _pictures(run),
