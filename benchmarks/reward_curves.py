@@ -9,14 +9,17 @@ reward are linear between judgements.
     DDPO, AWM     `reward_peers`, 120 runs a batch
     ours          the estimator of least variance that `reward_variance` found, on-policy, AdamW as the others:
                   pathwise (brightness, logit); for JPEG the surrogate control variate on `edges`, fitted to
-                  past batches. 30 runs an update, so as many updates a call as DDPO makes with its 4 minibatches
+                  past batches; 10 runs an update, JPEG 30 (DDPO makes 4 updates with 120); with and without beta KL
+                  in the loss (`kl_loss`, which needs no reward calls), beta in standard deviations of the reward a nat
 
-Learning rates are tuned for every method on seed 100 by one rule, fewest calls to the fixed reward, among those of
-`RATES` (DDPO also with two clips). Of ours only settings count whose KL there is no more than DDPO's.
+Learning rates are tuned for every method on seed 100 among those of `RATES` (DDPO also with two clips), by two rules:
+"fast", fewest calls to the fixed reward, and "careful", least KL there. Ours has, for each, the fewest calls among
+settings with no more KL and energy distance than DDPO's.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from dataclasses import dataclass
@@ -27,9 +30,7 @@ from reward_peers import AWM, DDPO, Optimiser
 from reward_setting import (
     BATCH,
     CLASSES,
-    GROUP,
     SHAPE,
-    Named,
     classifier,
     edges,
     policy_of,
@@ -44,8 +45,8 @@ from lowvar.reward import Policy, Ridge, advantages, kl_loss, pathwise_loss, rol
 
 JUDGED, TUNING_SEED, SEEDS = 240, 100, range(5)
 METHODS = ("ddpo", "awm", "ours")
-CALLS, STOP = 4200, 1.25
-RATES = {"ddpo": (3e-4, 1e-3, 3e-3), "awm": (3e-4, 1e-3, 3e-3), "ours": (3e-5, 1e-4, 3e-4)}
+CALLS, STOP = 2400, 1.25
+RATES = (3e-4, 1e-3, 3e-3)
 CLIPS = (1e-4, 2.56e-2)
 
 
@@ -57,18 +58,25 @@ class Setting:
     rate: float
     clip: float = 0.0
     batch: int = BATCH
+    beta: float = 0.0
 
     @property
     def name(self) -> str:
         clip = f"-clip{self.clip:g}" if self.clip else ""
         batch = "" if self.batch == BATCH else f"-batch{self.batch}"
-        return f"{self.method}-{self.rate:g}{clip}{batch}"
+        beta = f"-beta{self.beta:g}" if self.beta else ""
+        return f"{self.method}-{self.rate:g}{clip}{batch}{beta}"
 
 
-def settings(method: str) -> list[Setting]:
+def settings(method: str, reward: str) -> list[Setting]:
     if method == "ddpo":
-        return [Setting(method, rate, clip) for rate in RATES[method] for clip in CLIPS]
-    return [Setting(method, rate, batch=30 if method == "ours" else BATCH) for rate in RATES[method]]
+        published, same_nats = CLIPS
+        return [Setting(method, 1e-3, published), *(Setting(method, rate, same_nats) for rate in RATES)]
+    if method == "awm":
+        return [Setting(method, rate) for rate in RATES]
+    batch = 30 if reward == "jpeg" else 10
+    pairs = [(3e-4, 0.0), (3e-4, 0.03), (1e-3, 0.03), (3e-4, 0.1)]
+    return [Setting(method, rate, batch=batch, beta=beta) for rate, beta in pairs]
 
 
 def labels_of(number: Tensor, batch: int) -> Tensor:
@@ -133,6 +141,12 @@ class Ours:
         self.rewards.append(out.rewards)
         return out.loss
 
+    def kl(self, policy: Policy, reference: Policy, noise: Independent, first: int) -> Tensor:
+        """The KL's direct part on the same runs (the noise is the same): no reward calls."""
+        labels = labels_of(first + torch.arange(self.batch), self.batch)
+        run: dict[str, Any] = {"first": first, "prompts": labels, "groups": labels, "x0_hat": False}
+        return kl_loss(policy, reference, rollout(policy, noise, self.batch, SHAPE, **run), estimator="direct").loss
+
 
 def run(reward: str, setting: Setting, seed: int) -> dict[str, Any]:
     """One tuning run, judged along the way; it ends when it is 1.25 standard deviations up, or its calls are used."""
@@ -147,7 +161,10 @@ def run(reward: str, setting: Setting, seed: int) -> dict[str, Any]:
     while calls < CALLS and curve[-1]["reward"] < goal and math.isfinite(curve[-1]["reward"]):
         begin = time.process_time()
         if setting.method == "ours":
-            optimiser.step(optimizer, ours.loss(policy, noise, calls), parameters)
+            loss = ours.loss(policy, noise, calls)
+            if setting.beta:
+                loss = loss + setting.beta * curve[0]["std"] * ours.kl(policy, judge.reference, noise, calls)
+            optimiser.step(optimizer, loss, parameters)
         else:
             labels = labels_of(calls + torch.arange(BATCH), BATCH)
             ran = rollout(policy, noise, BATCH, SHAPE, first=calls, prompts=labels, groups=labels, x0_hat=False)
@@ -159,7 +176,7 @@ def run(reward: str, setting: Setting, seed: int) -> dict[str, Any]:
                 optimiser.step(optimizer, awm.loss(policy, ran, R, noise), parameters)
         seconds += time.process_time() - begin
         calls, update = calls + setting.batch, update + 1
-        every = setting.batch if calls <= 360 else 120 if calls <= 1200 else 360
+        every = max(setting.batch, 30) if calls <= 360 else 120 if calls <= 1200 else 360
         if calls % every == 0:
             curve.append({"calls": calls, **judge(policy)})
     print(
@@ -174,7 +191,7 @@ def run(reward: str, setting: Setting, seed: int) -> dict[str, Any]:
 def reached(curve: list[dict[str, float]], deviations: float = 1.0) -> dict[str, float] | None:
     """Calls, KL and quality where a curve first is `deviations` up, linear between its points; None if it never is."""
     goal = curve[0]["reward"] + deviations * curve[0]["std"]
-    for before, after in zip(curve, curve[1:], strict=False):
+    for before, after in itertools.pairwise(curve):
         if after["reward"] >= goal:
             w = (goal - before["reward"]) / (after["reward"] - before["reward"])
             return {key: before[key] + w * (after[key] - before[key]) for key in ("calls", "kl", "energy", "right")}
@@ -185,18 +202,26 @@ def name_of(reward: str, setting: Setting, seed: int) -> str:
     return f"curves/{reward}-{setting.name}@{seed}"
 
 
-def chosen(runs: dict[str, Any], reward: str) -> dict[str, Setting]:
-    """Of each method the setting of fewest calls to the fixed reward on the tuning seed; of ours, at no more KL."""
-    found: dict[str, Setting] = {}
-    limit = math.inf
+def chosen(runs: dict[str, Any], reward: str) -> dict[str, dict[str, Setting]]:
+    """Settings by the tuning seed, of each method: "fast", of fewest calls to the fixed reward, and "careful", of least
+    KL there; of ours the one of fewest calls among those of no more KL and energy than DDPO's of the same column."""
+    found: dict[str, dict[str, Setting]] = {"fast": {}, "careful": {}}
+    points: dict[str, dict[Setting, dict[str, float]]] = {method: {} for method in METHODS}
     for method in METHODS:
-        at = {}
-        for setting in settings(method):
+        for setting in settings(method, reward):
             made = runs.get(name_of(reward, setting, TUNING_SEED))
             point = None if made is None else reached(made["curve"])
-            if point is not None and (method != "ours" or point["kl"] <= limit):
-                at[setting] = point
-        if at:
-            found[method] = min(at, key=lambda setting: at[setting]["calls"])
-            limit = at[found[method]]["kl"] if method == "ddpo" else limit
+            if point is not None:
+                points[method][setting] = point
+    for column, key in (("fast", "calls"), ("careful", "kl")):
+        for method in ("ddpo", "awm"):
+            if points[method]:
+                found[column][method] = min(points[method], key=lambda s: points[method][s][key])
+        if "ddpo" in found[column]:
+            limit = points["ddpo"][found[column]["ddpo"]]
+            allowed = [
+                s for s, at in points["ours"].items() if at["kl"] <= limit["kl"] and at["energy"] <= limit["energy"]
+            ]
+            if allowed:
+                found[column]["ours"] = min(allowed, key=lambda s: points["ours"][s]["calls"])
     return found

@@ -4,7 +4,7 @@ r"""DDPO and AWM as published, on a `Policy` of this package: the comparators of
 An epoch samples a batch, puts its rewards into buffers of the last 16 of each prompt, and takes
 
     A = (R - mean) / (std + 1e-6)     of the prompt's buffer, of the batch where the buffer has fewer than 16; |A| <= 10
-    loss = mean over runs and steps of max(-A rho, -A clip(rho, 1 - c, 1 + c)),   rho = exp(mean over pixels of log p/p_old)
+    loss = mean over runs and steps of max(-A rho, -A clip(rho, 1 - c, 1 + c)),   log rho a mean over pixels,
 
 over 4 minibatches of shuffled runs, an AdamW step each (weight decay 1e-4, gradient norm at most 1), one inner epoch.
 c = 1e-4 is of latents with 16,384 numbers: 1.64 nats of the whole log ratio; the same in nats is 0.0256 for 64 pixels.

@@ -36,7 +36,6 @@ SHAPE, CLASSES, GROUP, STEPS, FLOOR, TARGET_CLASS = (1, 8, 8), 10, 12, 20, 0.05,
 BATCH = CLASSES * GROUP
 CONFIG = TrainConfig(updates=2000, head="none", conditional=True, condition_dropout=0.0, lr=2e-3, validate_every=2000)
 SCHEDULE = make_schedule(CONFIG)
-GRID = trailing(SCHEDULE, STEPS)
 REWARDS = ("brightness", "logit", "jpeg")
 
 
@@ -83,11 +82,11 @@ def trained() -> FlatMLP:
     return network.eval()
 
 
-def policy_of(network: nn.Module) -> Policy:
+def policy_of(network: nn.Module, steps: int = STEPS) -> Policy:
     def denoiser(labels: Tensor) -> NetworkDenoiser:
         return NetworkDenoiser(network, SCHEDULE, "v_prediction", conditioning={"class_labels": labels})
 
-    return Policy(denoiser, ReverseKernel(variance="small"), GRID, Floor(FLOOR))
+    return Policy(denoiser, ReverseKernel(variance="small"), trailing(SCHEDULE, steps), Floor(FLOOR))
 
 
 def prompts_of(number: Tensor) -> Tensor:

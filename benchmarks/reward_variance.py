@@ -5,11 +5,11 @@ baseline). `PAST` batches come first, as tuning would have paid for them: buffer
 network surrogate have seen them and nothing else. Then R batches of 120 runs are measured; each is seen by buffers and
 value network after it was used.
 
-    variance    n x the variance of a batch's gradient, summed over parameters: of one run. Interval: spread over batches
+    variance    n x the variance of a batch's gradient, summed over parameters: of one run; interval by batches
     bias        |mean of (g - reference)| / |reference| over the batches, its own noise taken off the square
     seconds     processor time of rollout, rewards, baseline and gradient of one batch, on its own
 
-The reference is the mean of a pathwise gradient on 40 further batches where the reward has a derivative, else of the
+The reference is the mean of a pathwise gradient on 24 further batches where the reward has a derivative, else of the
 surrogate control variate. DDPO's advantages are divided by standard deviations, so its variance (and that of every
 scaled estimator) is put into the gradient's units: divided by a^2, a the mean of 1 / std that its rewards met.
 """
@@ -62,7 +62,7 @@ from lowvar.reward.pathwise import PathwiseRule
 from lowvar.reward.ridge import cross_fitted, fold_numbers
 from lowvar.reward.state_baselines import linear_and_square
 
-PAST, REPLICATES, REFERENCE = 16, 24, 40
+PAST, REPLICATES, REFERENCE = 16, 16, 24
 MOMENTS = ("start", "tuned")
 DDPO, DDPO_MEAN = "DDPO: class mean and std, buffer 16", "DDPO's mean, no std"
 
@@ -90,7 +90,7 @@ def network_at(reward: str, moment: str) -> FlatMLP:
 
 
 class SmallCNN(nn.Module):
-    """A reward model: convolutions of 3x3 (16, 32), mean over places, in standard units of the rewards it was fitted to."""
+    """A reward model: convolutions of 3x3 (16, 32), mean over places, in standard units of its rewards."""
 
     def __init__(self, samples: Tensor, rewards: Tensor, updates: int = 400) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ def score_weights(ran: Rollout, R: Tensor, past: Past, jpeg: bool) -> dict[str, 
     """Advantages of every score-function estimator, and the factor a of its expectation."""
     g, state = ran.groups, past.buffers
     now = state.updated(g, R)
-    mean, std, _ = now.before(g)
+    _, std, _ = now.before(g)
     own = advantages(R, g, baseline="running-including", scale_rewards="prompt", clip=10.0, state=state).values
     grpo = advantages(R, g, baseline="group-including", scale_rewards="group").values
     spread = torch.stack([R[g == k].std() for k in g.unique()])
@@ -286,6 +286,7 @@ def cell(reward: str, moment: str) -> dict[str, Any]:
         "moment": moment,
         "mean": float(rewards.mean()),
         "std": float(rewards.std()),
+        "batches": REPLICATES,
         "gradient": float(reference.norm()),
         "rows": rows,
         "left": {k: sum(v) / len(v) for k, v in left.items()},
@@ -306,10 +307,16 @@ def _reference(bench: Bench, past: Past, each: dict[str, Tensor]) -> tuple[Tenso
     return g.mean(0), float(g.var(0).sum()) / len(g)
 
 
+def _quantile(batches: int) -> float:
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, batches - 1))
+
+
 def _row(g: Tensor, reference: Tensor, noise: float) -> dict[str, float]:
     R = len(g)
     spread = (g - g.mean(0)).square().sum(1) * R / (R - 1) * BATCH
-    variance, half = float(spread.mean()), 2.07 * float(spread.std()) / R**0.5
+    variance, half = float(spread.mean()), _quantile(R) * float(spread.std()) / R**0.5
     own = variance / BATCH / R
     square = float((g.mean(0) - reference).square().sum()) - own - noise
     return {
@@ -328,7 +335,7 @@ def _ratios(each: dict[str, list[Tensor]], base: str) -> dict[str, list[float]]:
     for name, s in spread.items():
         d, R = spread[base], len(s)
         without = (s.sum() - s) / (d.sum() - d)
-        half = 2.07 * float(((R - 1) / R * (without - without.mean()).square().sum()).sqrt())
+        half = _quantile(R) * float(((R - 1) / R * (without - without.mean()).square().sum()).sqrt())
         value = float(s.sum() / d.sum())
         found[name] = [value, value - half, value + half]
     return found
