@@ -71,7 +71,8 @@ class Setting:
 def settings(method: str, reward: str) -> list[Setting]:
     if method == "ddpo":
         published, same_nats = CLIPS
-        return [Setting(method, 1e-3, published), *(Setting(method, rate, same_nats) for rate in RATES)]
+        clips = [(rate, published) for rate in RATES[:2]] + [(rate, same_nats) for rate in RATES]
+        return [Setting(method, rate, clip) for rate, clip in clips]
     if method == "awm":
         return [Setting(method, rate) for rate in RATES]
     batch = 30 if reward == "jpeg" else 10

@@ -139,13 +139,14 @@ def test_features_say_what_a_surrogate_may_be(make: Callable[..., Any]) -> None:
         estimator = SurrogateControl(features=features)
         grads = [
             -torch.autograd.grad(estimator(problem, Independent(1), 64, 64 * b).loss, world.theta)[0].flatten()
-            for b in range(30)
+            for b in range(16)
         ]
         found[estimator.name] = torch.stack(grads)
     good, plain = found["surrogate control variate of wave"], found["surrogate control variate"]
     assert float(good.var(0).sum()) < 0.5 * float(plain.var(0).sum())
-    assert float((good - plain).mean(0).norm()) < 4 * float(((good - plain).var(0).sum() / 30).sqrt())
+    assert float((good - plain).mean(0).norm()) < 4 * float(((good - plain).var(0).sum() / 16).sqrt())
     assert Scores("x0", features=wave).name == "scores, x0 baseline of wave"
+    assert " at 0x" not in repr(SurrogateControl()) + repr(Scores())  # what a resumed run is compared by
 
 
 @pytest.mark.parametrize(("n", "p"), [(40, 3), (12, 30)], ids=["primal", "dual"])

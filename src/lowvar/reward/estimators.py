@@ -120,7 +120,7 @@ class Scores(RewardEstimator):
     clip: float | None = None
     folds: int = 4
     ridge: float | None = None
-    features: Features = linear_and_square
+    features: Features = field(default=linear_and_square, repr=False)  # a function has no lasting repr
 
     @property
     def name(self) -> str:
@@ -220,7 +220,7 @@ class SurrogateControl(RewardEstimator):
     scores: Scores = field(default_factory=Scores)
     folds: int = 4
     ridge: float | None = None
-    features: Features = linear_and_square
+    features: Features = field(default=linear_and_square, repr=False)  # a function has no lasting repr
     checkpoint: int = 1
 
     @property
