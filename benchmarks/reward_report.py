@@ -155,7 +155,7 @@ def tuning_table(runs: dict[str, Any], reward: str) -> list[str]:
 
 
 def plot(runs: dict[str, Any], path: Path) -> None:
-    """Reward against KL, in standard deviations of the reward before tuning, along the runs that the table has."""
+    """Reward (in standard deviations before tuning) against KL along the runs of the table; dashed: fast."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -205,8 +205,8 @@ def report(runs: dict[str, Any], results: Path, table: Path) -> None:
         "MLP of 71,000 parameters on 8x8 digits, DDPM with 20 steps and a floor of 0.05, 120 runs a batch, 12 of each",
         "class. *Variance* is of one run, summed over the parameters, in the gradient's units, with 95% intervals; the",
         "ratio to DDPO's is of the same batches; *bias* is relative to a reference, with the noise of this estimate in",
-        "brackets (a bias below it is not seen); *cost* is processor time of a batch against DDPO's. `edges` are 21 sums",
-        "of log(1 + (detail / s)^2) over 2x2 blocks, what an image coder pays for; nothing else here knows of JPEG.",
+        "brackets (a bias below it is not seen); *cost* is processor time of a batch against DDPO's. `edges` are 21",
+        "sums of log(1 + (detail / s)^2) over 2x2 blocks, what an image coder pays for; nothing else knows of JPEG.",
         "",
     ]
     for reward in REWARDS:
@@ -240,10 +240,6 @@ def report(runs: dict[str, Any], results: Path, table: Path) -> None:
             texts += ["1" if ddpo else _shown(row.get("kl ratio"), 2), _shown(row.get("energy"), 3)]
             lines.append(f"| {' | '.join([*texts, _shown(row.get('right'), 2)])} |")
     lines += [
-        "",
-        "![Reward against KL](reward.svg)",
-        "",
-        "Solid: careful settings; dashed: fast ones; a line a seed.",
         "",
         "Every setting that was tried, on the tuning seed:",
         "",

@@ -10,9 +10,9 @@ used.
     bias        |mean of (g - reference)| / |reference| over the batches, its own noise taken off the square
     seconds     processor time of rollout, rewards, baseline and gradient of one batch, on its own
 
-The reference is the mean of a pathwise gradient on 16 or more further batches where the reward has a derivative, else of the
-surrogate control variate. DDPO's advantages are divided by standard deviations, so its variance (and that of every
-scaled estimator) is put into the gradient's units: divided by a^2, a the mean of 1 / std that its rewards met.
+The reference is the mean of a pathwise gradient on 16 or more further batches where the reward has a derivative, else
+of the surrogate control variate. DDPO's advantages are divided by standard deviations, so its variance (and that of
+every scaled estimator) is put into the gradient's units: divided by a^2, a the mean of 1 / std that its rewards met.
 """
 
 from __future__ import annotations
