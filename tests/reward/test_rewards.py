@@ -13,12 +13,16 @@ from torch import Tensor
 from lowvar.process import Independent
 from lowvar.reward import (
     RewardError,
+    RewardProblem,
     Ridge,
     RidgeSurrogate,
+    Scores,
+    SurrogateControl,
     ValueNetwork,
     WeightedSum,
     advantages,
     evaluated,
+    linear_and_square,
     reward_gradient,
     rollout,
     surrogate_loss,
@@ -113,6 +117,36 @@ def test_a_run_is_not_in_its_own_fit() -> None:
     after = RidgeSurrogate.fit(x, y, folds=3)(x)
     assert torch.equal(before[4:8], after[4:8])
     assert not torch.equal(before[:4], after[:4])
+
+
+def test_features_say_what_a_surrogate_may_be(make: Callable[..., Any]) -> None:
+    """A reward that no quadratic predicts: features that hold it leave no residual and unbiased gradients."""
+    world = make(2, 2)
+
+    def wave(x: Tensor) -> Tensor:
+        return torch.cat([torch.sin(4 * x), torch.cos(4 * x)], 1)
+
+    def black_box(x: Tensor, p: Any) -> Tensor:
+        return torch.sin(4 * x[:, 0]).detach()
+
+    x = Independent(0).normal(range(64), (1,), dtype=torch.float64)
+    y = black_box(x, None)
+    assert float((RidgeSurrogate.fit(x, y, ridge=1e-6, features=wave)(x) - y).abs().max()) < 1e-4
+    assert float((RidgeSurrogate.fit(x, y)(x) - y).var() / y.var()) > 0.5
+    problem = RewardProblem(world.policy, black_box, [world.theta], (1,), num_generations=64, dtype=torch.float64)
+    found = {}
+    for features in (wave, linear_and_square):
+        estimator = SurrogateControl(features=features)
+        grads = [
+            -torch.autograd.grad(estimator(problem, Independent(1), 64, 64 * b).loss, world.theta)[0].flatten()
+            for b in range(16)
+        ]
+        found[estimator.name] = torch.stack(grads)
+    good, plain = found["surrogate control variate of wave"], found["surrogate control variate"]
+    assert float(good.var(0).sum()) < 0.5 * float(plain.var(0).sum())
+    assert float((good - plain).mean(0).norm()) < 4 * float(((good - plain).var(0).sum() / 16).sqrt())
+    assert Scores("x0", features=wave).name == "scores, x0 baseline of wave"
+    assert " at 0x" not in repr(SurrogateControl()) + repr(Scores())  # what a resumed run is compared by
 
 
 @pytest.mark.parametrize(("n", "p"), [(40, 3), (12, 30)], ids=["primal", "dual"])

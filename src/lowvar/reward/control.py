@@ -3,8 +3,9 @@ r"""A surrogate as control variate for a reward without derivative.
     grad E R = grad E h + grad E (R - h):     the pathwise gradient of h + the score times the residual R - h.
 
 h is any differentiable function that does not know this run's noise. The better it predicts R, the smaller the residual
-that has to go through the scores; a wrong h costs variance, never bias. `RidgeSurrogate` fits a quadratic of the sample
-to the batch itself, each run's from the other folds; a network fitted on earlier batches does as well.
+that has to go through the scores; a wrong h costs variance, never bias. `RidgeSurrogate` fits a quadratic of the
+sample, or a sum of other `features` that say what the reward looks at, to the batch itself, each run's from the other
+folds; a network fitted on earlier batches does as well.
 
 The residual goes through the scores of *every* step, so the last one needs a density: `terminal=Floor(std)`.
 
@@ -29,7 +30,7 @@ from lowvar.reward.policy import Policy
 from lowvar.reward.rewards import Reward, evaluated
 from lowvar.reward.ridge import Ridge, cross_fitted, fold_numbers
 from lowvar.reward.rollout import rollout
-from lowvar.reward.state_baselines import linear_and_square
+from lowvar.reward.state_baselines import Features, linear_and_square
 from lowvar.reward.surrogate import surrogate_loss
 
 __all__ = ["RidgeSurrogate", "surrogate_control"]
@@ -39,7 +40,7 @@ Surrogate = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class RidgeSurrogate:
-    """A quadratic of the sample for each run of a batch, fitted to the others.
+    """A function of the sample for each run of a batch, fitted to the others: by default a quadratic.
 
     Attributes:
         fits: one regression a fold.
@@ -49,16 +50,24 @@ class RidgeSurrogate:
 
     fits: Sequence[Ridge]
     fold: Tensor
-    features: Callable[[Tensor], Tensor] = linear_and_square
+    features: Features = linear_and_square
 
     @classmethod
-    def fit(cls, samples: Tensor, rewards: Tensor, *, folds: int = 4, ridge: float | None = None) -> RidgeSurrogate:
+    def fit(
+        cls,
+        samples: Tensor,
+        rewards: Tensor,
+        *,
+        folds: int = 4,
+        ridge: float | None = None,
+        features: Features = linear_and_square,
+    ) -> RidgeSurrogate:
         """Fits.
 
         Args:
             samples: (n, *shape).
             rewards: (n,).
-            folds, ridge: as of `x0_baseline`.
+            folds, ridge, features: as of `x0_baseline`; h has a derivative only where the features have one.
 
         Example:
             >>> x = torch.linspace(-1, 1, 16)[:, None]
@@ -67,7 +76,7 @@ class RidgeSurrogate:
             True
         """
         fold = fold_numbers(len(samples), folds)
-        return cls(cross_fitted(linear_and_square(samples), rewards, fold, ridge=ridge), fold)
+        return cls(cross_fitted(features(samples), rewards, fold, ridge=ridge), fold, features)
 
     def __call__(self, samples: Tensor) -> Tensor:
         """h of the batch's samples (n, *shape) in their order, (n,)."""
@@ -87,6 +96,7 @@ def surrogate_control(
     advantage: AdvantageRule = leave_one_out,
     folds: int = 4,
     ridge: float | None = None,
+    features: Features = linear_and_square,
     first: int = 0,
     prompts: Any = None,
     columns: Mapping[str, Any] | None = None,
@@ -105,7 +115,7 @@ def surrogate_control(
             `pathwise_loss`.
         surrogate: h, differentiable, (n, *shape) -> (n,); None: `RidgeSurrogate` on this batch.
         advantage: rule for the residuals.
-        folds, ridge: of the ridge.
+        folds, ridge, features: of the ridge.
 
     Raises:
         ValueError: if the last step has no density.
@@ -129,7 +139,9 @@ def surrogate_control(
     run = {"first": first, "prompts": prompts, "dtype": dtype, "device": device}
     ran = rollout(policy, noise, n, shape, groups=groups, num_generations=num_generations, **run)
     R = evaluated(reward, ran.samples, prompts, columns).detach()
-    h = RidgeSurrogate.fit(ran.samples, R, folds=folds, ridge=ridge) if surrogate is None else surrogate
+    h = surrogate
+    if h is None:
+        h = RidgeSurrogate.fit(ran.samples, R, folds=folds, ridge=ridge, features=features)
     with torch.no_grad():
         residual = R - h(ran.samples).to(R)
     given = advantage(ran, residual)

@@ -37,7 +37,7 @@ from lowvar.reward.pathwise import (
 from lowvar.reward.policy import Policy
 from lowvar.reward.rewards import Reward, evaluated, is_differentiable, reward_gradient
 from lowvar.reward.rollout import Rollout, rollout
-from lowvar.reward.state_baselines import optimal_constant, x0_baseline
+from lowvar.reward.state_baselines import Features, linear_and_square, optimal_constant, x0_baseline
 from lowvar.reward.surrogate import surrogate_loss
 
 __all__ = ["Paths", "RewardEstimator", "RewardProblem", "Scores", "SurrogateControl"]
@@ -129,6 +129,11 @@ class RewardEstimator(ABC):
         """The loss of n runs; `history` is what earlier batches have taught, and is not changed."""
 
 
+def _of(features: Features) -> str:
+    """What names features of one's own."""
+    return "" if features is linear_and_square else f" of {getattr(features, '__name__', 'own features')}"
+
+
 @dataclass(frozen=True)
 class Scores(RewardEstimator):
     """The score function.
@@ -137,7 +142,7 @@ class Scores(RewardEstimator):
         baseline: as of `advantages`, or "x0" (`x0_baseline`), "optimal" (`optimal_constant`, a group at a time) or
             "value" (`ValueNetwork`, of a `History`).
         scale_rewards, clip: as of `advantages`.
-        folds, ridge: of "x0".
+        folds, ridge, features: of "x0", as of `x0_baseline`.
 
     Example:
         >>> Scores("x0").name
@@ -151,12 +156,14 @@ class Scores(RewardEstimator):
     clip: float | None = None
     folds: int = 4
     ridge: float | None = None
+    features: Features = field(default=linear_and_square, repr=False)  # a function has no lasting repr
 
     @property
     def name(self) -> str:
         """See the base class."""
         scale = "" if self.scale_rewards == "none" else f", scaled by {self.scale_rewards}"
-        return f"scores, {self.baseline} baseline{scale}{'' if self.clip is None else f', clipped at {self.clip:g}'}"
+        clip = "" if self.clip is None else f", clipped at {self.clip:g}"
+        return f"scores, {self.baseline} baseline{_of(self.features)}{scale}{clip}"
 
     def refusal(self, problem: RewardProblem) -> str | None:
         """See the base class."""
@@ -181,7 +188,7 @@ class Scores(RewardEstimator):
                 raise ValueError("baseline 'value' is a network: give history=History(value=ValueNetwork(..))")
             given = history.value.predict(ran)
         elif b == "x0":
-            given = x0_baseline(ran, rewards, folds=self.folds, ridge=self.ridge)
+            given = x0_baseline(ran, rewards, folds=self.folds, ridge=self.ridge, features=self.features)
         elif b == "optimal":
             given = optimal_constant(rewards, ran.score2, groups=ran.groups)
         past = b in ("running", "running-including") or self.scale_rewards in ("running", "prompt")
@@ -292,11 +299,11 @@ class Paths(RewardEstimator):
 
 @dataclass(frozen=True)
 class SurrogateControl(RewardEstimator):
-    """A cross-fitted quadratic surrogate as control variate.
+    """A cross-fitted surrogate as control variate: a quadratic, or a sum of other features of the sample.
 
     Args:
         scores: for the residual.
-        folds, ridge, checkpoint: as of `surrogate_control`.
+        folds, ridge, features, checkpoint: as of `surrogate_control`.
 
     Example:
         >>> SurrogateControl().name
@@ -308,12 +315,13 @@ class SurrogateControl(RewardEstimator):
     scores: Scores = field(default_factory=Scores)
     folds: int = 4
     ridge: float | None = None
+    features: Features = field(default=linear_and_square, repr=False)  # a function has no lasting repr
     checkpoint: int = 1
 
     @property
     def name(self) -> str:
         """See the base class."""
-        return "surrogate control variate"
+        return f"surrogate control variate{_of(self.features)}"
 
     def refusal(self, problem: RewardProblem) -> str | None:
         """See the base class."""
@@ -343,6 +351,7 @@ class SurrogateControl(RewardEstimator):
             advantage=lambda ran, rewards: self.scores.advantages(ran, rewards, history),
             folds=self.folds,
             ridge=self.ridge,
+            features=self.features,
             checkpoint=self.checkpoint,
             columns=problem.given(first + torch.arange(n))[1],
             **problem.run(n, first),
