@@ -12,6 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from lowvar.cli.console import Console
 from lowvar.cli.folders import check_free, new_folder
 from lowvar.cli.options import DataFlags, MaybePath, MaybeText, Sampling, at_least, choose_device, parse_names
+from lowvar.cli.profile_summary import (
+    about_profile,
+    about_promises,
+    about_reverse,
+    about_reward,
+    about_statistic,
+    reverse_figures,
+)
 from lowvar.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,130 +29,13 @@ if TYPE_CHECKING:
     from lowvar.cli.profiling import InUse, Scores
     from lowvar.data import Data
     from lowvar.metrics import Statistic
-    from lowvar.metrics.intervals import Interval
-    from lowvar.profile import (
-        Advice,
-        ReverseProfile,
-        RewardProfile,
-        StatisticProfile,
-        TrainingProfile,
-        VarianceCheck,
-    )
+    from lowvar.profile import Advice, ReverseProfile
 
-__all__ = ["Profile", "about_profile", "read_profile"]
+__all__ = ["Profile", "read_profile"]
 
 PARTS = ("training", "sampling", "statistics", "reward")
 _SHARES = {"training": 0.45, "sampling": 0.4, "statistics": 0.15, "reward": 0.2}  # of the time
 _SCORES = 0.45  # of the sampling part's time
-
-
-def _interval(found: Interval) -> dict[str, float]:
-    return {"value": found.value, "low": found.low, "high": found.high}
-
-
-def about_profile(found: TrainingProfile) -> dict[str, Any]:
-    """What stands in a summary about the training gradient."""
-    from lowvar.profile import SOURCES
-
-    sources = found.sources
-    return {
-        "shares": {u: _interval(sources.shares[u]) for u in SOURCES},
-        "variance": _interval(sources.variance),
-        "noise_scale": _interval(sources.noise_scale),
-        "blocks": sources.blocks,
-        "directions": found.sketched,
-        "levels": [
-            {"logsnr_low": low, "logsnr_high": high, **{u: _interval(i) for u, i in parts.items()}}
-            for high, low, parts in zip(found.edges, found.edges[1:], sources.levels, strict=False)
-        ],
-        "groups": [
-            {"name": name, "variance": _interval(whole), "shares": {u: _interval(i) for u, i in parts.items()}}
-            for name, whole, parts in zip(found.groups, sources.group_variance, sources.groups, strict=True)
-        ],
-        "errors": [
-            {
-                "logsnr_low": e.logsnr_low,
-                "logsnr_high": e.logsnr_high,
-                "error": _interval(e.error),
-                "bound_low": e.low,
-                "bound_high": e.high,
-                "excess": _interval(e.excess),
-            }
-            for e in found.errors
-        ],
-        "replicates": found.replicates,
-        "techniques": [
-            {"name": r.name, "vrf": r.vrf, "low": r.low, "high": r.high, "cost": r.cost, "verdict": r.verdict}
-            for r in found.reductions
-        ],
-    }
-
-
-def _about_check(check: VarianceCheck) -> dict[str, Any]:
-    return {
-        "name": check.name,
-        "n": check.n,
-        "logsnr": list(check.logsnr),
-        "ratio": [_interval(i) for i in check.ratio],
-        "posterior": [_interval(i) for i in check.posterior],
-        "bits": [_interval(i) for i in check.bits],
-        "total": _interval(check.total),
-    }
-
-
-def about_reverse(found: ReverseProfile, steps: int) -> dict[str, Any]:
-    """What stands in a summary about the reverse process."""
-    return {
-        "steps": steps,
-        "images": found.calibration.n,
-        "structures": [
-            {
-                "logsnr": s.logsnr,
-                "states": s.states,
-                "norm": _interval(s.norm),
-                "state": {k: _interval(i) for k, i in s.state.items()},
-                "table": {k: _interval(i) for k, i in s.table.items()},
-            }
-            for s in found.structures
-        ],
-        "own": found.own,
-        "variances": [_about_check(c) for c in found.checks.values()],
-        "paid": None if found.paid is None else _interval(found.paid),
-        "saved": None if found.saved is None else _interval(found.saved),
-        "predicted": [asdict(p) for p in found.predicted],
-    }
-
-
-def _figures(found: ReverseProfile, model: Model, about: dict[str, str]) -> dict[str, Any]:
-    """Curves for the report."""
-    import torch
-
-    from lowvar.cli.measure import mmse_figure
-
-    def curve(name: str, which: str) -> dict[str, Any]:
-        check = found.checks[name]
-        rows = getattr(check, which)
-        return {
-            "logsnr": list(check.logsnr),
-            "value" if which != "bits" else "bits": torch.tensor([i.value for i in rows]),
-            "se": torch.tensor([i.se for i in rows]),
-        }
-
-    checks = found.checks
-    ratios = {name: curve(name, "ratio") for name in checks}
-    own = found.own
-    if own is not None and checks and checks[own].posterior:
-        ratios[f"{own}, of C"] = curve(own, "posterior")
-    bits = {
-        name: curve(name, "bits") | {"total": c.total.value, "total_se": c.total.se, "prior": None, "decoder": None}
-        for name, c in checks.items()
-    }
-    return {
-        "mmse": mmse_figure(found.calibration, model.denoiser),
-        "standardised": ratios,
-        "steps": bits,
-        "about": about,
-    }
 
 
 def read_profile(folder: Path, flag: str) -> dict[str, Any]:
@@ -257,7 +148,7 @@ class Profile(DataFlags, Sampling):
             self, self.seed, begun, device, **fields, network=model.about, data=about_data(data), parts=parts
         )
         if first is not None:
-            summary["against"] = _promised(promises(first, summary), self.against)
+            summary["against"] = about_promises(promises(first, summary), self.against)
         with new_folder(self.out, overwrite=self.overwrite) as folder:
             write_run(folder, summary, records=summary.get("techniques", []), figures=work.figures)
         for k, line in enumerate(lines, start=1):
@@ -428,7 +319,7 @@ class _Work:
         self.found["reverse"] = about_reverse(found, asked.steps)
         names = ("rows", "floor", "current", "recommended", "metric")
         self.found |= {name: getattr(scores, name) for name in names} if scores.rows else {}
-        self.figures = _figures(found, self.model, scores.about)
+        self.figures = reverse_figures(found, self.model, scores.about)
         self.lines += _sampling_lines(asked, found, used, scores)
         self._passed("sampling")
         return found
@@ -453,7 +344,7 @@ class _Work:
             device=self.device,
         )
         self.notes += notes
-        self.found["statistics"] = [_about_statistic(s) for s in found]
+        self.found["statistics"] = [about_statistic(s) for s in found]
         for one in found:
             own = self.model.calibration is None and {"twin", "mixture"} & set(one.design.split("+"))
             model = "CALIBRATED" if own else asked.model  # a twin is the calibration's
@@ -477,17 +368,8 @@ class _Work:
         )
         self.notes += notes
         if found is not None:
-            self.found["reward"] = _about_reward(found)
+            self.found["reward"] = about_reward(found)
             self.lines.append(reward_gain(found))
-
-
-def _about_statistic(found: StatisticProfile) -> dict[str, Any]:
-    about = {k: v for k, v in vars(found).items() if k != "candidates"}
-    return about | {"candidates": [vars(c) for c in found.candidates]}
-
-
-def _about_reward(found: RewardProfile) -> dict[str, Any]:
-    return {k: v for k, v in vars(found).items() if k != "rows"} | {"rows": [vars(r) for r in found.rows]}
 
 
 def _sampling_lines(asked: Profile, found: ReverseProfile, used: InUse, scores: Scores) -> list[Advice]:
@@ -509,19 +391,3 @@ def _sampling_lines(asked: Profile, found: ReverseProfile, used: InUse, scores: 
     if found.saved is not None and used.grid is not None:  # of a sampler without noise it is no gain
         lines.append(covariance_gain(found.checks["basis"], found.checks[NUMBER], found.saved, command))
     return [line for line in lines if line is not None]
-
-
-def _promised(found: Any, folder: Path | None) -> dict[str, Any]:
-    from lowvar.cli.results import plain
-
-    rows = [
-        {
-            "what": p.what,
-            "before": None if p.before is None else _interval(p.before),
-            "expected": _interval(p.expected),
-            "measured": _interval(p.measured),
-            "met": p.met,
-        }
-        for p in found
-    ]
-    return plain({"run": folder, "rows": rows})
