@@ -66,6 +66,7 @@ def test_ddpo_has_the_published_settings() -> None:
 def test_its_statistics_by_hand_and_as_the_package_has_them() -> None:
     """Below 16 rewards a prompt takes the batch's mean and std, then its own last 16, this batch's among them."""
     groups, tracker, state = torch.arange(24) % 2, PromptStatistics(), RunningStatistics(buffer=16, minimum=16)
+    R = own = torch.zeros(24)
     for batch in range(3):
         R = Independent(batch).normal(range(24), ()) * (1 + groups)
         own = tracker.advantages(groups, R)
