@@ -14,7 +14,8 @@ reward are linear between judgements.
 
 Learning rates are tuned for every method on seed 100 among those of `RATES` (DDPO also with two clips), by two rules:
 "fast", fewest calls to the fixed reward, and "careful", least KL there. Ours has, for each, the fewest calls among
-settings with no more KL and energy distance than DDPO's.
+settings with no more KL and energy distance than DDPO's; and "least KL", where that is another one, the least KL among
+those that also need at most half of its calls.
 """
 
 from __future__ import annotations
@@ -227,4 +228,9 @@ def chosen(runs: dict[str, Any], reward: str) -> dict[str, dict[str, Setting]]:
             ]
             if allowed:
                 found[column]["ours"] = min(allowed, key=lambda s: points["ours"][s]["calls"])
+            half = [s for s in allowed if points["ours"][s]["calls"] <= limit["calls"] / 2]
+            if column == "careful" and half:
+                least = min(half, key=lambda s: points["ours"][s]["kl"])
+                if least != found[column]["ours"]:
+                    found["least KL"] = {"ddpo": found[column]["ddpo"], "ours": least}
     return found

@@ -100,7 +100,7 @@ def curve_rows(runs: dict[str, Any], reward: str) -> list[dict[str, Any]]:
             made = {seed: runs.get(name_of(reward, setting, seed)) for seed in SEEDS}
             curves[method] = {seed: reached(run["curve"]) for seed, run in made.items() if run is not None}
         seeds = [seed for seed in SEEDS if all(seed in points for points in curves.values())]
-        if not seeds or "ddpo" not in curves:
+        if len(seeds) < 2 or "ddpo" not in curves:
             continue
         for method, setting in settings.items():
             points = [curves[method][seed] for seed in seeds]
@@ -227,8 +227,8 @@ def report(runs: dict[str, Any], results: Path, table: Path) -> None:
         "that was asked for. Means over seeds with 95% intervals; ratios to DDPO of the same column are geometric",
         "means over seeds.",
         "",
-        "| reward | column | setting | seeds | calls | / DDPO's | KL | / DDPO's | energy distance | right class |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| reward | column | setting | seeds | calls | / DDPO's | KL | / DDPO's | energy | - DDPO's | right class |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for reward in REWARDS:
         made["curves"][reward] = rows = curve_rows(runs, reward)
@@ -238,6 +238,7 @@ def report(runs: dict[str, Any], results: Path, table: Path) -> None:
             texts = [reward, row["column"], _words(row["setting"]), seeds, _shown(row.get("calls"), 0)]
             texts += ["1" if ddpo else _shown(row.get("calls ratio"), 2), _shown(row.get("kl"), 1)]
             texts += ["1" if ddpo else _shown(row.get("kl ratio"), 2), _shown(row.get("energy"), 3)]
+            texts.append("0" if ddpo else _shown(row.get("energy less"), 3))
             lines.append(f"| {' | '.join([*texts, _shown(row.get('right'), 2)])} |")
     lines += [
         "",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+from reward_curves import TUNING_SEED, chosen, name_of, reached, settings  # type: ignore[import-not-found]
 from reward_peers import AWM, DDPO, Optimiser, PromptStatistics  # type: ignore[import-not-found]
 from reward_setting import (  # type: ignore[import-not-found]
     SCHEDULE,
@@ -65,6 +66,7 @@ def test_ddpo_has_the_published_settings() -> None:
 def test_its_statistics_by_hand_and_as_the_package_has_them() -> None:
     """Below 16 rewards a prompt takes the batch's mean and std, then its own last 16, this batch's among them."""
     groups, tracker, state = torch.arange(24) % 2, PromptStatistics(), RunningStatistics(buffer=16, minimum=16)
+    R = own = torch.zeros(24)
     for batch in range(3):
         R = Independent(batch).normal(range(24), ()) * (1 + groups)
         own = tracker.advantages(groups, R)
@@ -128,3 +130,29 @@ def test_one_evaluation_of_all_steps_gives_the_package_gradients(world: Any) -> 
     for A, g in zip(given, found, strict=True):
         wanted = -flat(surrogate_loss(policy, ran, A).loss, parameters)
         assert float((g - wanted).norm() / wanted.norm()) < 1e-3
+
+
+def test_what_a_curve_needs_to_the_fixed_reward() -> None:
+    """One standard deviation of the reward before tuning, linear between judgements; None where it is not reached."""
+
+    def at(calls: int, reward: float, kl: float) -> dict[str, float]:
+        return {"calls": calls, "reward": reward, "std": 2.0, "kl": kl, "energy": kl / 10, "right": 0.5}
+
+    curve = [at(0, 1.0, 0.0), at(30, 2.0, 1.0), at(60, 4.0, 4.0)]
+    assert reached(curve) == {"calls": 45, "kl": 2.5, "energy": 0.25, "right": 0.5}
+    assert reached(curve[:2]) is None
+
+
+def test_ours_is_chosen_under_the_kl_of_ddpo() -> None:
+    """By the tuning seed alone: a setting of ours with fewer calls and more KL than DDPO's is not taken."""
+
+    def run(calls: int, kl: float) -> dict[str, Any]:
+        start = {"calls": 0, "reward": 0.0, "std": 1.0, "kl": 0.0, "energy": 0.0, "right": 1.0}
+        return {"curve": [start, start | {"calls": calls, "reward": 1.0, "kl": kl, "energy": kl}]}
+
+    slow, fast = settings("ddpo", "jpeg")[:2]
+    near, far = settings("ours", "jpeg")[:2]
+    given = {slow: (600, 5.0), fast: (100, 20.0), near: (50, 4.0), far: (10, 30.0)}
+    runs = {name_of("jpeg", setting, TUNING_SEED): run(*point) for setting, point in given.items()}
+    found = chosen(runs, "jpeg")
+    assert found == {"fast": {"ddpo": fast, "ours": near}, "careful": {"ddpo": slow, "ours": near}}
