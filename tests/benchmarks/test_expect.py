@@ -18,6 +18,7 @@ FOUND = json.loads(benchmark.RESULTS.read_text())
 
 def test_the_page_is_the_results() -> None:
     assert benchmark.TABLE.read_text() == benchmark.tables(FOUND)
+    assert f"<!-- factors -->\n{benchmark.block(FOUND)}\n<!-- end factors -->" in benchmark.PAGE.read_text()
     for which in benchmark.SAMPLES:
         assert json.loads(json.dumps(benchmark.summary(FOUND["runs"], which))) == FOUND["summary"][which]
 
