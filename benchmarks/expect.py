@@ -315,8 +315,6 @@ def tables(found: dict[str, Any]) -> str:
             "|---|---|---|",
             *(f"| {r['tol']} | {r['nfe']:,} | {r['nfe_tol2']:.0f} |" for r in runs["square law"]["rows"]),
         ]
-    if "convergence" in runs:
-        lines += ["", "![Half width by evaluations on mixture8, ODE, norm](expect.svg)"]
     return "\n".join(lines) + "\n"
 
 
