@@ -55,6 +55,7 @@ from lowvar.testing.expectations import chain_on
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "expect.json"
 TABLE, PLOT = ROOT / "docs" / "results" / "expect.md", ROOT / "docs" / "results" / "expect.svg"
+PAGE = ROOT / "docs" / "expectations.md"
 CACHE = Path(os.environ.get("LOWVAR_BENCHMARKS", ROOT / "build" / "benchmarks")) / "expect"
 KEPT = Kept(CACHE / "runs", RESULTS)
 
@@ -314,9 +315,26 @@ def tables(found: dict[str, Any]) -> str:
             "|---|---|---|",
             *(f"| {r['tol']} | {r['nfe']:,} | {r['nfe_tol2']:.0f} |" for r in runs["square law"]["rows"]),
         ]
-    if "convergence" in runs:
-        lines += ["", "![Half width by evaluations on mixture8, ODE, norm](expect.svg)"]
     return "\n".join(lines) + "\n"
+
+
+def block(found: dict[str, Any]) -> str:
+    """The table of docs/expectations.md: the planner's factors by target and statistic."""
+    lines = [
+        "| target | factor on the median smooth statistic | least factor | and on | runs below 1 |",
+        "|---|---|---|---|---|",
+    ]
+    for target in (*MIXTURES, *NETWORKS):
+        auto = {p: f for p in places() if p[0] == target and (f := factors(found["runs"], p, "auto")) is not None}
+        if auto:
+            smooth = statistics.median(f["factor"] for p, f in auto.items() if p[2] not in ROUGH)
+            worst = min(auto, key=lambda p: auto[p]["factor"])
+            below = sum(f["factor"] < 1 for f in auto.values())
+            place = ", ".join(worst[1:])
+            lines.append(
+                f"| {target} | {smooth:.1f} | {auto[worst]['factor']:.1f} | {place} | {below} of {len(auto)} |"
+            )
+    return "\n".join(lines)
 
 
 def plot(curves: dict[str, list[list[float]]]) -> None:
@@ -355,6 +373,9 @@ def report() -> None:
         plot(runs["convergence"])
     text = tables(found)
     TABLE.write_text(text)
+    page = PAGE.read_text()
+    head, tail = page.split("<!-- factors -->")[0], page.split("<!-- end factors -->")[1]
+    PAGE.write_text(f"{head}<!-- factors -->\n{block(found)}\n<!-- end factors -->{tail}")
     print(text)
 
 
