@@ -91,7 +91,9 @@ def test_files_and_summary(lowvar: Lowvar, model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "stop", [1, 26, pytest.param(27, marks=pytest.mark.slow)], ids=["first check", "an update", "the next"]
+    "stop",
+    [pytest.param(1, marks=pytest.mark.slow), 26, pytest.param(27, marks=pytest.mark.slow)],
+    ids=["first check", "an update", "the next"],
 )
 def test_an_interrupted_run_goes_on_to_the_same_weights(
     lowvar: Lowvar, model: Path, tmp_path: Path, module: str, stop: int
