@@ -378,7 +378,8 @@ class Tuner:
         free = ("updates", "checkpoint_every")
         settings = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(self.config) if f.name not in free}
         own = self.config.estimator
-        return {**settings, "estimator": own if isinstance(own, str) else repr(own), "noise": repr(self.noise)}
+        which = own if isinstance(own, str) else f"{own.name}: {own!r}"  # features are in the name alone
+        return {**settings, "estimator": which, "noise": repr(self.noise)}
 
     def save(self) -> None:
         """Writes a checkpoint of the last update into the folder."""
