@@ -286,5 +286,7 @@ def reward_part(
             raise
         return None, [f"no estimators for reward {reward.name}: {error}"]
     if not isinstance(found, RewardProfile):
-        return None, [f"no estimators for reward {reward.name}: 16 batches of each take {found:.0f} seconds"]
+        return None, [
+            f"no estimators for reward {reward.name}: a few small batches of each take {found:.0f} seconds; give more --minutes"
+        ]
     return found, []

@@ -24,7 +24,7 @@ from lowvar.reward import RewardEstimator, RewardProblem, Scores, candidates, ch
 
 __all__ = ["EstimatorRow", "RewardProfile", "profile_reward"]
 
-_REPEATS, _MOST = 16, 64
+_REPEATS, _FEW, _MOST = 16, 8, 64  # batches: usually at least, in little time, at most
 _PLAIN = Scores()
 
 
@@ -97,12 +97,12 @@ def profile_reward(
         name: of the reward.
         seconds: budget.
         among: estimators (default: `lowvar.reward.candidates`); the plain score function is always with them.
-        n: runs a batch.
+        n: runs a batch; where 16 batches of each do not fit the budget half as many or a quarter, then 8 batches.
         seed: of the noise.
         memory: bytes that gradients may take.
 
     Returns:
-        The profile, or, where the budget is below what 16 batches of each take, the seconds that it would take.
+        The profile, or, where the budget is below what 8 such small batches of each take, the seconds that they take.
 
     Raises:
         ValueError: if the gradients of 16 batches of each estimator do not fit the memory.
@@ -135,11 +135,16 @@ def profile_reward(
         out = _PLAIN(problem, noise, n, 0)
         torch.autograd.grad(out.loss, list(problem.parameters), allow_unused=True)
     each = (time.perf_counter() - begun) * (2 * len(chosen) - 1)  # pathwise ones cost about twice
-    if each * _REPEATS > 2 * seconds:
-        return each * _REPEATS
+    shares = [k for k in (1, 2, 4) if n % (k * problem.num_generations) == 0 and n >= 2 * k * problem.num_generations]
+    sizes = [(n // k, _REPEATS) for k in shares] + [(n // shares[-1], _FEW)]
+    costs = [each * runs / n * least for runs, least in sizes]
+    fitting = [i for i, cost in enumerate(costs) if cost <= 2 * seconds]
+    if not fitting:
+        return costs[-1]
+    first, (n, least) = n, sizes[fitting[0]]
     most = min(_MOST, memory / (8 * size * len(chosen)))
-    repeats = int(min(max(seconds / each, _REPEATS), most))
-    choice = choose(problem, noise, among=chosen, n=n, repeats=repeats, first=n)
+    repeats = int(min(max(seconds / (costs[fitting[0]] / least), least), most))
+    choice = choose(problem, noise, among=chosen, n=n, repeats=repeats, first=first)
     report = choice.report.rows
     plain = report[_PLAIN.name]
     rows = []
