@@ -286,7 +286,6 @@ def reward_part(
             raise
         return None, [f"no estimators for reward {reward.name}: {error}"]
     if not isinstance(found, RewardProfile):
-        return None, [
-            f"no estimators for reward {reward.name}: a few small batches of each take {found:.0f} seconds; give more --minutes"
-        ]
+        took = f"a few small batches of each take {found:.0f} seconds; give more --minutes"
+        return None, [f"no estimators for reward {reward.name}: {took}"]
     return found, []
