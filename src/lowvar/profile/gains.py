@@ -177,7 +177,7 @@ def reward_gain(found: RewardProfile) -> Advice:
     return Advice(
         f"estimator {found.recommended} for reward {found.reward}",
         f"{'' if worth else 'nothing that can be told: '}{around} times less variance x time than {found.plain}{batch}",
-        'lowvar.reward.TuneConfig(estimator="auto")' if worth else "",
+        f"lowvar tune --reward {found.reward} --estimator auto" if worth else "",
         worth=worth,
         **measured,
     )

@@ -61,8 +61,8 @@ def estimator_named(
         UserError: for an unknown name, a K out of range, or a scale where there are no scores.
 
     Example:
-        >>> estimator_named("x0").name, estimator_named("draft-2").name
-        ('scores, x0 baseline', 'pathwise, Last(k=2, rest='stop')')
+        >>> estimator_named("x0").name, estimator_named("pathwise").name
+        ('scores, x0 baseline', 'pathwise, Full()')
     """
     if scale_rewards not in SCALES:
         raise UserError(f"scale_rewards is {scale_rewards!r}; allowed: {', '.join(SCALES)}")

@@ -137,6 +137,7 @@ def reward_named(text: str, *, data: DataSet | None = None, seed: int = 0, bound
         UserError: for an unknown name, a statistic that is no number, or a class without data.
 
     Example:
+        >>> import torch
         >>> reward = reward_named("2*brightness-jpeg")
         >>> x = torch.ones(1, 1, 8, 8)
         >>> float(reward(x)) == 2 - float(statistic_named("jpeg")(x)), reward.differentiable
