@@ -33,7 +33,6 @@ from reward_setting import (
     CLASSES,
     SHAPE,
     classifier,
-    edges,
     policy_of,
     reward_named,
     scorer,
@@ -42,7 +41,7 @@ from reward_setting import (
 from torch import Tensor
 
 from lowvar.process import Independent
-from lowvar.reward import Policy, Ridge, advantages, kl_loss, pathwise_loss, rollout, surrogate_control
+from lowvar.reward import Policy, Ridge, advantages, edges, kl_loss, pathwise_loss, rollout, surrogate_control
 
 JUDGED, TUNING_SEED, SEEDS = 240, 100, range(5)
 METHODS = ("ddpo", "awm", "ours")

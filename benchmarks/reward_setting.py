@@ -26,7 +26,7 @@ from lowvar.metrics.features import trained_classifier
 from lowvar.models import ResidualMLP
 from lowvar.process import NetworkDenoiser, ReverseKernel
 from lowvar.process.grid import trailing
-from lowvar.reward import Floor, Policy, RewardProblem, Rollout
+from lowvar.reward import Floor, Policy, RewardProblem, Rollout, edges
 from lowvar.train import TrainConfig, fit
 from lowvar.train.parts import make_schedule
 
@@ -122,24 +122,6 @@ def reward_named(name: str) -> Logit | Named:
 def problem_of(network: nn.Module, reward: str) -> RewardProblem:
     parameters = [p for p in network.parameters() if p.requires_grad]
     return RewardProblem(policy_of(network), reward_named(reward), parameters, SHAPE, prompts_of, GROUP)
-
-
-def edges(x: Tensor) -> Tensor:
-    r"""What an image coder pays for, (n, 21): sums over all 2x2 blocks of log(1 + (detail / s)^2) / 2.
-
-    Three details a block (across, down, diagonal) and the difference of neighbouring blocks' means, at scales s of
-    0.02, 0.1 and 0.5, each for blocks at even places and (the details) at odd ones.
-    """
-    v, found = x.clamp(-1, 1), []
-    for shift in (0, 1):
-        part = v[:, 0, shift : 8 - shift, shift : 8 - shift]
-        a, b, c, d = part[:, ::2, ::2], part[:, ::2, 1::2], part[:, 1::2, ::2], part[:, 1::2, 1::2]
-        details = [(a - b + c - d) / 2, (a + b - c - d) / 2, (a - b - c + d) / 2]
-        if not shift:
-            mean = ((a + b + c + d) / 2).flatten(1)
-            details.append(mean[:, 1:] - mean[:, :-1])
-        found += [torch.log1p((w / s) ** 2).flatten(1).sum(1) / 2 for w in details for s in (0.02, 0.1, 0.5)]
-    return torch.stack(found, 1)
 
 
 def with_edges(x: Tensor) -> Tensor:

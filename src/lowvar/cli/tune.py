@@ -57,7 +57,8 @@ class Tune(ClassFlags, Common):
     """learning rate of AdamW"""
     estimator: str = "auto"
     """of the gradient: auto (a pilot measures), leave-one-out, batch, x0, optimal, running, value, none, grpo, ddpo,
-    branches, surrogate, pathwise, pathwise-K (the last K steps, scores before), draft-K (those only) or roulette"""
+    branches, surrogate, x0-edges and surrogate-edges (on the details of a picture), pathwise, pathwise-K (the last K
+    steps, scores before), draft-K (those only) or roulette"""
     scale_rewards: Literal["none", "group", "batch", "running", "prompt"] = "none"
     """standard deviation that advantages are divided by; all but none and running change what is maximised"""
     num_iterations: int = 1

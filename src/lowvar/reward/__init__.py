@@ -27,6 +27,7 @@ from lowvar.reward.branches import Branches
 from lowvar.reward.claims import Claim
 from lowvar.reward.config import TuneConfig, TuneRecord
 from lowvar.reward.control import RidgeSurrogate, surrogate_control
+from lowvar.reward.edges import edges
 from lowvar.reward.estimator_names import ESTIMATORS, estimator_named
 from lowvar.reward.estimators import Paths, RewardEstimator, RewardProblem, Scores, SurrogateControl
 from lowvar.reward.history import History
@@ -98,6 +99,7 @@ __all__ = [
     "advantages",
     "candidates",
     "choose",
+    "edges",
     "estimator_named",
     "evaluated",
     "gradient_report",

@@ -7,6 +7,7 @@ grpo                                    scores as GRPO has them: group mean and 
 ddpo                                    scores as DDPO has them: running mean and std of the prompt, clipped at 10
 branches                                scores with several ends a run (`Branches`)
 surrogate                               a quadratic as control variate
+x0-edges, surrogate-edges               the same two on a picture's details (`lowvar.reward.edges`)
 pathwise                                every step by the reward's derivative
 pathwise-K                              the last K steps so, those before by scores: unbiased
 draft-K                                 the last K steps only: biased
@@ -22,6 +23,7 @@ from typing import Literal
 from lowvar.errors import UserError
 from lowvar.reward.advantages import SCALES, ScaleRewards
 from lowvar.reward.branches import Branches
+from lowvar.reward.edges import edges
 from lowvar.reward.estimators import Paths, RewardEstimator, Scores, SurrogateControl
 from lowvar.reward.pathwise import Full, Last, Roulette
 
@@ -41,6 +43,8 @@ _OTHERS: Mapping[str, Callable[[int], RewardEstimator]] = {
     "ddpo": lambda steps: Scores("running-including", "prompt", 10.0),
     "branches": lambda steps: Branches(max(steps // 2, 1)),
     "surrogate": lambda steps: SurrogateControl(),
+    "x0-edges": lambda steps: Scores("x0", features=edges),
+    "surrogate-edges": lambda steps: SurrogateControl(features=edges),
     "pathwise": lambda steps: Paths(Full()),
     "roulette": lambda steps: Paths(Roulette(0.8)),
 }

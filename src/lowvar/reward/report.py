@@ -30,8 +30,10 @@ from torch import Tensor
 
 from lowvar.process.noise import NoiseSource
 from lowvar.reward.claims import Claim
+from lowvar.reward.edges import edges
 from lowvar.reward.estimators import Paths, RewardEstimator, RewardProblem, Scores, SurrogateControl
 from lowvar.reward.pathwise import Full, Last, Roulette
+from lowvar.reward.rewards import is_differentiable
 
 Cost = Literal["seconds", "evaluations"]
 
@@ -210,8 +212,12 @@ class Choice:
 
 
 def candidates(problem: RewardProblem) -> list[RewardEstimator]:
-    """Unbiased estimators that are worth a pilot on any problem."""
+    """Unbiased estimators that are worth a pilot; of pictures and a black box those on their `edges` too."""
     k = max(problem.policy.steps // 4, 1)
+    picture = len(problem.shape) == 3 and min(problem.shape[1:]) >= 4
+    own: list[RewardEstimator] = []
+    if picture and not is_differentiable(problem.reward):
+        own = [Scores("x0", features=edges), SurrogateControl(features=edges)]
     return [
         Scores(),
         Scores("x0"),
@@ -219,6 +225,7 @@ def candidates(problem: RewardProblem) -> list[RewardEstimator]:
         Paths(Full()),
         Paths(Last(k, "score"), Scores("x0")),
         Paths(Roulette(0.8)),
+        *own,
     ]
 
 
