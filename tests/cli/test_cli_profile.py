@@ -271,3 +271,18 @@ def test_it_renders(chromium: Any, profiled: Path, tmp_path: Path) -> None:
     assert "Verdict" in chromium.dom(page)
     for width in (390, 1280):
         assert chromium.screenshot(page, tmp_path / f"{width}.png", width=width).stat().st_size > 10_000
+
+
+def test_the_batch_is_the_one_that_the_model_was_trained_with(tmp_path: Path) -> None:
+    """A run of `lowvar train` says its batch; other folders and damaged summaries stand for 64."""
+    from lowvar.cli.profile import _trained_batch  # pyright: ignore[reportPrivateUsage]
+
+    assert _trained_batch(tmp_path) == 64
+    for text, batch in (
+        ('{"command": "train", "config": {"batch_size": 2}}', 2),
+        ('{"command": "sample", "config": {"batch_size": 2}}', 64),
+        ('{"command": "train", "config": {"batch_size": "x"}}', 64),
+        ("no JSON", 64),
+    ):
+        (tmp_path / "summary.json").write_text(text)
+        assert _trained_batch(tmp_path) == batch

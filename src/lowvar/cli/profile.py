@@ -36,6 +36,18 @@ __all__ = ["Profile", "read_profile"]
 PARTS = ("training", "sampling", "statistics", "reward")
 _SHARES = {"training": 0.45, "sampling": 0.4, "statistics": 0.15, "reward": 0.2}  # of the time
 _SCORES = 0.45  # of the sampling part's time
+_BATCH = 64  # of a model that does not say
+
+
+def _trained_batch(folder: Path) -> int:
+    """The batch that a run of `lowvar train` was trained with, as its summary says; 64 for other models."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return _BATCH
+    config = summary.get("config") if isinstance(summary, dict) and summary.get("command") == "train" else None
+    own = config.get("batch_size") if isinstance(config, dict) else None
+    return own if isinstance(own, int) and own >= 1 else _BATCH
 
 
 def read_profile(folder: Path, flag: str) -> dict[str, Any]:
@@ -76,8 +88,9 @@ class Profile(DataFlags, Sampling):
     network(x, timestep), with its weights, and --prediction"""
     out: Path
     """folder to write"""
-    batch_size: int = 64
-    """batch that techniques are measured at: the one of your training, a multiple of 4"""
+    batch_size: int = 0
+    """batch of your training, at which techniques are measured, a multiple of 4; 0: what the model's folder says that
+    it was trained with, and 64 where it does not"""
     minutes: float = 5.0
     """time to spend; intervals say what it allowed, and what does not fit is left out with a note"""
     memory: float = 4.0
@@ -100,7 +113,8 @@ class Profile(DataFlags, Sampling):
 
     def _checked(self) -> tuple[str, ...]:
         """A look at all flags before anything heavy is imported; the parts."""
-        at_least("--batch-size", self.batch_size, 4)
+        if self.batch_size:
+            at_least("--batch-size", self.batch_size, 4)
         if self.batch_size % 4:
             raise UserError(f"--batch-size is {self.batch_size}; give a multiple of 4, so that pairs and groups fit")
         for flag, value in (("--minutes", self.minutes), ("--memory", self.memory)):
@@ -132,15 +146,17 @@ class Profile(DataFlags, Sampling):
         data = self.load(self.seed)
         model = self._opened(data, device)
         data = fitting(model, data)
-        if "training" in parts and len(data.train) < self.batch_size:
+        trained = _trained_batch(Path(self.model)) if not self.batch_size else self.batch_size
+        batch = max(4 * round(trained / 4), 4)
+        if "training" in parts and len(data.train) < batch:
             raise UserError(
-                f"--batch-size is {self.batch_size} and the training split has {len(data.train)} images; give at most "
+                f"--batch-size is {batch} and the training split has {len(data.train)} images; give at most "
                 "that, or more data"
             )
         if model.classes:
             require_classes(model, data, "profile of a model with classes")
         statistics, reward = self._statistics(model, data)
-        work = _Work(self, parts, model, data, device, console)
+        work = _Work(self, parts, model, data, device, console, batch, trained)
         work.run(statistics, reward)
         lines = ranked(work.lines)
         fields = {**work.found, "verdict": [asdict(line) for line in lines], "notes": work.notes}
@@ -206,6 +222,8 @@ class _Work:
         figures: entries of figures.json.
         lines: of the verdict.
         notes: what was left out.
+        batch: samples a batch of what is measured.
+        trained: batch of the model's training.
     """
 
     def __init__(
@@ -216,7 +234,10 @@ class _Work:
         data: Data,
         device: torch.device,
         console: Console,
+        batch: int,
+        trained: int,
     ) -> None:
+        self.batch, self.trained = batch, trained
         self.asked, self.parts, self.model, self.data = asked, parts, model, data
         self.device, self.console = device, console
         total = sum(_SHARES[p] for p in parts)
@@ -267,7 +288,8 @@ class _Work:
             model.denoiser,
             self.data.train,
             levels=self.data.levels,
-            batch_size=asked.batch_size,
+            batch_size=self.batch,
+            trained=self.trained,
             conditional=bool(model.classes),
             held_out=self.data.calibration,
             minutes=self.seconds["training"] / 60,
@@ -296,7 +318,7 @@ class _Work:
             steps=asked.steps,
             seconds=(1 - _SCORES) * seconds,
             seed=asked.seed,
-            batch_size=asked.batch_size,
+            batch_size=max(self.batch, _BATCH),
             device=self.device,
             structure=wanted,
             progress=lambda part: self._told("sampling", (1 - _SCORES) * part),
@@ -312,7 +334,7 @@ class _Work:
             steps=asked.steps,
             seconds=_SCORES * seconds,
             seed=asked.seed,
-            batch_size=asked.batch_size,
+            batch_size=max(self.batch, _BATCH),
             device=self.device,
         )
         self.notes += scores.notes
@@ -340,7 +362,7 @@ class _Work:
             steps=asked.steps,
             seconds=self.seconds["statistics"],
             seed=asked.seed,
-            batch_size=asked.batch_size,
+            batch_size=max(self.batch, _BATCH),
             device=self.device,
         )
         self.notes += notes

@@ -43,6 +43,7 @@ def about_profile(found: TrainingProfile) -> dict[str, Any]:
         "shares": {u: _interval(sources.shares[u]) for u in SOURCES},
         "variance": _interval(sources.variance),
         "noise_scale": _interval(sources.noise_scale),
+        "batch_size": found.batch_size,
         "blocks": sources.blocks,
         "directions": found.sketched,
         "levels": [

@@ -5,8 +5,9 @@ A fault is told from what could merely be better by a standard that the model fa
     levels     somewhere the network's error is above that of a linear denoiser (`lowvar.profile.excess`) by a quarter
                or more, which no network is that saw the level often enough, and elsewhere it is not above at all
     batch      the error is that high somewhere and above the linear denoiser's at every level, and the noise scale is
-               at least 2 batches: the weights move by noise. A large noise scale alone is no fault: that of a network
-               that is done is infinite
+               at least 2 batches: the weights move by noise; or the error is nowhere below the linear denoiser's by
+               more than .03 and above it on average, and the noise scale is at least 4 batches. A large noise scale
+               alone is no fault: that of a network that is done is infinite
     updates    the same, and the noise scale does not blame the batch
     variance   the sampler's steps, or the network's variance head, are off by a quarter or more from what the residuals
                say, and pay at least .01 bits a dimension for it beside one right number a level
@@ -29,7 +30,8 @@ __all__ = ["OFF", "error_fault", "variance_fault"]
 
 OFF = 1.25
 _ABOVE = 1.03  # an error that is surely above the linear denoiser's, bound and all
-_BATCHES = 2.0
+_BELOW, _MEAN = 0.97, 1.02  # an error that learned nothing beyond the linear denoiser
+_BATCHES, _MORE_BATCHES = 2.0, 4.0
 _BITS = 0.01
 
 
@@ -57,14 +59,17 @@ def error_fault(
         'train at the noise levels that were left out: logsnr -5 to -3'
         >>> error_fault([level(-4, 3.0), level(0, 2.5), level(4, 2.0)], scale, 4).do
         'a batch of 256 instead of 4'
+        >>> error_fault([level(-4, 1.1), level(0, 1.15), level(4, 1.1)], scale, 8).do
+        'a batch of 256 instead of 8'
         >>> error_fault([level(-4, 0.8), level(0, 1.05), level(4, 0.9)], scale, 4) is None
         True
     """
     bad = [one for one in levels if one.excess.low > OFF]
-    if not bad:
-        return None
     worst = max(levels, key=lambda one: one.excess.low)
     least = min(levels, key=lambda one: one.excess.value)
+    linear = least.excess.value > _BELOW and sum(one.excess.low for one in levels) > _MEAN * len(levels)
+    if not bad and not (linear and scale.low > _MORE_BATCHES * batch_size):
+        return None
     measured: dict[str, Any] = {
         "factor": worst.excess.value,
         "low": worst.excess.low,
@@ -72,7 +77,7 @@ def error_fault(
         "fault": True,
     }
     where = f"{worst.logsnr_low:.3g} to {worst.logsnr_high:.3g}"
-    if least.excess.low <= _ABOVE:
+    if bad and least.excess.low <= _ABOVE:
         low, high = min(one.logsnr_low for one in bad), max(one.logsnr_high for one in bad)
         return Advice(
             f"train at the noise levels that were left out: logsnr {low:.3g} to {high:.3g}",

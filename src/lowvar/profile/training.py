@@ -124,6 +124,7 @@ def profile_training(
     *,
     levels: int | None = None,
     batch_size: int = 64,
+    trained: int | None = None,
     techniques: Sequence[Technique] = TECHNIQUES,
     conditional: bool = False,
     held_out: Images | None = None,
@@ -140,6 +141,7 @@ def profile_training(
         images: the training split.
         levels: grey levels of the data, for the term of a learned-range head.
         batch_size: B of the techniques, a multiple of 4.
+        trained: batch that the network was trained with, which the verdict is about; None: `batch_size`.
         techniques: what to measure.
         conditional: whether the network is conditioned on the images' labels.
         held_out: other images, on which errors by noise level are measured; None: they are not.
@@ -215,8 +217,9 @@ def profile_training(
         if spent() >= 1:
             break
     told(1.0)
-    fault = error_fault(errors, sources.noise_scale, batch_size, own_times(denoiser)) if errors else None
-    lines = advise(sources, last.reductions, batch_size)
+    trained = batch_size if trained is None else trained
+    fault = error_fault(errors, sources.noise_scale, trained, own_times(denoiser)) if errors else None
+    lines = advise(sources, last.reductions, trained)
     if fault is not None:
         batch = "batch_size" in fault.settings  # then the noise scale has had its say
         lines = (fault, *(x for x in lines if not (batch and "batch_size" in x.settings)))

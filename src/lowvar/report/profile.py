@@ -185,10 +185,10 @@ def profile_techniques(run: Run) -> Section | None:
             }
         )
     replicates = number(run.summary.get("replicates"))
-    config = mapping(run, "summary.json", "`config`", run.summary.get("config"))
+    batch = number(run.summary.get("batch_size"))
     content = {
         "rows": rows,
-        "intro": f"Variance of a batch of {config.get('batch_size')} with plain draws over that with the technique, at "
+        "intro": f"Variance of a batch of {count(batch or math.nan)} with plain draws over that with the technique, at "
         f"equal network evaluations, from {count(replicates or math.nan)} batches of each; and the time of a batch "
         "over plain's. All of these leave the expected gradient as it is.",
     }
