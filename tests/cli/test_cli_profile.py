@@ -86,7 +86,7 @@ def test_sketches(lowvar: Any, model: Path, tmp_path: Path) -> None:
     ("words", "said"),
     [
         (("--batch-size", 6), "--batch-size is 6; give a multiple of 4, so that pairs and groups fit"),
-        (("--batch-size", 0), "--batch-size is 0; give a whole number from 4"),
+        (("--batch-size", 2), "--batch-size is 2; give a whole number from 4"),
         (("--minutes", "never"), "--minutes is 'never'; give a number; see `lowvar profile --help`"),
         (("--minutes", 0), "--minutes is 0; give a number above 0"),
         (("--memory", -1), "--memory is -1; give a number above 0"),

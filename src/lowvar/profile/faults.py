@@ -3,7 +3,8 @@ r"""What is wrong with a model: noise levels that were not learned, a batch that
 A fault is told from what could merely be better by a standard that the model fails:
 
     levels     somewhere the network's error is above that of a linear denoiser (`lowvar.profile.excess`) by a quarter
-               or more, which no network is that saw the level often enough, and elsewhere it is not above at all
+               or more, which no network is that saw the level often enough, and elsewhere it is not above at all; or by
+               .15, and elsewhere it is below
     batch      the error is that high somewhere and above the linear denoiser's at every level, and the noise scale is
                at least 2 batches: the weights move by noise; or the error is nowhere below the linear denoiser's by
                more than .03 and above it on average, and the noise scale is at least 4 batches. A large noise scale
@@ -29,6 +30,7 @@ from lowvar.profile.verdict import Advice
 __all__ = ["OFF", "error_fault", "variance_fault"]
 
 OFF = 1.25
+_LEFT = 1.15
 _ABOVE = 1.03  # an error that is surely above the linear denoiser's, bound and all
 _BELOW, _MEAN = 0.97, 1.02  # an error that learned nothing beyond the linear denoiser
 _BATCHES, _MORE_BATCHES = 2.0, 4.0
@@ -57,6 +59,8 @@ def error_fault(
         >>> scale = Interval(300.0, 200.0, 400.0, 50.0)
         >>> error_fault([level(-4, 3.0), level(0, 1.05), level(4, 0.9)], scale, 64).do
         'train at the noise levels that were left out: logsnr -5 to -3'
+        >>> error_fault([level(-4, 1.25), level(0, 1.05), level(4, 0.7)], scale, 64).do
+        'train at the noise levels that were left out: logsnr -5 to -3'
         >>> error_fault([level(-4, 3.0), level(0, 2.5), level(4, 2.0)], scale, 4).do
         'a batch of 256 instead of 4'
         >>> error_fault([level(-4, 1.1), level(0, 1.15), level(4, 1.1)], scale, 8).do
@@ -64,7 +68,8 @@ def error_fault(
         >>> error_fault([level(-4, 0.8), level(0, 1.05), level(4, 0.9)], scale, 4) is None
         True
     """
-    bad = [one for one in levels if one.excess.low > OFF]
+    learned = any(one.excess.high < 1 for one in levels)
+    bad = [one for one in levels if one.excess.low > (_LEFT if learned else OFF)]
     worst = max(levels, key=lambda one: one.excess.low)
     least = min(levels, key=lambda one: one.excess.value)
     linear = least.excess.value > _BELOW and sum(one.excess.low for one in levels) > _MEAN * len(levels)
