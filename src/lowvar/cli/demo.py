@@ -11,17 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowvar.cli.console import Console, score_table
-from lowvar.cli.folders import check_free, publish
+from lowvar.cli.folders import check_free, clear_partial, partial_of, publish
 from lowvar.cli.options import MaybeInt, Sampling, at_least, choose_device
 from lowvar.cli.stops import stop_word
-from lowvar.cli.train import (
-    about_schedule,
-    clear_partial,
-    partial_of,
-    run_training,
-    save_trained,
-    weighting_figure,
-)
+from lowvar.cli.train import about_schedule, run_training, save_trained, weighting_figure
 
 if TYPE_CHECKING:
     from lowvar.evaluation import Cell, Evaluation

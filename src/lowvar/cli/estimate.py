@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowvar.cli.console import Console
-from lowvar.cli.folders import check_free, publish
+from lowvar.cli.folders import make_way, partial_of, publish
 from lowvar.cli.options import MaybeFloat, MaybeInt, MaybePath, MaybeText, Sampling, at_least, choose_device
 from lowvar.cli.score import SCORES, check_score, scored
 from lowvar.cli.stops import stop_word
-from lowvar.cli.train import clear_partial, partial_of
 from lowvar.cli.unfinished import Kept
 from lowvar.errors import UserError
 
@@ -93,8 +92,7 @@ class Estimate(Sampling):
         begun = time.perf_counter()
         self._checked()
         place = partial_of(self.out)
-        check_free(self.out, overwrite=self.overwrite)
-        self._make_way(place)
+        make_way(self.out, overwrite=self.overwrite, resume=self.resume)
         from functools import partial
 
         from lowvar.cli.models import open_model
@@ -142,15 +140,6 @@ class Estimate(Sampling):
             check_score(self)
         if self.guidance != 1 and self.label is None:
             raise UserError(f"--guidance is {self.guidance:g}, and there is no class to guide to; give --label")
-
-    def _make_way(self, partial: Path) -> None:
-        """Refuses an unfinished run in the way, or removes it where that was asked for."""
-        if partial.exists() and not self.resume:
-            if not self.overwrite:
-                raise UserError(
-                    f"{partial} holds an unfinished run; go on with --resume, or start anew with --overwrite"
-                )
-            clear_partial(partial)
 
     def _statistic(self, model: Model) -> Statistic:
         from lowvar.data import load

@@ -1,7 +1,8 @@
 """Outputs that are there completely or not at all.
 
 A folder is written under a temporary name beside its place and renamed at the end; a file likewise. Whatever happens in
-between, Ctrl-C and a full disk included, what stood there before still stands there.
+between, Ctrl-C and a full disk included, what stood there before still stands there. A long run lives in OUT.partial,
+with its checkpoints, until it is done.
 """
 
 from __future__ import annotations
@@ -16,7 +17,17 @@ from typing import IO
 
 from lowvar.errors import UserError
 
-__all__ = ["check_free", "is_run", "new_file", "new_folder", "publish"]
+__all__ = [
+    "check_free",
+    "clear_partial",
+    "is_run",
+    "kept",
+    "make_way",
+    "new_file",
+    "new_folder",
+    "partial_of",
+    "publish",
+]
 
 
 def is_run(folder: Path) -> bool:
@@ -68,6 +79,39 @@ def publish(temporary: Path, out: Path) -> None:
         aside.rmdir()
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def partial_of(out: Path) -> Path:
+    """Where an unfinished run lives."""
+    return out.with_name(out.name + ".partial")
+
+
+def clear_partial(partial: Path) -> None:
+    """Removes an unfinished run.
+
+    Raises:
+        UserError: if the folder is something else.
+    """
+    if not partial.is_dir() or (any(partial.iterdir()) and not (partial / "config.yaml").is_file()):
+        raise UserError(f"{partial} is no unfinished run, and is not removed; give another --out")
+    shutil.rmtree(partial)
+
+
+def make_way(out: Path, *, overwrite: bool, resume: bool) -> None:
+    """Refuses what is in the way of `out` and of its unfinished run, or removes the latter where that was asked for."""
+    check_free(out, overwrite=overwrite)
+    partial = partial_of(out)
+    if partial.exists() and not resume:
+        if not overwrite:
+            raise UserError(f"{partial} holds an unfinished run; go on with --resume, or start anew with --overwrite")
+        clear_partial(partial)
+
+
+def kept(partial: Path) -> str:
+    """Which checkpoint an interrupted run has, in words."""
+    folder = partial / "checkpoints"
+    newest = max((path.name for path in folder.glob("update-*")), default=None) if folder.is_dir() else None
+    return f"{partial} has no checkpoint yet" if newest is None else f"{folder / newest} is kept"
 
 
 def _umask() -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowvar.cli import ranks
 from lowvar.cli.console import Console
-from lowvar.cli.folders import check_free, publish
+from lowvar.cli.folders import kept, make_way, partial_of, publish
 from lowvar.cli.options import Common, DataFlags, MaybeInt, MaybePath, MaybeText, at_least, choose_device
 from lowvar.cli.stops import stop_word
 from lowvar.errors import UserError
@@ -22,15 +22,10 @@ if TYPE_CHECKING:
     from lowvar.train.config import TrainConfig
     from lowvar.train.loop import Trainer
 
-__all__ = ["Train", "about_schedule", "kept", "partial_of", "run_training", "save_trained", "weighting_figure"]
+__all__ = ["Train", "about_schedule", "run_training", "save_trained", "weighting_figure"]
 
 WEIGHTS = "network.safetensors"  # of a network that is no model of diffusers
 _OF_DATA = ("data", "size", "channels")
-
-
-def partial_of(out: Path) -> Path:
-    """Where an unfinished run lives."""
-    return out.with_name(out.name + ".partial")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,23 +98,13 @@ class Train(DataFlags, Common):
             values["network"] = network | own
         return config_from(values)
 
-    def _make_way(self, partial: Path) -> None:
-        """Refuses what is in the way of --out and of its unfinished run, or removes it where that was asked for."""
-        check_free(self.out, overwrite=self.overwrite)
-        if partial.exists() and not self.resume:
-            if not self.overwrite:
-                raise UserError(
-                    f"{partial} holds an unfinished run; go on with --resume, or start anew with --overwrite"
-                )
-            clear_partial(partial)
-
     def run(self, console: Console) -> dict[str, Any]:
         """See the base class."""
         begun = time.perf_counter()
         partial = partial_of(self.out)
         at_least("--profile-every", self.profile_every, 0)
         ranks.join(self.device)
-        ranks.main_first(lambda: self._make_way(partial))
+        ranks.main_first(lambda: make_way(self.out, overwrite=self.overwrite, resume=self.resume))
         config = self.settings()
         from lowvar.cli.results import about_data, summarise, write_run
         from lowvar.train.loop import Trainer
@@ -193,17 +178,6 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in _OF_DATA}
 
 
-def clear_partial(partial: Path) -> None:
-    """Removes an unfinished run.
-
-    Raises:
-        UserError: if the folder is something else.
-    """
-    if not partial.is_dir() or (any(partial.iterdir()) and not (partial / "config.yaml").is_file()):
-        raise UserError(f"{partial} is no unfinished run, and is not removed; give another --out")
-    shutil.rmtree(partial)
-
-
 def _begin(partial: Path, resolved: dict[str, Any]) -> None:
     import yaml
 
@@ -221,13 +195,6 @@ def _how_to_open(trainer: Trainer, out: Path) -> str:
         f"the network is no model of diffusers, so {out} is no pipeline folder: its averaged weights are in "
         f"{WEIGHTS}, and lowvar.pipelines.open_weights({str(out)!r}, {make}) gives the denoiser"
     )
-
-
-def kept(partial: Path) -> str:
-    """Which checkpoint an interrupted run has, in words."""
-    folder = partial / "checkpoints"
-    newest = max((path.name for path in folder.glob("update-*")), default=None) if folder.is_dir() else None
-    return f"{partial} has no checkpoint yet" if newest is None else f"{folder / newest} is kept"
 
 
 def run_training(trainer: Trainer, folder: Path, console: Console, profile_every: int = 0) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from lowvar.cli import ranks
 from lowvar.cli.console import Console
-from lowvar.cli.folders import check_free, publish
+from lowvar.cli.folders import kept, make_way, partial_of, publish
 from lowvar.cli.options import (
     ClassFlags,
     Common,
@@ -22,7 +22,6 @@ from lowvar.cli.options import (
     choose_device,
 )
 from lowvar.cli.stops import stop_word
-from lowvar.cli.train import clear_partial, kept, partial_of
 from lowvar.errors import UserError
 
 __all__ = ["Tune"]
@@ -138,22 +137,13 @@ class Tune(ClassFlags, Common):
                 "give --estimator x0 or leave-one-out"
             )
 
-    def _make_way(self, partial: Path) -> None:
-        check_free(self.out, overwrite=self.overwrite)
-        if partial.exists() and not self.resume:
-            if not self.overwrite:
-                raise UserError(
-                    f"{partial} holds an unfinished run; go on with --resume, or start anew with --overwrite"
-                )
-            clear_partial(partial)
-
     def run(self, console: Console) -> dict[str, Any]:
         """See the base class."""
         begun = time.perf_counter()
         self._checked()
         partial = partial_of(self.out)
         ranks.join(self.device)
-        ranks.main_first(lambda: self._make_way(partial))
+        ranks.main_first(lambda: make_way(self.out, overwrite=self.overwrite, resume=self.resume))
         from lowvar.cli.tuning import Tuning
 
         device = choose_device(self.device)

@@ -1,15 +1,14 @@
 r"""What is wrong with a model: noise levels that were not learned, a batch that is too small, a wrong variance.
 
-A fault is told from what could merely be better by a standard that the model fails:
+A fault is told from what could merely be better by a standard that the model fails. The standard of the error is a
+linear denoiser's (`lowvar.profile.excess`), which no network is above that saw the level often enough:
 
-    levels     somewhere the network's error is above that of a linear denoiser (`lowvar.profile.excess`) by a quarter
-               or more, which no network is that saw the level often enough, and elsewhere it is not above at all; or by
-               .15, and elsewhere it is below
-    batch      the error is that high somewhere and above the linear denoiser's at every level, and the noise scale is
-               at least 2 batches: the weights move by noise; or the error is nowhere below the linear denoiser's by
-               more than .03 and above it on average, and the noise scale is at least 4 batches. A large noise scale
-               alone is no fault: that of a network that is done is infinite
-    updates    the same, and the noise scale does not blame the batch
+    levels     the error is above it somewhere, by a quarter, or by .15 where other levels are below it; and elsewhere
+               it is not above at all
+    batch      the error is above it on average and nowhere below it by more than .03, and the noise scale is at least 2
+               batches: the weights move by noise. A large noise scale alone is no fault: that of a network that is done
+               is infinite
+    updates    above by a quarter, above everywhere, and the noise scale does not blame the batch
     variance   the sampler's steps, or the network's variance head, are off by a quarter or more from what the residuals
                say, and pay at least .01 bits a dimension for it beside one right number a level
 
@@ -33,7 +32,7 @@ OFF = 1.25
 _LEFT = 1.15
 _ABOVE = 1.03  # an error that is surely above the linear denoiser's, bound and all
 _BELOW, _MEAN = 0.97, 1.02  # an error that learned nothing beyond the linear denoiser
-_BATCHES, _MORE_BATCHES = 2.0, 4.0
+_BATCHES = 2.0
 _BITS = 0.01
 
 
@@ -69,12 +68,10 @@ def error_fault(
         True
     """
     learned = any(one.excess.high < 1 for one in levels)
-    bad = [one for one in levels if one.excess.low > (_LEFT if learned else OFF)]
+    behind = [one for one in levels if one.excess.low > (_LEFT if learned else OFF)]
     worst = max(levels, key=lambda one: one.excess.low)
     least = min(levels, key=lambda one: one.excess.value)
-    linear = least.excess.value > _BELOW and sum(one.excess.low for one in levels) > _MEAN * len(levels)
-    if not bad and not (linear and scale.low > _MORE_BATCHES * batch_size):
-        return None
+    above = least.excess.value > _BELOW and sum(one.excess.low for one in levels) > _MEAN * len(levels)
     measured: dict[str, Any] = {
         "factor": worst.excess.value,
         "low": worst.excess.low,
@@ -82,8 +79,8 @@ def error_fault(
         "fault": True,
     }
     where = f"{worst.logsnr_low:.3g} to {worst.logsnr_high:.3g}"
-    if bad and least.excess.low <= _ABOVE:
-        low, high = min(one.logsnr_low for one in bad), max(one.logsnr_high for one in bad)
+    if behind and least.excess.low <= _ABOVE:
+        low, high = min(one.logsnr_low for one in behind), max(one.logsnr_high for one in behind)
         return Advice(
             f"train at the noise levels that were left out: logsnr {low:.3g} to {high:.3g}",
             f"the error is {_around(worst.excess)} times a linear denoiser's at logsnr {where}, and "
@@ -96,7 +93,7 @@ def error_fault(
     everywhere = (
         f"the error is {least.excess.value:.2f} to {_around(worst.excess)} times a linear denoiser's everywhere"
     )
-    if scale.low > _BATCHES * batch_size:
+    if above and scale.low > _BATCHES * batch_size:
         likely = scale.value if math.isfinite(scale.value) else scale.low
         n = 2 ** math.floor(math.log2(min(likely, 64.0 * batch_size)))
         known = f"{scale.low:.3g} to {scale.high:.3g}" if math.isfinite(scale.high) else f"at least {scale.low:.3g}"
@@ -108,6 +105,8 @@ def error_fault(
             settings={"batch_size": n},
             **measured,
         )
+    if not behind:
+        return None
     return Advice(
         "train for longer, or with a lower learning rate",
         f"{everywhere}, and the batch is not to blame",

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from lowvar.process.noise import NoiseSource
+from lowvar.reward.advantages import Advantages
 from lowvar.reward.config import TuneConfig, TuneRecord
 from lowvar.reward.estimators import RewardEstimator, RewardProblem, Scores
 from lowvar.reward.history import History
@@ -45,6 +46,7 @@ from lowvar.reward.rewards import RewardError
 from lowvar.reward.rollout import Rollout, rollout
 from lowvar.reward.surrogate import surrogate_loss
 from lowvar.train import checkpoints
+from lowvar.train.snapshot import moments_of, restore_moments
 
 __all__ = ["TuneConfig", "TuneRecord", "Tuner"]
 
@@ -53,13 +55,29 @@ _PILOT = 2**40  # first run of pilots; training never gets there
 
 @dataclass
 class _Runs:
-    """What an update has seen so far, over its parts and iterations."""
+    """What an update has seen so far, over its parts and iterations.
+
+    Attributes:
+        rewards, kl: of its parts.
+        scored: of an estimator by scores, all of the process's runs, whose gradient can be taken again.
+        ratio, clipped: of the last iteration.
+    """
 
     rewards: list[Tensor]
-    rans: list[tuple[Rollout, Tensor]]
     kl: list[Tensor]
+    scored: _Scored | None = None
     ratio: float = 0.0
     clipped: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Runs with their advantages, and dR/dx_0 where the last step is differentiated."""
+
+    ran: Rollout
+    rewards: Tensor
+    advantages: Advantages
+    slope: Tensor | None
 
 
 class Tuner:
@@ -225,11 +243,11 @@ class Tuner:
         assert self.estimator is not None
         n = config.batch // self.accelerator.num_processes
         first = self.update * config.batch + self.accelerator.process_index * n
-        seen = _Runs([], [], [])
+        seen = _Runs([], [])
         norm, variance, snr, kl = 0.0, math.nan, math.nan, math.nan
         try:
             for i in range(config.num_iterations):
-                losses = self._again(seen) if i else self._parts(self.estimator, n, first, seen)
+                losses = self._scored(seen, again=True) if i else self._parts(self.estimator, n, first, seen)
                 found = self._gradients(losses)
                 if not i:
                     kl = float(self._gathered(torch.cat(seen.kl)).mean()) if seen.kl else math.nan
@@ -237,8 +255,8 @@ class Tuner:
                 norm = self._step(found[0])
         except RewardError as error:
             raise RewardError(error.what, self.update) from error.__cause__
-        for ran, rewards in seen.rans[:1]:
-            self.history.seen(ran, rewards)
+        if seen.scored is not None:
+            self.history.seen(seen.scored.ran, seen.scored.rewards)
         if self.kl_to is not None:
             self.control = self.control.updated(kl)
         rewards = self._gathered(torch.cat(seen.rewards))
@@ -266,11 +284,10 @@ class Tuner:
         problem, m = self.problem, self.config.gradient_accumulation_steps
         if isinstance(estimator, Scores):  # baselines are fitted to all runs, then gradients are taken in parts
             with self.accelerator.autocast():
-                ran, rewards, self._slope = estimator.rolled(problem, self.noise, n, first)
-                self._weights = estimator.advantages(ran, rewards, self.history)
+                ran, rewards, slope = estimator.rolled(problem, self.noise, n, first)
+                seen.scored = _Scored(ran, rewards, estimator.advantages(ran, rewards, self.history), slope)
             seen.rewards.append(rewards)
-            seen.rans.append((ran, rewards))
-            yield from self._scored(seen, first_time=True)
+            yield from self._scored(seen)
             return
         for j in range(m):
             at, size = first + j * (n // m), n // m
@@ -287,27 +304,25 @@ class Tuner:
                     loss = self._with_kl(loss, ran, seen)
             yield loss
 
-    def _again(self, seen: _Runs) -> Iterator[Tensor]:
-        """The same runs once more, at moved parameters."""
-        return self._scored(seen, first_time=False)
-
-    def _scored(self, seen: _Runs, *, first_time: bool) -> Iterator[Tensor]:
-        (ran, _), m = seen.rans[0], self.config.gradient_accumulation_steps
-        nats = None if first_time else self.config.trust_nats
-        if not first_time:
+    def _scored(self, seen: _Runs, *, again: bool = False) -> Iterator[Tensor]:
+        """Losses of runs by scores, of each part of them; `again`: at parameters that have moved since."""
+        runs, m = seen.scored, self.config.gradient_accumulation_steps
+        assert runs is not None, "only an estimator by scores is asked again"
+        nats = self.config.trust_nats if again else None
+        if again:
             seen.ratio = seen.clipped = 0.0
-        for which in torch.arange(ran.n).chunk(m):
-            own = ran.part(which) if m > 1 else ran
-            A = replace(self._weights, values=self._weights.values[..., which])
-            slope = None if self._slope is None else self._slope[which]
+        for which in torch.arange(runs.ran.n).chunk(m):
+            own = runs.ran.part(which) if m > 1 else runs.ran
+            A = replace(runs.advantages, values=runs.advantages.values[..., which])
+            slope = None if runs.slope is None else runs.slope[which]
             with self.accelerator.autocast():
                 out = surrogate_loss(self.problem.policy, own, A, trust_nats=nats, reward_gradient=slope)
-                if not first_time:
+                if again:
                     seen.ratio = max(seen.ratio, float(out.log_ratio.abs().max()))
                     seen.clipped += out.clipped / m
                 loss = out.loss
                 if self.kl_to is not None:
-                    loss = self._with_kl(loss, own, seen if first_time else None)
+                    loss = self._with_kl(loss, own, None if again else seen)
             yield loss
 
     def _with_kl(self, loss: Tensor, ran: Rollout, seen: _Runs | None) -> Tensor:
@@ -384,8 +399,6 @@ class Tuner:
     def save(self) -> None:
         """Writes a checkpoint of the last update into the folder."""
         assert self.folder is not None
-        kept = self.optimizer.state_dict()["state"]
-        moments = {f"{i}.{name}": torch.as_tensor(v) for i, values in kept.items() for name, v in values.items()}
         every = candidates(self.problem)
         history, learned = self.history.state()
         state = {
@@ -399,7 +412,7 @@ class Tuner:
         tensors = {
             "parameters": {str(i): p for i, p in enumerate(self.parameters)},
             "averages": {str(i): p for i, p in enumerate(self.averages)},
-            "optimizer": moments,
+            "optimizer": moments_of(self.optimizer),
             "history": learned,
         }
         checkpoints.save(self.folder / "checkpoints", state, tensors)
@@ -414,11 +427,7 @@ class Tuner:
         for name, values in (("parameters", self.parameters), ("averages", self.averages)):
             for i, p in enumerate(values):
                 p.copy_(kept.tensors[name][str(i)])
-        whole = self.optimizer.state_dict()
-        for key, value in kept.tensors["optimizer"].items():
-            i, name = key.split(".", 1)
-            whole["state"].setdefault(int(i), {})[name] = value
-        self.optimizer.load_state_dict(whole)
+        restore_moments(self.optimizer, kept.tensors.get("optimizer", {}))
         self.update, self.calls = int(kept.state["update"]), int(kept.state["calls"])
         self.control = replace(self.control, beta=float(kept.state["beta"]))
         self.history.restore(kept.state["history"], kept.tensors.get("history", {}))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Parts", "capture", "restore"]
+__all__ = ["Parts", "capture", "moments_of", "restore", "restore_moments"]
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,25 @@ class Parts:
     scaler: Any = None
 
 
+def moments_of(optimizer: Any) -> dict[str, Tensor]:
+    """An optimiser's moments by `parameter.name`."""
+    kept = optimizer.state_dict()["state"]
+    return {f"{i:05d}.{k}": torch.as_tensor(v) for i, row in kept.items() for k, v in row.items()}
+
+
+def restore_moments(optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Puts back what `moments_of` gave."""
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, _, name = key.partition(".")
+        moments.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
 def capture(parts: Parts) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """JSON-ready values, and tensors by file and key."""
     ema = parts.ema.state_dict()
     shadow = ema.pop("shadow_params")
-    moments = parts.optimizer.state_dict()["state"]
     state = {
         "scheduler": {k: v for k, v in parts.scheduler.state_dict().items() if k != "lr_lambdas"},
         "ema": ema,
@@ -48,7 +62,7 @@ def capture(parts: Parts) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]
     tensors = {
         "network": dict(parts.network.state_dict()),
         "ema": {f"{i:05d}": p for i, p in enumerate(shadow)},
-        "optimizer": {f"{i:05d}.{k}": torch.as_tensor(v) for i, row in moments.items() for k, v in row.items()},
+        "optimizer": moments_of(parts.optimizer),
     }
     return state, tensors
 
@@ -63,12 +77,7 @@ def restore(
     parts.network.load_state_dict(dict(tensors["network"]))
     shadow = [tensors["ema"][k].to(device) for k in sorted(tensors["ema"])]
     parts.ema.load_state_dict({**state["ema"], "shadow_params": shadow})
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors["optimizer"].items():
-        number, _, name = key.partition(".")
-        moments.setdefault(int(number), {})[name] = value
-    groups = parts.optimizer.state_dict()["param_groups"]
-    parts.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    restore_moments(parts.optimizer, tensors["optimizer"])
     parts.scheduler.load_state_dict({**parts.scheduler.state_dict(), **state["scheduler"]})
     for group, lr in zip(parts.optimizer.param_groups, parts.scheduler.get_last_lr(), strict=True):
         group["lr"] = lr
