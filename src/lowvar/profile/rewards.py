@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from lowvar.process.noise import Independent
-from lowvar.reward import RewardEstimator, RewardProblem, Scores, candidates, choose
+from lowvar.reward import GradientRow, RewardEstimator, RewardProblem, Scores, candidates, choose
 
 __all__ = ["EstimatorRow", "RewardProfile", "profile_reward"]
 
@@ -135,38 +135,15 @@ def profile_reward(
         out = _PLAIN(problem, noise, n, 0)
         torch.autograd.grad(out.loss, list(problem.parameters), allow_unused=True)
     each = (time.perf_counter() - begun) * (2 * len(chosen) - 1)  # pathwise ones cost about twice
-    shares = [k for k in (1, 2, 4) if n % (k * problem.num_generations) == 0 and n >= 2 * k * problem.num_generations]
-    sizes = [(n // k, _REPEATS) for k in shares] + [(n // shares[-1], _FEW)]
-    costs = [each * runs / n * least for runs, least in sizes]
-    fitting = [i for i, cost in enumerate(costs) if cost <= 2 * seconds]
-    if not fitting:
-        return costs[-1]
-    first, (n, least) = n, sizes[fitting[0]]
-    most = min(_MOST, memory / (8 * size * len(chosen)))
-    repeats = int(min(max(seconds / (costs[fitting[0]] / least), least), most))
+    fitting = memory / (8 * size * len(chosen))
+    first, batches = n, _batches(each, n, problem.num_generations, seconds, fitting)
+    if not isinstance(batches, tuple):
+        return batches
+    n, repeats = batches
     choice = choose(problem, noise, among=chosen, n=n, repeats=repeats, first=first)
     report = choice.report.rows
     plain = report[_PLAIN.name]
-    rows = []
-    for key, row in report.items():
-        reach = [_log_reach(r.variance, r.high) for r in (row, plain)]
-        half = 0.0 if row is plain else math.hypot(*reach)
-        factor = plain.work / row.work if row.work > 0 else math.inf
-        spread = math.exp(half)
-        rows.append(
-            EstimatorRow(
-                key,
-                row.claim.label,
-                row.variance,
-                row.low,
-                row.high,
-                row.seconds,
-                row.snr,
-                factor,
-                factor / spread,
-                factor * spread,
-            )
-        )
+    rows = [_row(key, row, plain) for key, row in report.items()]
     best = report[choice.estimator.name]
     runs = best.n / best.snr if 0 < best.snr < math.inf else math.nan
     return RewardProfile(
@@ -179,6 +156,43 @@ def profile_reward(
         runs,
         dict(choice.report.left_out),
         repeats,
+    )
+
+
+def _batches(each: float, n: int, group: int, seconds: float, most: float) -> tuple[int, int] | float:
+    """Runs a batch and number of batches that a budget allows; the seconds of the least, where it allows none.
+
+    Args:
+        each: seconds of a batch of n runs by every estimator.
+        n: runs that are wanted, in whole groups of `group`, at least two of them.
+        group: runs of a group.
+        seconds: budget, of which twice is spent rather than nothing.
+        most: batches that fit the memory.
+    """
+    shares = [k for k in (1, 2, 4) if n % (k * group) == 0 and n >= 2 * k * group] or [1]
+    sizes = [(n // k, _REPEATS) for k in shares] + [(n // shares[-1], _FEW)]
+    for runs, least in sizes:
+        one = each * runs / n
+        if one * least <= 2 * seconds:
+            return runs, int(min(max(seconds / one, least), _MOST, most))
+    return each * sizes[-1][0] / n * _FEW
+
+
+def _row(name: str, row: GradientRow, plain: GradientRow) -> EstimatorRow:
+    """An estimator beside the plain one."""
+    half = 0.0 if row is plain else math.hypot(*(_log_reach(r.variance, r.high) for r in (row, plain)))
+    factor = plain.work / row.work if row.work > 0 else math.inf
+    return EstimatorRow(
+        name,
+        row.claim.label,
+        row.variance,
+        row.low,
+        row.high,
+        row.seconds,
+        row.snr,
+        factor,
+        factor / math.exp(half),
+        factor * math.exp(half),
     )
 
 
