@@ -11,6 +11,7 @@ import torch
 from bs4 import BeautifulSoup
 
 from lowvar.cli.profile import Profile
+from lowvar.cli.profile_summary import trained_batch
 from lowvar.report import build
 
 torch.set_num_threads(1)
@@ -275,9 +276,7 @@ def test_it_renders(chromium: Any, profiled: Path, tmp_path: Path) -> None:
 
 def test_the_batch_is_the_one_that_the_model_was_trained_with(tmp_path: Path) -> None:
     """A run of `lowvar train` says its batch; other folders and damaged summaries stand for 64."""
-    from lowvar.cli.profile import _trained_batch  # pyright: ignore[reportPrivateUsage]
-
-    assert _trained_batch(tmp_path) == 64
+    assert trained_batch(tmp_path) == 64
     for text, batch in (
         ('{"command": "train", "config": {"batch_size": 2}}', 2),
         ('{"command": "sample", "config": {"batch_size": 2}}', 64),
@@ -285,4 +284,4 @@ def test_the_batch_is_the_one_that_the_model_was_trained_with(tmp_path: Path) ->
         ("no JSON", 64),
     ):
         (tmp_path / "summary.json").write_text(text)
-        assert _trained_batch(tmp_path) == batch
+        assert trained_batch(tmp_path) == batch

@@ -264,7 +264,7 @@ def _advised(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: if it has none.
     """
-    from lowvar.cli.profile import read_profile
+    from lowvar.cli.profile_summary import read_profile
     from lowvar.profile import applied
 
     summary = read_profile(folder, "--from-profile")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -13,12 +12,15 @@ from lowvar.cli.console import Console
 from lowvar.cli.folders import check_free, new_folder
 from lowvar.cli.options import DataFlags, MaybePath, MaybeText, Sampling, at_least, choose_device, parse_names
 from lowvar.cli.profile_summary import (
+    USUAL_BATCH,
     about_profile,
     about_promises,
     about_reverse,
     about_reward,
     about_statistic,
+    read_profile,
     reverse_figures,
+    trained_batch,
 )
 from lowvar.errors import UserError
 
@@ -31,44 +33,11 @@ if TYPE_CHECKING:
     from lowvar.metrics import Statistic
     from lowvar.profile import Advice, ReverseProfile
 
-__all__ = ["Profile", "read_profile"]
+__all__ = ["Profile"]
 
 PARTS = ("training", "sampling", "statistics", "reward")
 _SHARES = {"training": 0.45, "sampling": 0.4, "statistics": 0.15, "reward": 0.2}  # of the time
 _SCORES = 0.45  # of the sampling part's time
-_BATCH = 64  # of a model that does not say
-
-
-def _trained_batch(folder: Path) -> int:
-    """The batch that a run of `lowvar train` was trained with, as its summary says; 64 for other models."""
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
-        return _BATCH
-    config = summary.get("config") if isinstance(summary, dict) and summary.get("command") == "train" else None
-    own = config.get("batch_size") if isinstance(config, dict) else None
-    return own if isinstance(own, int) and own >= 1 else _BATCH
-
-
-def read_profile(folder: Path, flag: str) -> dict[str, Any]:
-    """The summary of a profile.
-
-    Args:
-        folder: that `lowvar profile` wrote.
-        flag: that named it, for the message.
-
-    Raises:
-        UserError: if it is none.
-    """
-    file = folder / "summary.json"
-    try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{flag} is {folder}, whose summary.json cannot be read ({reason}); give a profile") from None
-    if not isinstance(summary, dict) or summary.get("command") != "profile":
-        raise UserError(f"{flag} is {folder}, which is no profile; give a folder that `lowvar profile` wrote")
-    return summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +115,7 @@ class Profile(DataFlags, Sampling):
         data = self.load(self.seed)
         model = self._opened(data, device)
         data = fitting(model, data)
-        trained = _trained_batch(Path(self.model)) if not self.batch_size else self.batch_size
+        trained = trained_batch(Path(self.model)) if not self.batch_size else self.batch_size
         batch = max(4 * round(trained / 4), 4)
         if "training" in parts and len(data.train) < batch:
             raise UserError(
@@ -318,7 +287,7 @@ class _Work:
             steps=asked.steps,
             seconds=(1 - _SCORES) * seconds,
             seed=asked.seed,
-            batch_size=max(self.batch, _BATCH),
+            batch_size=max(self.batch, USUAL_BATCH),
             device=self.device,
             structure=wanted,
             progress=lambda part: self._told("sampling", (1 - _SCORES) * part),
@@ -334,7 +303,7 @@ class _Work:
             steps=asked.steps,
             seconds=_SCORES * seconds,
             seed=asked.seed,
-            batch_size=max(self.batch, _BATCH),
+            batch_size=max(self.batch, USUAL_BATCH),
             device=self.device,
         )
         self.notes += scores.notes
@@ -362,7 +331,7 @@ class _Work:
             steps=asked.steps,
             seconds=self.seconds["statistics"],
             seed=asked.seed,
-            batch_size=max(self.batch, _BATCH),
+            batch_size=max(self.batch, USUAL_BATCH),
             device=self.device,
         )
         self.notes += notes

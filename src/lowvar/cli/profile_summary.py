@@ -1,10 +1,13 @@
-"""What stands in a profile's summary and figures about each of its parts."""
+"""What stands in a profile's summary and figures about each of its parts, and what summaries say to other commands."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lowvar.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,13 +24,18 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "USUAL_BATCH",
     "about_profile",
     "about_promises",
     "about_reverse",
     "about_reward",
     "about_statistic",
+    "read_profile",
     "reverse_figures",
+    "trained_batch",
 ]
+
+USUAL_BATCH = 64  # of a model that does not say
 
 
 def _interval(found: Interval) -> dict[str, float]:
@@ -166,3 +174,35 @@ def about_promises(found: Sequence[Promise], folder: Path | None) -> dict[str, A
         for p in found
     ]
     return plain({"run": folder, "rows": rows})
+
+
+def trained_batch(folder: Path) -> int:
+    """The batch that a run of `lowvar train` was trained with, as its summary says; 64 for other models."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return USUAL_BATCH
+    config = summary.get("config") if isinstance(summary, dict) and summary.get("command") == "train" else None
+    own = config.get("batch_size") if isinstance(config, dict) else None
+    return own if isinstance(own, int) and own >= 1 else USUAL_BATCH
+
+
+def read_profile(folder: Path, flag: str) -> dict[str, Any]:
+    """The summary of a profile.
+
+    Args:
+        folder: that `lowvar profile` wrote.
+        flag: that named it, for the message.
+
+    Raises:
+        UserError: if it is none.
+    """
+    file = folder / "summary.json"
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{flag} is {folder}, whose summary.json cannot be read ({reason}); give a profile") from None
+    if not isinstance(summary, dict) or summary.get("command") != "profile":
+        raise UserError(f"{flag} is {folder}, which is no profile; give a folder that `lowvar profile` wrote")
+    return summary

@@ -156,7 +156,7 @@ class Train(DataFlags, Common):
 
 def _advised(folder: Path) -> dict[str, Any]:
     """Settings that a profile's verdict asks for."""
-    from lowvar.cli.profile import read_profile
+    from lowvar.cli.profile_summary import read_profile
     from lowvar.profile import applied
 
     return applied(read_profile(folder, "--from-profile").get("verdict") or [], "training")

@@ -15,6 +15,7 @@ from torch import Tensor
 from lowvar.cli import ranks
 from lowvar.cli.models import Model, open_model, require_shape
 from lowvar.cli.results import plain, summarise, write_run
+from lowvar.cli.tuned import SHOWN, about_choice, read_samples, save_samples, save_tuned
 from lowvar.errors import UserError
 from lowvar.evaluation import check_steps
 from lowvar.metrics import Scorer
@@ -26,7 +27,6 @@ from lowvar.process.kernel import ReverseKernel
 from lowvar.process.noise import Independent
 from lowvar.reward import (
     Check,
-    Choice,
     Floor,
     History,
     Monitor,
@@ -43,7 +43,6 @@ from lowvar.reward import (
 )
 from lowvar.reward.monitor import changed
 from lowvar.reward.named import reward_needs_data
-from lowvar.schedulers import ReverseVarianceScheduler
 
 if TYPE_CHECKING:
     from lowvar.cli.console import Console
@@ -51,7 +50,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Tuning"]
 
-_SHOWN = 24  # samples of a check that the report shows
 _FREE = ("out", "device", "updates", "checkpoint_every")  # what a resumed run may change
 _DIGITS = (1, 8, 8)
 
@@ -289,7 +287,7 @@ class Tuning:
                     json.dumps(plain(about_choice(self.tuner.choice, record.why))), encoding="utf-8"
                 )
         if record.check is not None:
-            _save_samples(partial, record.update + 1, record.check.samples)
+            save_samples(partial, record.update + 1, record.check.samples)
 
     def finish(self, partial: Path, before: Check, after: Check, begun: float, console: Console) -> dict[str, Any]:
         """Writes the tuned pipeline, the run's files and its report into the unfinished run's folder."""
@@ -328,7 +326,7 @@ class Tuning:
             network=self.model.about,
             sampler={"kind": "ancestral", "eta": flags.eta, "steps": flags.steps, "grid": "trailing"},
         )
-        grids = {"before tuning": before.samples[:_SHOWN], **_read_samples(partial)}
+        grids = {"before tuning": before.samples[:SHOWN], **read_samples(partial)}
         records = partial / "metrics.jsonl"
         records.touch()
         write_run(partial, summary, grids=grids if len(self.model.shape) == 3 else None)
@@ -355,53 +353,3 @@ class Tuning:
 def _about(found: Interval | None) -> dict[str, float]:
     assert found is not None
     return {"value": found.value, "low": found.low, "high": found.high}
-
-
-def about_choice(choice: Choice, why: str) -> dict[str, Any]:
-    """What a pilot measured, and why it chose."""
-    report = choice.report
-    rows = [
-        {
-            "estimator": name,
-            "bias": row.claim.label,
-            "variance": row.variance,
-            "low": row.low,
-            "high": row.high,
-            "evaluations": row.evaluations,
-            "work": row.work,
-        }
-        for name, row in report.rows.items()
-    ]
-    return {"estimator": choice.estimator.name, "why": why, "rows": rows, "left_out": dict(report.left_out)}
-
-
-def _save_samples(partial: Path, update: int, samples: Tensor) -> None:
-    import numpy as np
-
-    folder = partial / "samples"
-    folder.mkdir(exist_ok=True)
-    np.save(folder / f"{update:07d}.npy", samples[:_SHOWN].numpy())
-
-
-def _read_samples(partial: Path) -> dict[str, Tensor]:
-    import numpy as np
-
-    files = sorted((partial / "samples").glob("*.npy"))
-    return {f"after {int(f.stem)} updates": torch.from_numpy(np.load(f)) for f in files}
-
-
-def save_tuned(model: Model, folder: Path, eta: float) -> None:
-    """The tuned pipeline. Our scheduler gets the sampler that was tuned; a stock one stays as it is.
-
-    Calibrated tables are of the network before, and are left out.
-    """
-    import diffusers
-
-    pipeline, scheduler = model.pipeline, model.pipeline.scheduler
-    if isinstance(scheduler, ReverseVarianceScheduler):
-        fields: dict[str, Any] = {"sampler": "kernel", "variance": "small", "eta": eta, "grid": "trailing"}
-        fields |= {"start_with_twin": False}
-        made = ReverseVarianceScheduler.from_scheduler(scheduler, None, **fields)
-        pipeline.register_modules(scheduler=made)
-    assert isinstance(pipeline, diffusers.DiffusionPipeline)
-    pipeline.save_pretrained(str(folder), safe_serialization=True)
