@@ -115,8 +115,8 @@ def profile_reward(
         >>> policy = Policy(twin.denoiser(schedule), ReverseKernel(), torch.linspace(1, 0, 5), Floor(0.1))
         >>> problem = RewardProblem(policy, lambda x, p: x.sum(1), [shift], (2,))
         >>> found = profile_reward(problem, "sum", seconds=5.0, among=[Scores("x0")])
-        >>> found.recommended, found.plain
-        ('scores, x0 baseline', 'scores, leave-one-out baseline')
+        >>> found.plain, sorted(row.name for row in found.rows)
+        ('scores, leave-one-out baseline', ['scores, leave-one-out baseline', 'scores, x0 baseline'])
     """
     chosen = list(candidates(problem) if among is None else among)
     if all(e.name != _PLAIN.name for e in chosen):

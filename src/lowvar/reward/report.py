@@ -140,7 +140,8 @@ def gradient_report(
         >>> twin = GaussianTwin(shift, PixelBasis((2,)), torch.ones(2))
         >>> policy = Policy(twin.denoiser(schedule), ReverseKernel(), torch.linspace(1, 0, 5), Floor(0.1))
         >>> problem = RewardProblem(policy, lambda x, p: x.sum(1), [shift], (2,))
-        >>> report = gradient_report(problem, [Scores("none"), Scores("x0"), Paths()], Independent(0))
+        >>> among = [Scores("none"), Scores("x0"), Paths()]
+        >>> report = gradient_report(problem, among, Independent(0), cost="evaluations")
         >>> list(report.rows), report.left_out
         (['scores, x0 baseline', 'scores, none baseline'], {'pathwise, Full()': 'the reward has no derivative'})
     """
@@ -258,7 +259,8 @@ def choose(
         >>> twin = GaussianTwin(shift, PixelBasis((2,)), torch.ones(2))
         >>> policy = Policy(twin.denoiser(schedule), ReverseKernel(), torch.linspace(1, 0, 5), Floor(0.1))
         >>> problem = RewardProblem(policy, lambda x, p: x.sum(1), [shift], (2,))
-        >>> choose(problem, Independent(0), among=[Scores("none"), Scores("x0")]).estimator.name
+        >>> among = [Scores("none"), Scores("x0")]
+        >>> choose(problem, Independent(0), among=among, cost="evaluations").estimator.name
         'scores, x0 baseline'
     """
     report = gradient_report(
