@@ -22,7 +22,9 @@ COMMAND = Path(sys.executable).with_name("lowvar")
 def test_list_of_commands(lowvar: Lowvar) -> None:
     done = lowvar("--help")
     assert done.status == 0
-    assert all(f"• {name}" in done.out for name in COMMANDS)
+    assert all(f"\n  {name} " in done.out for name in COMMANDS)
+    assert "with a 95% interval" in " ".join(done.out.split())
+    assert done.out == lowvar("-h").out
 
 
 @pytest.mark.parametrize("name", COMMANDS)

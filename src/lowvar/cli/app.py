@@ -15,7 +15,7 @@ import signal
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -102,13 +102,15 @@ def _sentence(box: str, command: str, words: Sequence[str]) -> str:
     return f"{flat[:1].lower() + flat[1:]}; {help_}"
 
 
-def _listed(kind: type[Command]) -> Callable[[], None]:
-    """Something that tyro lists with the first line of the command's help."""
-
-    def command() -> None: ...
-
-    command.__doc__ = (kind.__doc__ or "").splitlines()[0]
-    return command
+def _listing() -> str:
+    """What `lowvar --help` prints: the commands, each with the first line of its own help."""
+    about = {name: (kind.__doc__ or "").splitlines()[0] for name, kind in COMMANDS.items()}
+    rows = [
+        textwrap.fill(text, 80, initial_indent=f"  {name:<11}", subsequent_indent=" " * 13)
+        for name, text in about.items()
+    ]
+    usage = "usage: lowvar [-h] [--version] COMMAND [OPTIONS]"
+    return "\n".join([usage, "", _ABOUT, "", "commands:", *rows, "", "`lowvar COMMAND --help` lists its options.", ""])
 
 
 def parse(words: Sequence[str]) -> Command:
@@ -118,24 +120,25 @@ def parse(words: Sequence[str]) -> Command:
         UserError: if they ask for none, in one sentence.
         SystemExit: with status 0, after help was printed.
     """
-    import tyro
-
-    errors = io.StringIO()
     words = list(words)
     if words == ["--version"]:
         from lowvar import __version__
 
         sys.stdout.write(f"lowvar {__version__}\n")
         raise SystemExit(0)
+    if words and words[0] in ("-h", "--help"):
+        sys.stdout.write(_listing())
+        raise SystemExit(0)
     command = words[0] if words and words[0] in COMMANDS else ""
-    config = (tyro.conf.FlagCreatePairsOff,)
+    if not command:
+        raise UserError(_sentence("", command, words))
+
+    import tyro
+
+    errors, config = io.StringIO(), (tyro.conf.FlagCreatePairsOff,)
     try:
         with contextlib.redirect_stderr(errors):
-            if command:
-                return tyro.cli(COMMANDS[command], prog=f"lowvar {command}", args=words[1:], config=config)
-            listed = {name: _listed(kind) for name, kind in COMMANDS.items()}
-            tyro.extras.subcommand_cli_from_dict(listed, prog="lowvar", description=_ABOUT, args=words)
-            raise SystemExit(2)
+            return tyro.cli(COMMANDS[command], prog=f"lowvar {command}", args=words[1:], config=config)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
