@@ -12,8 +12,9 @@ What it claims, and how it is made to hold:
 - scores are against held-out data (fewstep_targets.py), with the floor (data against data), the Gaussian twin alone
   (0 NFE) and the network's own samples at 200 evaluations beside them.
 
-Cells are kept in build/benchmarks/fewstep (or $LOWVAR_BENCHMARKS/fewstep) and not run again; our own are run again
-where their declaration changes.
+Cells are kept in build/benchmarks/fewstep (or $LOWVAR_BENCHMARKS/fewstep), those of trained networks in the results too
+(the networks are the same when they are trained again), and not run again; our own are run again where their
+declaration changes.
 
     python benchmarks/fewstep_networks.py                          # trains the four networks
     python benchmarks/fewstep.py --targets digits --minutes 90     # missing cells, few steps first
@@ -23,23 +24,24 @@ where their declaration changes.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from fewstep_samplers import DEFAULT, drawn, is_own, key, own_rows, peer_rows, with_memory
-from fewstep_targets import CACHE, TARGETS, Target
+from fewstep_targets import CACHE, RESULTS, TARGETS, Target
+from kept import Kept
 
+from lowvar.metrics import Replicates
 from lowvar.process.noise import Independent
 
-__all__ = ["NFES", "PILOT", "Place", "cells", "converged", "main", "pick", "read"]
+__all__ = ["KEPT", "NFES", "PILOT", "Place", "cells", "converged", "main", "pick"]
 
+KEPT = Kept(CACHE / "runs", RESULTS)
 NFES = (3, 5, 8, 10, 20, 50)
 PHASES = ((3, 5), (8, 10), (20, 50))
 OWN_EXTRA = {DEFAULT: (1, 2, 4)}  # where half of a peer's NFE falls between the columns
@@ -61,28 +63,9 @@ class Place:
         """`sampler@nfe@spacing`."""
         return f"{self.sampler}@{self.nfe}" + (f"@{self.spacing}" if self.spacing else "")
 
-    def path(self, target: str, seed: int, n: int) -> Path:
-        """The cell's file."""
-        return (
-            CACHE
-            / target
-            / f"seed{seed}"
-            / f"n{n}"
-            / f"{self.sampler}@{self.nfe}@{key(self.sampler, self.spacing)}.json"
-        )
-
-
-def _write(path: Path, record: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(record))
-    temporary.rename(path)
-
-
-def read(target: str, seed: int, n: int, place: Place) -> dict[str, Any] | None:
-    """A cell that was run."""
-    path = place.path(target, seed, n)
-    return json.loads(path.read_text()) if path.exists() else None
+    def name(self, target: str, seed: int, n: int) -> str:
+        """What the cell is kept as."""
+        return f"{target}/seed{seed}/n{n}/{self.sampler}@{self.nfe}@{key(self.sampler, self.spacing)}"
 
 
 class Clock:
@@ -105,8 +88,7 @@ def pilot(name: str, clock: Clock, nfes: Sequence[int] = NFES) -> dict[str, dict
 
     None stands where a spacing diverges or fails.
     """
-    path = CACHE / name / "pilot.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = KEPT[f"{name}/pilot"] or {}
     target, denoiser = TARGETS[name], None
     for nfe in sorted({_pilot_of(k) for k in nfes}):
         for row in peer_rows(name):
@@ -126,7 +108,7 @@ def pilot(name: str, clock: Clock, nfes: Sequence[int] = NFES) -> dict[str, dict
                     scores[spacing] = None
                 took = time.perf_counter() - begun
                 print(f"{name} pilot {row.name}@{nfe}@{spacing} {scores[spacing]} ({took:.1f} s)", flush=True)
-                _write(path, found)
+                KEPT[f"{name}/pilot"] = found
     return found
 
 
@@ -150,7 +132,7 @@ def _reduced(name: str, seeds: Sequence[int], n: int, scores: dict[str, Any]) ->
     at_10 = {}
     for row in peer_rows(name):
         spacing = pick(scores, row.name, 10)
-        values = [read(name, s, n, Place(row.name, 10, spacing)) for s in seeds] if spacing else []
+        values = [KEPT[Place(row.name, 10, spacing).name(name, s, n)] for s in seeds] if spacing else []
         known = [v["scores"]["frechet"]["value"] for v in values if v and v["scores"]]
         if known:
             at_10[row.name] = sum(known) / len(known)
@@ -185,6 +167,12 @@ def cells(name: str, nfes: Sequence[int], seeds: Sequence[int], n: int, scores: 
                     yield Place(row.name, nfe, row.default)
 
 
+def fields(r: Replicates) -> dict[str, Any]:
+    """Replicates as they are kept: eight digits."""
+    without = [float(f"{v:.8g}") for v in r.leave_out.tolist()]
+    return {"value": r.value, "leave_out": without, "sizes": r.sizes.tolist()}
+
+
 def record(target: Target, samples: torch.Tensor, nfe: int, grid: str, seconds: float) -> dict[str, Any]:
     """A cell as it is kept."""
     bad = int((~torch.isfinite(samples)).flatten(1).any(1).sum())
@@ -192,17 +180,14 @@ def record(target: Target, samples: torch.Tensor, nfe: int, grid: str, seconds: 
     if bad:
         return made | {"diverged": bad}
     begun = time.perf_counter()
-    made["scores"] = {
-        metric: {"value": r.value, "leave_out": r.leave_out.tolist(), "sizes": r.sizes.tolist()}
-        for metric, r in target.replicates(samples).items()
-    }
+    made["scores"] = {metric: fields(r) for metric, r in target.replicates(samples).items()}
     return made | {"scoring_seconds": round(time.perf_counter() - begun, 3)}
 
 
 def reference(name: str, seed: int, n: int) -> None:
     """Floor, twin alone and what the target is, once."""
-    path = CACHE / name / f"seed{seed}" / f"n{n}" / "reference.json"
-    if path.exists():
+    kept = f"{name}/seed{seed}/n{n}/reference"
+    if KEPT[kept] is not None:
         return
     target = TARGETS[name]
     denoiser = target.denoiser(seed)
@@ -222,19 +207,14 @@ def reference(name: str, seed: int, n: int) -> None:
         Independent(10_000 + seed).normal(range(n), target.shape),
     )
     mixture = mixture if denoiser.clip is None else mixture.clamp(-denoiser.clip, denoiser.clip)
-    floor = target.floor(n)
-    made = {
-        "floor": {
-            m: {"value": r.value, "leave_out": r.leave_out.tolist(), "sizes": r.sizes.tolist()}
-            for m, r in floor.items()
-        },
+    KEPT[kept] = {
+        "floor": {m: fields(r) for m, r in target.floor(n).items()},
         "twin alone": record(target, twin.float(), 0, "none", 0.0),
         "mixture twin alone": record(target, mixture.float(), 0, "none", 0.0)
         | {"components": calibration.mixture.components},
         "about": target.about(),
         "seconds_an_evaluation": seconds,
     }
-    _write(path, made)
 
 
 def converged(name: str, n: int) -> int:
@@ -250,7 +230,7 @@ def run(arguments: argparse.Namespace) -> None:
     n = arguments.n
     for name in arguments.targets.split(","):
         target, clock = TARGETS[name], Clock(arguments.minutes)
-        scores = pilot(name, clock, nfes) if arguments.rows != "own" else _pilot_there(name)
+        scores = pilot(name, clock, nfes) if arguments.rows != "own" else KEPT[f"{name}/pilot"] or {}
         for seed in seeds:
             reference(name, seed, n)
         memory = {seed: with_memory(target.denoiser(seed)) for seed in seeds}
@@ -261,12 +241,11 @@ def run(arguments: argparse.Namespace) -> None:
                 if not wanted or not re.search(arguments.only, place.label):
                     continue
                 for seed in seeds:
-                    path = place.path(name, seed, n)
-                    if path.exists() or clock.spent:
+                    kept = place.name(name, seed, n)
+                    if KEPT[kept] is not None or clock.spent:
                         continue
                     x, nfe, grid, seconds = drawn(name, seed, memory[seed], place.sampler, place.nfe, place.spacing, n)
-                    made = record(target, x, nfe, grid, seconds)
-                    _write(path, made)
+                    KEPT[kept] = made = record(target, x, nfe, grid, seconds)
                     done += 1
                     value = made["scores"]["frechet"]["value"] if made["scores"] else math.nan
                     print(f"{name} seed {seed} {place.label} frechet {value:.4g} ({seconds:.1f} s)", flush=True)
@@ -274,22 +253,17 @@ def run(arguments: argparse.Namespace) -> None:
             place = Place(sampler, steps, "linspace")
             few = converged(name, n)
             for seed in seeds:
-                path = place.path(name, seed, few)
+                kept = place.name(name, seed, few)
                 if (
-                    path.exists()
+                    KEPT[kept] is not None
                     or clock.spent
                     or arguments.rows == "own"
                     or not re.search(arguments.only, place.label)
                 ):
                     continue
                 x, nfe, grid, seconds = drawn(name, seed, memory[seed], sampler, steps, "linspace", few)
-                _write(path, record(target, x, nfe, grid, seconds))
+                KEPT[kept] = record(target, x, nfe, grid, seconds)
         print(f"{name}: {done} cells{'; budget spent, run again to go on' if clock.spent else ''}", flush=True)
-
-
-def _pilot_there(name: str) -> dict[str, Any]:
-    path = CACHE / name / "pilot.json"
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def main() -> None:

@@ -94,14 +94,6 @@ _TITLES = {
 }
 
 
-_TITLES = {
-    "frechet": "Frechet distance",
-    "energy": "Energy distance",
-    "spectrum": "Covariance-spectrum error",
-    "sliced": "Sliced 2-Wasserstein distance",
-}
-
-
 def _score_table(target: Shown, metric: str) -> list[str]:
     least = {
         k: min((e.value for key in target.scores if key.column == k and (e := target.score(key, metric))), default=0.0)

@@ -44,10 +44,11 @@ from lowvar.process.noise import Independent
 from lowvar.process.schedule import VE, Level
 from lowvar.testing import MixtureTarget, mixture2, mixture8, mixture64
 
-__all__ = ["CACHE", "TARGETS", "ImageTarget", "Mixture", "Target", "replicates_at"]
+__all__ = ["CACHE", "RESULTS", "TARGETS", "ImageTarget", "Mixture", "Target", "replicates_at"]
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path(os.environ.get("LOWVAR_BENCHMARKS", ROOT / "build" / "benchmarks")) / "fewstep"
+RESULTS = ROOT / "benchmarks" / "results" / "fewstep.json"
 TWIN_EVENTS, CALIBRATION_EVENTS, REFERENCE_EVENTS = 20_000, 1024, 10_000
 CALIBRATED = "2"  # of what `calibrate` measures: another word makes the images' calibrations anew
 _DATA_SEED = 77_000  # of a mixture's draws: reference, floor, calibration, twin are its next four numbers

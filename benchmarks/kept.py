@@ -37,3 +37,10 @@ class Kept:
         made = {str(p.relative_to(self.folder).with_suffix("")): p for p in self.folder.rglob("*.json")}
         runs = self._committed() | {name: json.loads(p.read_text()) for name, p in made.items()}
         return dict(sorted(runs.items()))
+
+
+def written(results: dict[str, Any]) -> str:
+    """Results as JSON, each of their "runs" on a line of its own."""
+    head = json.dumps({name: value for name, value in results.items() if name != "runs"}, indent=1)
+    runs = ",\n".join(f"  {json.dumps(name)}: {json.dumps(run)}" for name, run in sorted(results["runs"].items()))
+    return head.removesuffix("\n}") + ',\n "runs": {' + (f"\n{runs}\n " if runs else "") + "}\n}\n"
