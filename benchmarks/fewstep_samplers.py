@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 DEFAULT = "twin-flow"  # what `lowvar calibrate` writes
-VERSIONS = {DEFAULT: "2"}  # of our samplers, where their declaration does not show a change; "1" where none is given
+VERSIONS = {DEFAULT: "3"}  # of our samplers, where their declaration does not show a change; "1" where none is given
 OWN = (DEFAULT, "twin-ode", "adams-ode", "adams-sde", "unipc-basis", "ddpm-basis")
 PLAIN = ("adams-ode", "adams-sde")  # our own predictor-corrector without the twin
 

@@ -8,10 +8,10 @@ and D is known everywhere without the network. So the network is asked at the gr
 
     x0_hat(l) = D(x, l) + kappa(l_k, l) r_k
 
-along each direction of the twin's basis. kappa is the regression of r(l) on r(l_k) where path moments were measured
-(`lowvar.process.path`); without them it is g(l) / g(l_k), g = v^-1/2, v = 1 + c u^2: the remainder keeps its size in
-units of the posterior standard deviation inside a component (c: mean variance inside components). Three things follow
-from having D everywhere:
+along each direction of the twin's basis. Where path moments were measured (`lowvar.process.path`) it is the regression
+of r(l) on r_k and the remainder before it, kappa_0 r_k + kappa_1 r_{k-1}; without them kappa is g(l) / g(l_k),
+g = v^-1/2, v = 1 + c u^2: the remainder keeps its size in units of the posterior standard deviation inside a component
+(c: mean variance inside components). Three things follow from having D everywhere:
 
 - **no evaluation at pure noise**: the chain runs from t = 1 to the first level of the grid on the twin alone, where the
   network would say what the twin says;
@@ -20,11 +20,13 @@ from having D everywhere:
 - where r is small, or known from before, the grid needs no levels: the path moments choose them.
 
 Inside a step D is integrated by the exponential predictor-corrector (`lowvar.process.multistep`) on substeps of
-logsnr at most `spacing`, linear part c in closed form; for one Gaussian D is linear and a step is exact. To the end,
+logsnr at most `spacing`, two a step at least (one would not see kappa), linear part c in closed form; for one Gaussian
+D is linear and a step is exact. To the end,
 
     x_0 = m + sqrt(c / v) (y - u m) + sqrt(v) atan(1 / (sqrt(c) u)) r      (closed form of the frozen remainder).
 
-Exact on Gaussian data in one step from the marginal, on mixture data up to the substeps; else of order 1 in the grid.
+Exact on Gaussian data in one step from the marginal, on mixture data up to the substeps; else of order 1 in the grid,
+and of order 2 with path moments, down to the spacing that these were measured with.
 Source: this package's own (see `lowvar.process.twin` and `lowvar.process.multistep` for what it rests on).
 """
 
@@ -67,7 +69,10 @@ class _End:
 
 @dataclass(frozen=True)
 class _Piece:
-    """From one level to the next, in VP scale: substeps, kappa at each, their plan, the scales of both ends."""
+    """From one level to the next, in VP scale: substeps, kappa at each, their plan, the scales of both ends.
+
+    A kappa is (R, *event_shape), the multiples of the newest R remainders.
+    """
 
     levels: Level
     trend: list[Tensor]
@@ -95,7 +100,7 @@ class FlowPlan:
 
 @dataclass(frozen=True)
 class TwinFlow(Solver):
-    """The probability flow with a twin as control variate and a frozen remainder.
+    """The probability flow with a twin as control variate and a frozen or extrapolated remainder.
 
     Args:
         twin: the control variate; a `GaussianTwin` is a mixture of one.
@@ -134,8 +139,8 @@ class TwinFlow(Solver):
 
     @property
     def order(self) -> int:
-        """1: the remainder is frozen over a step."""
-        return 1
+        """1, the remainder is frozen over a step; 2 where paths say how it goes on from the last two."""
+        return 1 if self.paths is None else 2
 
     @property
     def stochastic(self) -> bool:
@@ -148,7 +153,7 @@ class TwinFlow(Solver):
         linear = GaussianTwin(self.mixture.centre, PixelBasis(shape), self.mixture.within)
         return MultistepSolver(linear, 2, 2, 0.0, 0.5, nodes=16)
 
-    def _piece(self, t: Level, s: Level) -> _Piece:
+    def _piece(self, t: Level, s: Level, before: Level | None = None) -> _Piece:
         final = float(s.sigma) == 0
         low = float(t.logsnr)
         high = max(_END, low) if final else float(s.logsnr)
@@ -156,10 +161,10 @@ class TwinFlow(Solver):
             knots = [low] if final else [low, high]
         else:
             near = max(low, min(_FAR, high))
-            count = math.ceil((high - near) / self.spacing)
-            knots = ([low] if low < near else []) + [near + (high - near) * j / max(count, 1) for j in range(count + 1)]
+            count = max(math.ceil((high - near) / self.spacing), 2)
+            knots = ([low] if low < near else []) + [near + (high - near) * j / count for j in range(count + 1)]
         levels = _vp(torch.tensor(knots, dtype=torch.float64))
-        trend = self._kappa(levels)
+        trend = self._kappa(levels, before)
         plan = self._inner().prepare(levels) if len(knots) > 1 else None
         scales = [float(torch.sqrt(p.alpha**2 + p.sigma**2)) for p in (t, s)]
         return _Piece(levels, trend, plan, self._end(levels[len(knots) - 1]) if final else None, *scales)
@@ -171,19 +176,22 @@ class TwinFlow(Solver):
         tail = torch.sqrt(v) * torch.atan2(torch.ones_like(c), c.sqrt() * u)
         return _End(alpha, self.mixture.centre, torch.sqrt(c / v) / sigma, tail, alpha * c / (alpha**2 * c + sigma**2))
 
-    def _kappa(self, levels: Level) -> list[Tensor]:
-        """kappa from the first level to each."""
+    def _kappa(self, levels: Level, before: Level | None) -> list[Tensor]:
+        """kappa from the first level, and the one before it, to each."""
         c = self.mixture.within
         if self.paths is None:
             v = [1 + c * (levels.alpha[j] / levels.sigma[j]) ** 2 for j in range(len(levels))]
-            return [torch.sqrt(v[0] / each) for each in v]
+            return [torch.sqrt(v[0] / each)[None] for each in v]
         groups = spread_groups(c)
-        rows = self.paths.trust(float(levels.logsnr[0]), levels.logsnr)
-        return [row[groups].reshape(c.shape) for row in rows]
+        rows = self.paths.trust(
+            float(levels.logsnr[0]), levels.logsnr, None if before is None else float(before.logsnr)
+        )
+        return [row[:, groups].reshape(-1, *c.shape) for row in rows.unbind(1)]
 
     def prepare(self, levels: Level) -> FlowPlan:
         """Substeps, trends and weights of every step."""
-        return FlowPlan([self._piece(levels[k], levels[k + 1]) for k in range(len(levels) - 1)])
+        pieces = [self._piece(levels[k], levels[k + 1], levels[k - 1] if k else None) for k in range(len(levels) - 1)]
+        return FlowPlan(pieces)
 
     def initial(self, z: Tensor, prior: Level, first: Level) -> Tensor:
         """The state at the grid's first level, from standard normal z: the twin's own flow, without an evaluation.
@@ -199,11 +207,11 @@ class TwinFlow(Solver):
             return x
         piece = self._piece(prior, first)
         y = mixture.basis.forward(x) / piece.scale_t
-        return mixture.basis.inverse(self._run(piece.to(x), y, torch.zeros_like(y[:1])) * piece.scale_s)
+        return mixture.basis.inverse(self._run(piece.to(x), y, (torch.zeros_like(y[:1]),)) * piece.scale_s)
 
     def start(self, x: Tensor) -> State:
         """See the base class."""
-        return State(x)
+        return State(x, Recall())
 
     def step(
         self, plan: FlowPlan, k: int, state: State, posterior: Posterior, z: Tensor | None
@@ -213,9 +221,10 @@ class TwinFlow(Solver):
         rotated = recalled(state)
         y = (mixture.basis.forward(state.x) if rotated is None else rotated) / piece.scale_t
         remainder = mixture.basis.forward(posterior.mean) - mixture.denoise(y, piece.levels[0])
-        rotated = self._run(piece, y, remainder) * piece.scale_s
+        values = (remainder, *state.memory.values)[:2]
+        rotated = self._run(piece, y, values) * piece.scale_s
         x_s = mixture.basis.inverse(rotated)
-        return State(x_s, Recall.of(x_s, rotated)), StepInfo(k, posterior)
+        return State(x_s, Recall.of(x_s, rotated, values)), StepInfo(k, posterior)
 
     def remainder(self, x: Tensor, posterior: Posterior, level: Level) -> Tensor:
         """r = x0_hat - D at states x of one level, in the twin's basis, (B, *event_shape)."""
@@ -223,21 +232,29 @@ class TwinFlow(Solver):
         y = self.mixture.basis.forward(x) / scale
         return self.mixture.basis.forward(posterior.mean) - self.mixture.denoise(y, _vp(level.logsnr))
 
-    def _run(self, piece: _Piece, y: Tensor, remainder: Tensor) -> Tensor:
-        """Coefficients at the end of a piece from those at its begin, both in VP scale."""
+    def _run(self, piece: _Piece, y: Tensor, remainders: tuple[Tensor, ...]) -> Tensor:
+        """Coefficients at the end of a piece from those at its begin, both in VP scale; remainders newest first."""
         mixture, end = self.mixture, piece.end
+        if len(remainders) < len(piece.trend[0]):
+            raise ValueError("a step that uses the remainder before has none: run a plan from its first step")
+
+        def frozen(j: int) -> Tensor:
+            kappa = piece.trend[j].to(y)
+            r = kappa[0] * remainders[0]
+            return r if len(kappa) == 1 else r.addcmul_(kappa[1], remainders[1])
+
         if piece.plan is not None:
             solver = self._inner()
             inner = solver.start(y)
             for j in range(len(piece.trend) - 1):
-                x0 = mixture.denoise(inner.x, piece.levels[j]) + piece.trend[j].to(y) * remainder
+                x0 = mixture.denoise(inner.x, piece.levels[j]) + frozen(j)
                 inner, _ = solver.step(piece.plan, j, inner, Posterior(x0), None)
             y = inner.x
         if end is None:
             return y
         last = len(piece.trend) - 1
         end = end.to(y)
-        centred, rest = y - end.alpha * end.centre, piece.trend[last].to(y) * remainder
+        centred, rest = y - end.alpha * end.centre, frozen(last)
         if mixture.components > 1:
             rest = rest + mixture.denoise(y, piece.levels[last]) - end.centre - end.linear * centred
         return end.centre + end.gain * centred + end.tail * rest

@@ -5,18 +5,26 @@ With M(a, b) = E r(l_a) r(l_b) along a direction of the twin's basis, r = x0_hat
     kappa(a, b) = M(a, b) / M(a, a)                      is the best multiple of r(l_a) to stand for r(l_b)
 
 (the optimal coefficient of a control variate). What is left of a direction at l_b is uncorrelated with what was seen
-at l_a: a remainder that the process forgets is not carried on, and one that is an error of the network is neither.
-Since r enters a sample of the twin's flow (`lowvar.process.flow`) along direction i as
+at l_a: a remainder that the process forgets is not carried on, and one that is an error of the network is neither. The
+remainder before, r(l_o), costs nothing more: of both, the best combination for r(l_b) is, with k = kappa(a, o),
+
+    (kappa(a, b) - beta k) r(l_a) + beta r(l_o),         beta = (M(o, b) - k M(a, b)) / (M(o, o) - k M(a, o)),
+
+which extrapolates where the remainder is smooth and averages where it is noise. Between the levels where r was measured
+it is taken as linear, so that M is bilinear there. Since r enters a sample of the twin's flow (`lowvar.process.flow`)
+along direction i as
 
     x_0,i  =  (what the twin gives)  +  integral of w(l) r(l) dl,      w = sqrt(c) u v^-1/2,  v = 1 + c u^2,
 
-asking the network at level a and next at level s costs the mean square error
+asking the network at level a and next at level s, after level o, costs the mean square error
 
-    e(a, s) = E [ sum_{a <= b < s} w_b (r_b - kappa(a, b) r_a) dl ]^2,
+    e(o, a, s) = E [ sum_{a <= b < s} w_b (r_b - its best combination of r_a and r_o) dl ]^2
+               = E (sum_b w_b r_b)^2 - p^2 / M(a, a) - (q - k p)^2 / (M(o, o) - k M(a, o)),
 
-a number. Relative to sqrt(c) and summed over directions it is the weight of an arrow a -> s; errors of different
-steps are taken as uncorrelated, and the best K levels are the cheapest chain of K arrows (dynamic programming, as
-Watson et al. 2021 do for the likelihood): the exact minimum over all grids on the L levels.
+p = sum_b w_b M(a, b) and q = sum_b w_b M(o, b): a number. Relative to sqrt(c) and summed over directions it is the
+weight of an arrow (o, a) -> (a, s); errors of different steps are taken as uncorrelated, and the best K levels are the
+cheapest chain of K arrows (dynamic programming, as Watson et al. 2021 do for the likelihood, over pairs of levels): the
+exact minimum over all grids on the L levels.
 
 Of r itself only a share a(l) may be worth keeping (`lowvar.process.corrected`: a regression on images, where M is one
 on paths of the network); M and kappa are then those of a r, and a is kept beside them.
@@ -35,13 +43,13 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from lowvar.process.planning import chains
 from lowvar.process.schedule import Schedule
 
 __all__ = ["PathMoments", "spread_groups"]
 
 _GROUPS = 24
 _DEPTH = 13.8  # log of a million
+_NEW = 1e-6  # share of an older remainder that the newer one must leave for both to be combined
 
 
 def spread_groups(variance: Tensor) -> Tensor:
@@ -95,62 +103,97 @@ class PathMoments:
         if self.moments.shape != (G, L, L) or L < 2:
             raise ValueError(f"moments are {tuple(self.moments.shape)} for {G} groups at {L} levels, at least 2")
 
-    @cached_property
-    def kappa(self) -> Tensor:
-        """Coefficients of r(l_a) for r(l_b), (G, L, L); 0 where nothing was left over."""
-        size = self.moments.diagonal(dim1=1, dim2=2)[:, :, None]
-        return torch.where(size > 0, self.moments / size.clamp_min(1e-300), torch.zeros_like(self.moments))
+    def trust(self, at: float, to: Tensor, before: float | None = None) -> Tensor:
+        """Multiples of the network's remainders that stand for r, (R, n, G).
 
-    def trust(self, at: float, to: Tensor) -> Tensor:
-        """Multiples of the network's remainder: a kappa from logsnr `at` to the later `to` (n,), shape (n, G).
-
-        kappa is that of the level measured next to `at`, a is linear in logsnr.
+        Args:
+            at: logsnr of the newest remainder.
+            to: later levels, (n,).
+            before: logsnr of the remainder before; None: there is none, R = 1, and else 2, the newest first.
         """
-        low, high = float(self.logsnr[0]), float(self.logsnr[-1])
-        at = min(max(at, low), high)  # a chain may begin at -inf
-        a = int((self.logsnr - at).abs().argmin())
-        step = float(self.logsnr[1] - self.logsnr[0])
-        place = (a + (to.double().clamp_min(low) - at) / step).clamp(0, len(self.logsnr) - 1)
-        left = place.floor().long().clamp(max=len(self.logsnr) - 2)
-        weight = (place - left)[:, None]
-        row = self.kappa[:, a].T  # (L, G)
-        return (row[left] * (1 - weight) + row[left + 1] * weight) * self._kept((at - low) / step)
+        weights = self._weights(to)
+        newest = self._row(at)
+        row, size = weights @ newest.T, self._row(at, at)  # M(a, b) (n, G), M(a, a)
+        alpha = _ratio(row, size)
+        if before is None:
+            return (alpha * self._kept(at))[None]
+        k = _ratio(self._row(at, before), size)
+        own = self._row(before, before)
+        left = own - k * self._row(at, before)
+        left = torch.where(left > _NEW * own, left, torch.zeros_like(left))
+        beta = _ratio(weights @ self._row(before).T - k * row, left)
+        return torch.stack([(alpha - beta * k) * self._kept(at), beta * self._kept(before)])
 
-    def _kept(self, place: float) -> Tensor:
-        """a at a place among the levels, (G,)."""
-        if self.share is None:
-            return torch.ones_like(self.variance, dtype=torch.float64)
-        left = min(int(place), len(self.logsnr) - 2)
-        return torch.lerp(self.share[:, left].double(), self.share[:, left + 1].double(), place - left)
+    def _weights(self, logsnr: Tensor) -> Tensor:
+        """What each measured level counts at others, which are limited to their range: linear, (n, L)."""
+        place = (logsnr.double() - self.logsnr[0]) / (self.logsnr[1] - self.logsnr[0])
+        numbers = torch.arange(len(self.logsnr), dtype=torch.float64)
+        return (1 - (place.clamp(0, len(numbers) - 1)[:, None] - numbers).abs()).clamp_min(0)
+
+    def _at(self, logsnr: float) -> Tensor:
+        return self._weights(torch.tensor([logsnr], dtype=torch.float64))[0]
+
+    def _row(self, a: float, b: float | None = None) -> Tensor:
+        """M(a, .), (G, L), or M(a, b), (G,)."""
+        row = self.moments.double() @ self._at(a)
+        return row if b is None else row @ self._at(b)
+
+    def _kept(self, at: float) -> Tensor:
+        """a at a level, (G,)."""
+        return (
+            torch.ones_like(self.variance, dtype=torch.float64)
+            if self.share is None
+            else self.share.double() @ self._at(at)
+        )
 
     @cached_property
     def _arrows(self) -> tuple[Tensor, Tensor]:
-        """Costs (L + 1, L + 1) from start 0 or level i - 1 to level j - 1, and of the way from each to the end."""
-        L, c = len(self.logsnr), self.variance
+        """Costs (L,) of all before a first evaluation, and e (L + 1, L, L + 1): o = L is none, s = L the end."""
+        L, G, c, M = len(self.logsnr), len(self.variance), self.variance, self.moments.double()
         v = 1 + c[:, None] * torch.exp(self.logsnr)
         w = torch.sqrt((v - 1) / v) * float(self.logsnr[1] - self.logsnr[0]) / 2
-        weighted = self.moments * w[:, :, None] * w[:, None, :]
         relative = self.size.double() / self.size.sum() / c.clamp_min(1e-12).sqrt()
-        cost = torch.full((L + 1, L + 1), torch.inf, dtype=torch.float64)
-        last = torch.zeros(L + 1, dtype=torch.float64)
-        for a in range(-1, L):
-            for s in range(a + 1, L + 1):
-                span = slice(max(a, 0), s)
-                error = weighted[:, span, span].sum((1, 2))
-                if a >= 0:
-                    # E (sum w r)^2 - (sum w kappa)^2 M(a, a), as kappa M(a, a) = M(a, b)
-                    error = error - (w[:, span] * self.kappa[:, a, span]).sum(1) ** 2 * self.moments[:, a, a]
-                total = (error.clamp_min(0) * relative).sum()
-                if s == L:
-                    last[a + 1] = total
-                else:
-                    cost[a + 1, s + 1] = total
-        return cost, last
+        seen, both = torch.zeros(G, L, L + 1, dtype=torch.float64), torch.zeros(G, L + 1, L + 1, dtype=torch.float64)
+        seen[:, :, 1:] = (M * w[:, None, :]).cumsum(2)
+        both[:, 1:] = (seen * w[:, :, None]).cumsum(1)
+        to = both.diagonal(dim1=1, dim2=2)  # E (sum_{b < s} w r)^2
+        whole = to[:, None, :] + to[:, :-1, None] - 2 * both[:, :-1]  # from a to s
+        p = seen - seen.diagonal(dim1=1, dim2=2)[:, :, None]
+        size = M.diagonal(dim1=1, dim2=2)
+        one = whole - _ratio(p**2, size[:, :, None])
+        cost = torch.full((L + 1, L, L + 1), torch.inf, dtype=torch.float64)
+        for o in range(L + 1):
+            error = one
+            if o < L:
+                k = _ratio(M[:, o], size)  # (G, L), by a
+                left = size[:, o, None] - k * M[:, o]
+                left = torch.where(left > _NEW * size[:, o, None], left, torch.zeros_like(left))
+                q = seen[:, o, None, :] - seen[:, o, :-1, None]
+                error = one - _ratio((q - k[:, :, None] * p) ** 2, left[:, :, None])
+            cost[o] = (error.clamp_min(0) * relative[:, None, None]).sum(0)
+        a, s = torch.arange(L)[:, None], torch.arange(L + 1)
+        cost = torch.where(s > a, cost, torch.inf)
+        cost[:L] = torch.where(a[None, :, :] > torch.arange(L)[:, None, None], cost[:L], torch.inf)
+        return (to[:, :-1] * relative[:, None]).sum(0), cost
 
     def chosen(self) -> Iterator[tuple[float, list[int]]]:
         """For K = 1, 2, .. evaluations: the predicted error of the best chain and its levels."""
-        for error, path in islice(chains(*self._arrows), 1, None):
-            yield error, [i - 1 for i in path[1:]]
+        first, step = self._arrows
+        L = len(first)
+        best = torch.full((L + 1, L), torch.inf, dtype=torch.float64)  # of chains whose last two levels are (o, a)
+        best[L] = first
+        back: list[Tensor] = []
+        for _ in range(L):
+            total = best + step[:, :, L]
+            o, a = divmod(int(total.argmin()), L)
+            path = [a]
+            for arrows in reversed(back):
+                path.append(o)
+                o, a = int(arrows[o, a]), o
+            yield float(total.min()), path[::-1]
+            reached, arrows = (best[:, :, None] + step[:, :, :L]).min(0)
+            best = torch.cat([reached, torch.full((1, L), torch.inf, dtype=torch.float64)])
+            back.append(arrows)
 
     def grid(self, schedule: Schedule, steps: int) -> Tensor:
         """Times of the best `steps` evaluations, then 0; (steps + 1,) float64.
@@ -167,3 +210,8 @@ class PathMoments:
         else:
             chosen = self.logsnr[next(islice(self.chosen(), steps - 1, None))[1]]
         return torch.cat([schedule.time(chosen), torch.zeros(1, dtype=torch.float64)])
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole, 0 where nothing is there."""
+    return torch.where(whole > 0, part / whole.clamp_min(1e-300), torch.zeros_like(part))

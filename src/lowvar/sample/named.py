@@ -4,7 +4,7 @@ ddpm-*     ancestral kernel (eta = 1) with a choice of variance
 ddim-*     deterministic mean (eta = 0), optionally with calibrated noise kappa^2 C
            (of both, one for every C that a calibration may hold: `COVARIANCES`)
 adams-*    exponential Adams predictor-corrector without a control variate
-twin-flow  the flow of the mixture twin with a frozen remainder, on the grid of its path statistics
+twin-flow  the flow of the mixture twin with its last two remainders, on the grid of their path statistics
 twin-*     the exponential Adams method on what the Gaussian twin leaves over: ODE (tau = 0) or SDE (tau > 0)
 dpmpp-2m, dpmpp-2m-sde, unipc, sa, heun     the published second-order methods
 *-basis    with kappa^2 C of the calibrated covariance where it belongs to the mean (`process.linear_multistep`)
@@ -87,7 +87,7 @@ _ALL = [
     NamedSampler("adams-ode", "predictor-corrector, no control variate", MultistepSolver(None, 2, 2)),
     NamedSampler("adams-sde", "stochastic (tau = 1/2) predictor-corrector", MultistepSolver(None, 2, 2, 0.5)),
     NamedSampler(
-        "twin-flow", "flow of the mixture twin, frozen remainder", TwinFlow(_NO_TWIN), grid="path", needs_twin=True
+        "twin-flow", "flow of the mixture twin, last two remainders", TwinFlow(_NO_TWIN), grid="path", needs_twin=True
     ),
     NamedSampler("twin-ode-1", "twin, ODE, order 1", MultistepSolver(None, 1, 0), needs_twin=True),
     NamedSampler("twin-ode", "twin, ODE, predictor-corrector", MultistepSolver(None, 2, 2, 0.0, 0.5), needs_twin=True),
