@@ -147,7 +147,7 @@ class WithCoefficient(Solver):
             return self.base._project(nodes, weight, list(points), at)
 
         if self.kappa is not None:
-            trend = self.kappa.trust(2 * t, 2 * nodes)[:, spread_groups(c)]
+            trend = self.kappa.trust(2 * t, 2 * nodes)[0][:, spread_groups(c)]
             predictor = (phi * trend * ((s - t) / 2 * w * torch.exp(nodes))[:, None]).sum(0)[None]
         else:
             predictor = project(old[: self.base.predictor])
