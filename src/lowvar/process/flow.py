@@ -33,7 +33,7 @@ Source: this package's own (see `lowvar.process.twin` and `lowvar.process.multis
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -71,7 +71,8 @@ class _End:
 class _Piece:
     """From one level to the next, in VP scale: substeps, kappa at each, their plan, the scales of both ends.
 
-    A kappa is (R, *event_shape), the multiples of the newest R remainders.
+    A kappa is (R, *event_shape), the multiples of the newest R remainders. For one Gaussian all of it is an affine map
+    of each direction, (2 + R, *event_shape): constant, gain of the state, weights of the remainders.
     """
 
     levels: Level
@@ -80,11 +81,13 @@ class _Piece:
     end: _End | None
     scale_t: float
     scale_s: float
+    affine: Tensor | None = None
 
     def to(self, like: Tensor) -> _Piece:
         plan = None if self.plan is None else self.plan.to(like)
         end = None if self.end is None else self.end.to(like)
-        return _Piece(self.levels, [v.to(like) for v in self.trend], plan, end, self.scale_t, self.scale_s)
+        trend, affine = [v.to(like) for v in self.trend], None if self.affine is None else self.affine.to(like)
+        return _Piece(self.levels, trend, plan, end, self.scale_t, self.scale_s, affine)
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,16 @@ class TwinFlow(Solver):
         trend = self._kappa(levels, before)
         plan = self._inner().prepare(levels) if len(knots) > 1 else None
         scales = [float(torch.sqrt(p.alpha**2 + p.sigma**2)) for p in (t, s)]
-        return _Piece(levels, trend, plan, self._end(levels[len(knots) - 1]) if final else None, *scales)
+        piece = _Piece(levels, trend, plan, self._end(levels[len(knots) - 1]) if final else None, *scales)
+        return replace(piece, affine=self._affine(piece)) if self.mixture.components == 1 else piece
+
+    def _affine(self, piece: _Piece) -> Tensor:
+        """The map of a piece for one Gaussian, from what the piece makes of 0 and of a 1 in each of its arguments."""
+        count = 1 + len(piece.trend[0])
+        arguments = torch.eye(count + 1, dtype=torch.float64)[1:, :, *([None] * len(self.mixture.event_shape))]
+        y, *remainders = arguments.expand(count, count + 1, *self.mixture.event_shape).unbind(0)
+        constant, *moved = self._run(piece, y, tuple(remainders)).unbind(0)
+        return torch.stack([constant, *(v - constant for v in moved)])
 
     def _end(self, end: Level) -> _End:
         c, alpha, sigma = self.mixture.within, float(end.alpha), float(end.sigma)
@@ -237,6 +249,12 @@ class TwinFlow(Solver):
         mixture, end = self.mixture, piece.end
         if len(remainders) < len(piece.trend[0]):
             raise ValueError("a step that uses the remainder before has none: run a plan from its first step")
+        if piece.affine is not None:
+            constant, gain, *weights = piece.affine.to(y).unbind(0)
+            made = constant + gain * y
+            for weight, remainder in zip(weights, remainders, strict=False):
+                made.addcmul_(weight, remainder)
+            return made
 
         def frozen(j: int) -> Tensor:
             kappa = piece.trend[j].to(y)
