@@ -272,6 +272,7 @@ BAD = [
     (first, {"tol": 0.1, "pilot": 7}, "pilot is 7"),
     (first, {"tol": "0.1"}, "tol is '0.1'; give a number"),
     (first, {"tol": 0.1, "design": None}, "design is None"),
+    (first, {"tol": 0.1, "noise": 3}, r"give a NoiseSource, for example Independent\(3\)"),
     ("norm", {"tol": 0.1}, "the statistic is 'norm'; give a function"),
     (lambda x: x[:, :0], {"tol": 0.1}, "give at least one number"),
     (first, {"budget": 20, "design": "independent"}, "an interval"),

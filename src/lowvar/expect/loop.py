@@ -99,7 +99,7 @@ def estimates(
         >>> records[-1].done, records[-1].estimate.half_width <= 0.1
         (True, True)
     """
-    _checked(tol, budget, pilot, confidence, norm, batch_size, design)
+    _checked(tol, budget, pilot, confidence, norm, batch_size, design, noise)
     _affordable(sampler)
     named = None if design == "auto" else canonical(design)
     noise = Independent(0) if noise is None else noise
@@ -309,11 +309,20 @@ def _affordable(sampler: Any) -> None:
 
 
 def _checked(
-    tol: float | None, budget: int | None, pilot: int, confidence: float, norm: str, batch_size: int, design: str
+    tol: float | None,
+    budget: int | None,
+    pilot: int,
+    confidence: float,
+    norm: str,
+    batch_size: int,
+    design: str,
+    noise: Any,
 ) -> None:
     for word, given in {"tol": tol, "budget": budget}.items():
         if given is not None and (isinstance(given, str | bool) or not hasattr(given, "__float__")):
             raise UserError(f"{word} is {given!r}; give a number above 0")
+    if noise is not None and not isinstance(noise, NoiseSource):
+        raise UserError(f"noise is {noise!r}; give a NoiseSource, for example Independent({noise!r}) of a seed")
     if not isinstance(design, str):
         raise UserError(f"design is {design!r}; give 'auto' or a design's name")
     if tol is None and budget is None:
