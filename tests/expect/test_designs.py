@@ -216,6 +216,15 @@ def test_batches_and_resuming_change_nothing() -> None:
     assert last.nfe == records[-1].nfe
     torch.testing.assert_close(last.estimate.value, whole.value, rtol=1e-12, atol=0)
     assert last.estimate.decision.sentence == whole.decision.sentence
+    for other, words in (
+        ({"design": "independent"}, "design 'auto', now it is 'independent'"),
+        ({"name": "size"}, "statistic 'norm', now it is 'size'"),
+        ({"norm": "rms"}, "norm 'max', now it is 'rms'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            next(estimates(sampler, norm, budget=3000, state=middle.state, **other))
+    with pytest.raises(UserError, match="evaluations a sample 8, now it is 1"):
+        next(estimates(plain(), norm, budget=3000, state=middle.state))
 
 
 def test_images_and_vectors() -> None:

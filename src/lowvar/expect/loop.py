@@ -83,7 +83,7 @@ def estimates(
         norm: what tol means for vectors and images: the largest half width, or the root of their mean square.
         name: of the statistic.
         accelerator: accelerate's `Accelerator`: units are shared between its processes.
-        state: of an earlier record, to go on from there with the same arguments.
+        state: of an earlier record, to go on from there with the same arguments; tol and budget may be others.
 
     Yields:
         Records; the last has `done`.
@@ -108,8 +108,11 @@ def estimates(
     run = Run(Catalogue(sampler, known, wanted), noise, batch_size, accelerator)
     run.nfe = spent
     limit = math.inf if budget is None else float(budget)
-    if state is not None:
+    asked = {"statistic": known.name, "shape": [*known.shape], "design": named or design, "pilot": pilot, "norm": norm}
+    asked |= {"samples of": [*sampler.event_shape], "evaluations a sample": sampler.nfe}
+    if state is not None and state.plain:
         run.restore(state)
+        _same(run.memory.get("asked", asked), asked)
     if run.memory:
         pass  # goes on
     elif named is None:
@@ -122,11 +125,11 @@ def estimates(
         choice = plan(run, pilot=pilot, norm=norm, confidence=confidence, tol=tol, budget=budget)
         run.decision = choice.decision
         run.memory |= _remembered(choice.design)
-        run.memory |= {"looked": run.samples, "least": _WHOLE * pilot}
+        run.memory |= {"looked": run.samples, "least": _WHOLE * pilot, "asked": asked}
         yield Progress(None, run.nfe, choice.decision.candidates[0].nfe, run.state(), False)
     else:
         points = _points(tol, limit, sampler.nfe) if "sobol" in named else 0
-        run.memory = {"design": named, "points": points, "looked": 0}
+        run.memory = {"design": named, "points": points, "looked": 0, "asked": asked}
     current = _recalled(run, tol)
     yield from _drawn(run, current, tol, limit, confidence, norm)
 
@@ -293,6 +296,16 @@ def _statistic(
         except (ValueError, ArithmeticError):
             pass  # the twin's samples may lie where the statistic is not defined: the sampler's own decide
     return Integrand.of(function, sampler(index, source), name), 2 * sampler.nfe
+
+
+def _same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuses a state of other arguments; a smaller tolerance or a larger budget may go on."""
+    for word, value in now.items():
+        if before.get(word) != value:
+            raise UserError(
+                f"the state is of a run with {word} {before.get(word)!r}, now it is {value!r}; go on with the same "
+                "arguments, or start anew without the state"
+            )
 
 
 def _affordable(sampler: Any) -> None:
