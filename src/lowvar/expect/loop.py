@@ -293,7 +293,7 @@ def _statistic(
     if shadow is not None:
         try:
             return Integrand.of(function, shadow.alone(index, source), name), 0
-        except (ValueError, ArithmeticError):
+        except UserError:
             pass  # the twin's samples may lie where the statistic is not defined: the sampler's own decide
     return Integrand.of(function, sampler(index, source), name), 2 * sampler.nfe
 

@@ -68,7 +68,7 @@ class Statistic:
             columns: what else is known of each sample (its class, its prompt), as the function takes it.
 
         Raises:
-            UserError: if the function returns something else than one finite value a sample.
+            UserError: if the function raises, or returns something else than one finite value a sample.
         """
         values = self.anywhere(samples, **columns)
         n = len(samples)
@@ -91,14 +91,25 @@ class Statistic:
             columns: as in a call.
 
         Raises:
-            UserError: if the function returns something else than one real value a sample.
+            UserError: if the function raises, or returns something else than one real value a sample.
 
         Example:
             >>> root = Statistic("root", lambda x: x[:, 0].sqrt())
             >>> root.anywhere(torch.tensor([[4.0], [-1.0]])).tolist()
             [2.0, nan]
         """
-        found = self.function(samples, **columns)
+        try:
+            found = self.function(samples, **columns)
+        except (UserError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            if type(error).__name__ == "OutOfMemoryError":
+                raise
+            said = (str(error).splitlines() or ["nothing more"])[0]
+            raise UserError(
+                f"statistic {self.name!r} raised {type(error).__name__}: {said}; it is called as f(samples "
+                f"{tuple(samples.shape)}{''.join(f', {k}=' for k in columns)})"
+            ) from error
         try:
             values = torch.as_tensor(found)
         except (TypeError, ValueError, RuntimeError):
