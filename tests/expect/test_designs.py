@@ -250,6 +250,8 @@ def test_single_term_is_unbiased_and_declares_itself() -> None:
     truth = estimate(smooth_map(), norm, budget=400000, design="independent", batch_size=4096)
     assert found.undercovers is not None
     assert abs(float(found.value - truth.value)) < 4 * float(found.se + truth.se)
+    for budget in range(350, 450, 20):  # units cost 1 to 12 evaluations, and none passes the budget
+        assert budget - 12 < estimate(smooth_map(), norm, budget=budget, design="single-term").nfe <= budget
 
 
 def test_an_indicator_is_kept_from_multilevel() -> None:

@@ -172,8 +172,7 @@ def _drawn(
                     design = other
                     run.memory |= _remembered(design)
                     continue
-        if order is not None and order[0].nfe and run.nfe + order[0].nfe * order[1] > limit:
-            room = int((limit - run.nfe) // order[0].nfe)
+        if order is not None and (room := run.room(*order, limit)) < order[1]:
             if short is not None and room < order[1]:
                 raise UserError(
                     f"the budget of {limit:.0f} evaluations ends before design {design.name!r} has an interval; "

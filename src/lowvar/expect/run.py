@@ -90,6 +90,17 @@ class Run:
         self.next[stream.key] = int(numbers[-1]) + 1
         self._count(stream, numbers)
 
+    def room(self, stream: Stream, units: int, limit: float) -> int:
+        """How many of the next `units` fit into `limit` evaluations, by what they really cost."""
+        if not stream.nfe or not math.isfinite(limit):
+            return units
+        if stream.cost is None:
+            return min(units, int((limit - self.nfe) // stream.nfe))
+        first = self.next.get(stream.key, 0)
+        while units and self.nfe + stream.spent(self.noise, torch.arange(first, first + units)) > limit:
+            units -= max(1, units // 16)
+        return units
+
     def _count(self, stream: Stream, numbers: Tensor) -> None:
         self.nfe += stream.spent(self.noise, numbers)
         self.samples += len(numbers) * stream.size if stream.nfe else 0
