@@ -211,8 +211,8 @@ def _order(
     part = inner.parts[k]
     lack = math.ceil(wanted[k] - part.n)
     if lack < 1:
-        k, part = 0, inner.parts[0]
-        lack = max(1, part.n // 50)  # the interval is a little short of what the variances promised
+        k, part = 0, inner.parts[0]  # the interval is a little short of what the variances promised
+        lack = max(1, part.n // 50) if target > 0 else part.n + run.batch(part.stream)  # or a budget is left over
     free = not part.stream.nfe
     batch = max(16 * run.batch(part.stream), 64) if free else run.batch(part.stream)
     count = min(lack, batch, max(part.n, _LEAST if part.stream.size < 8 else 1))

@@ -140,7 +140,7 @@ class Reconstruction:
 
     Attributes:
         samples: (n, *event_shape), on the CPU.
-        nfe: network evaluations spent.
+        nfe: network evaluations spent; products that conditioning takes with an implicit covariance come on top.
     """
 
     samples: Tensor
@@ -205,6 +205,7 @@ def posterior(
     *,
     through: Through = "covariance",
     iterations: int | None = None,
+    steps: int = 16,
     clip: float | None = None,
     batch_size: int = 256,
     dtype: torch.dtype = torch.float32,
@@ -222,7 +223,7 @@ def posterior(
         measurement: one measurement, `y` of shape (*measured_shape).
         n: number of samples; their interval at 95% needs 39.
         noise: source (default `Independent(0)`).
-        through, iterations, clip: see `ConditionedDenoiser`.
+        through, iterations, steps, clip: see `ConditionedDenoiser`.
         batch_size, dtype, device, progress: as in `lowvar.sample.generate`.
 
     Raises:
@@ -253,7 +254,7 @@ def posterior(
             "`ConditionedDenoiser`, which takes one a sample"
         )
     noise = Independent(0) if noise is None else noise
-    given = ConditionedDenoiser(denoiser, measurement, through, clip, iterations)
+    given = ConditionedDenoiser(denoiser, measurement, through, clip, iterations, steps)
     drawn = False
     if isinstance(solver, ReverseKernel) and solver.variance == "posterior":
         solver, drawn = replace(solver, last="decoder"), True
