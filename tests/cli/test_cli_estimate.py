@@ -35,6 +35,8 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         "    global count\n"
         "    count += 1\n"
         "    return samples[:, 0, 0, 0] + count\n"
+        "def explodes(samples, **columns):\n"
+        "    return columns['prompts']\n"
         "def centred(samples, **columns):\n"
         "    return samples[:, 0, 4, 4] - samples[:, 0, 4, 4].mean()\n"
     )
@@ -251,6 +253,10 @@ REFUSED = [
     (("nowhere:f", "--tol", 0.1), "there is no module 'nowhere'"),
     (("mine:nothing", "--tol", 0.1), "module 'mine' has no function 'nothing'; it has"),
     (("mine:broken", "--tol", 0.1), "statistic 'mine:broken' is"),
+    (
+        ("mine:explodes", "--tol", 0.1),
+        "statistic 'mine:explodes' raised KeyError: 'prompts'; it is called as f(samples",
+    ),
     (("mine:restless", "--tol", 0.1), "is random itself: sample 0"),
     (("mine:centred", "--tol", 0.1), "must not depend on the other samples"),
     (("brightness", "--tol", 0.1, "--design", "magic"), "give 'auto' or parts of it joined by '+'"),

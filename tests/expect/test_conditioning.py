@@ -20,6 +20,7 @@ from lowvar.process import (
     Implicit,
     Isotropic,
     LowRankPlusDiagonal,
+    PixelBasis,
 )
 from lowvar.process.noise import Independent
 
@@ -181,6 +182,11 @@ REFUSED = [
     (lambda: Matrix(torch.ones(2, 3), (4,)), r"a matrix \(2, 3\) does not act on events \(4,\)"),
     (lambda: Linear(lambda x: x**2, (3,)), "the operator is not linear"),
     (lambda: Linear(lambda x: x + 1, (3,)), "the operator is not linear"),
+    (lambda: Linear(lambda x: x - x.mean(0), (3,)), "looks at other events"),
+    (lambda: Linear(lambda x: x @ torch.ones(3, 2), (3,)), r"fails on float64 events \(3, 3\).*as in x @ W.to\(x\).mT"),
+    (lambda: Linear(lambda x: x.sum(1), (3,)), r"gives shape \(3,\) for 3 events; give \(3, m\)"),
+    (lambda: Linear(lambda x: x.sum(), (3,)), r"gives shape \(\) for 3 events"),
+    (lambda: Blur((1, 4, 4), torch.ones(0, 2)), r"a kernel \(0, 2\) does not fit"),
 ]
 
 
@@ -188,3 +194,30 @@ REFUSED = [
 def test_what_is_no_measurement_is_refused(make, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_one_shared_variance_is_written_out_where_products_would_need_a_system() -> None:
+    """A blur's S is not diagonal: one decomposition for the batch. That of pooled blocks is: products stay cheap."""
+    shape = (1, 4, 6)
+    for A, kind in ((Blur(shape, torch.tensor([[0.25, 0.5], [0.15, 0.1]])), Dense), (Pooling(shape, 2), Implicit)):
+        seen = Measurement(A, normal(*A.measured_shape, seed=5), 0.1)
+        mean, C = condition(seen, torch.zeros(3, *shape, dtype=torch.float64), Isotropic(0.5, shape))
+        assert isinstance(C, kind)
+        M = A.matrix()
+        K = torch.linalg.solve(0.5 * M @ M.mT + 0.01 * torch.eye(len(M), dtype=torch.float64), 0.5 * M).mT
+        want = 0.5 * torch.eye(24, dtype=torch.float64) - 0.5 * K @ M
+        assert torch.allclose(C.dense()[0], want, atol=1e-9)
+        assert torch.allclose(mean.flatten(1), (K @ seen.y.flatten())[None].expand(3, -1), atol=1e-5)
+
+
+def test_rows_that_repeat_each_other_are_solved_in_float64() -> None:
+    """7 times the same row, noise 1e-4, float32 states: S has condition 3e9."""
+    M, basis = torch.ones(7, 3), PixelBasis((3,))
+    seen = Measurement(Matrix(M), torch.full((7,), 3.0), 1e-4)
+    mean, C = condition(seen, torch.zeros(2, 3), BasisDiagonal(basis, torch.tensor([[1.0, 2.0, 3.0]])))
+    assert mean.dtype == C.diagonal().dtype == torch.float32
+    assert torch.allclose(mean, torch.tensor([0.5, 1.0, 1.5]).expand(2, 3), atol=1e-4)
+    with pytest.raises(ValueError, match="rows of A repeat each other; give a larger noise_std"):
+        condition(
+            Measurement(Matrix(M), torch.ones(7), 1e-30), torch.zeros(1, 3), BasisDiagonal(basis, torch.ones(1, 3))
+        )

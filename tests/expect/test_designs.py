@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +15,12 @@ from lowvar.errors import UserError
 from lowvar.expect import ChainSampler, ClassSampler, FunctionSampler, compare, estimate, estimates
 from lowvar.expect.catalogue import Catalogue, canonical
 from lowvar.expect.coupled import Coarse, block_weights
-from lowvar.expect.design import allocation
+from lowvar.expect.design import Pooled, allocation
 from lowvar.expect.integrand import Integrand
 from lowvar.expect.multilevel import fitted_rates, ladder
 from lowvar.expect.shadow import _Given
 from lowvar.expect.sobol import SobolNoise, bridge_of, net_points
-from lowvar.expect.sums import Sums, fit
+from lowvar.expect.sums import Sums, effective_freedom, fit
 from lowvar.metrics import Statistic
 from lowvar.process import CosineVP, Independent, MatrixBasis, ReverseKernel
 from lowvar.process.grid import trailing
@@ -215,6 +217,16 @@ def test_batches_and_resuming_change_nothing() -> None:
     assert last.nfe == records[-1].nfe
     torch.testing.assert_close(last.estimate.value, whole.value, rtol=1e-12, atol=0)
     assert last.estimate.decision.sentence == whole.decision.sentence
+    others: list[tuple[dict[str, Any], str]] = [
+        ({"design": "independent"}, "design 'auto', now it is 'independent'"),
+        ({"name": "size"}, "statistic 'norm', now it is 'size'"),
+        ({"norm": "rms"}, "norm 'max', now it is 'rms'"),
+    ]
+    for other, words in others:
+        with pytest.raises(UserError, match=words):
+            next(estimates(sampler, norm, budget=3000, state=middle.state, **other))
+    with pytest.raises(UserError, match="evaluations a sample 8, now it is 1"):
+        next(estimates(plain(), norm, budget=3000, state=middle.state))
 
 
 def test_images_and_vectors() -> None:
@@ -240,6 +252,8 @@ def test_single_term_is_unbiased_and_declares_itself() -> None:
     truth = estimate(smooth_map(), norm, budget=400000, design="independent", batch_size=4096)
     assert found.undercovers is not None
     assert abs(float(found.value - truth.value)) < 4 * float(found.se + truth.se)
+    for budget in range(350, 450, 20):  # units cost 1 to 12 evaluations, and none passes the budget
+        assert budget - 12 < estimate(smooth_map(), norm, budget=budget, design="single-term").nfe <= budget
 
 
 def test_an_indicator_is_kept_from_multilevel() -> None:
@@ -269,6 +283,11 @@ BAD = [
     (first, {"tol": 0.1, "design": "sobol+antithetic"}, "cannot be combined"),
     (first, {"tol": 0.1, "design": "stratified"}, "ClassSampler"),
     (first, {"tol": 0.1, "pilot": 7}, "pilot is 7"),
+    (first, {"tol": "0.1"}, "tol is '0.1'; give a number"),
+    (first, {"tol": 0.1, "design": None}, "design is None"),
+    (first, {"tol": 0.1, "noise": 3}, r"give a NoiseSource, for example Independent\(3\)"),
+    ("norm", {"tol": 0.1}, "the statistic is 'norm'; give a function"),
+    (lambda x: x[:, :0], {"tol": 0.1}, "give at least one number"),
     (first, {"budget": 20, "design": "independent"}, "an interval"),
 ]
 
@@ -277,6 +296,13 @@ BAD = [
 def test_bad_input_is_refused_in_words(statistic, arguments, words: str) -> None:
     with pytest.raises(UserError, match=words):
         estimate(smooth_map(), statistic, **arguments)
+
+
+def test_a_sampler_has_a_cost() -> None:
+    with pytest.raises(UserError, match="the sampler costs 0 evaluations a sample"):
+        estimate(plain(nfe=0), first, tol=0.1)
+    with pytest.raises(UserError, match="give a ChainSampler, or FunctionSampler"):
+        estimate(lambda index, noise: noise.normal(index, (2,)), first, tol=0.1)  # type: ignore[arg-type]
 
 
 def test_names_of_designs() -> None:
@@ -295,3 +321,86 @@ def test_trajectory_and_chain_sampler_agree() -> None:
     z = Independent(2).normal(index, (3,), draw=0, dtype=torch.float64)
     *_, (state, _) = trajectory(sampler.denoiser, sampler.solver, sampler.grid, z, Independent(2), index)
     torch.testing.assert_close(sampler(index, Independent(2)), state.x)
+
+
+def plain(d: int = 2, nfe: int = 1) -> FunctionSampler:
+    return FunctionSampler(lambda index, noise: noise.normal(index, (d,)), (d,), nfe)
+
+
+def test_what_was_never_seen_is_not_excluded() -> None:
+    """No sample above 5: an indicator's interval has the width of the binomial bound, log(40) / n; others say so."""
+    found = estimate(plain(), lambda x: x[:, 0] > 5, tol=0.01)
+    assert float(found.value) == 0
+    assert 0.005 < found.half_width <= 0.01
+    assert found.half_width >= math.log(40) / found.samples
+    assert (float(found.low), float(found.high)) == (-found.half_width, found.half_width)
+    assert found.undercovers is None
+    *records, last = estimates(plain(), lambda x: x[:, 0] > 5, budget=2000)
+    assert last.nfe == 2000
+    assert len(records) < 20  # whole batches, although no variance says how many are wanted
+    assert last.estimate is not None
+    n = 2000 - 2 - 192 / 2  # 2 tell the shape, and the 192 of the pilot, in pairs and nets, count half
+    assert last.estimate.half_width == pytest.approx(math.log(40) / n)
+    found = estimate(plain(), lambda x: (x - 5).relu(), tol=0.01)
+    assert found.half_width == 0
+    assert found.undercovers == "2 of 2 numbers have one value, and nothing is known of values rarer than 1 in 64"
+
+
+def test_a_pilot_that_saw_no_rare_value_is_not_exact() -> None:
+    """The bug put back: weights 1 / Var by each stream's own variance give a pilot of zeros all the weight."""
+    catalogue = Catalogue(plain(), Integrand(Statistic("x", first), torch.Size(())), ())
+    pilot, main = catalogue.one("antithetic", ()), catalogue.one("independent", ())
+    hits = (torch.arange(192) % 40 == 7).double()[:, None]
+    sums = {
+        "antithetic": Sums.of(torch.zeros(64, 1), None, torch.arange(32), 2),
+        "independent": Sums.of(hits, None, torch.arange(192)),
+    }
+    found = Pooled(main, (pilot,)).combined(sums)
+    assert found is not None
+    assert float(found.mean) == pytest.approx(5 / 256, rel=0.1)
+    truth = math.erfc(2.33 / 2**0.5) / 2
+    runs = [estimate(plain(), lambda x: x[:, 0] > 2.33, tol=0.01, noise=Independent(s)) for s in range(6)]
+    assert all(float(e.low) <= truth <= float(e.high) for e in runs)
+
+
+def test_one_hit_is_one_degree_of_freedom() -> None:
+    one = fit(Sums.of((torch.arange(64) == 9).double()[:, None], None, torch.arange(64)))
+    assert float(effective_freedom(one.leave_out, one.freedom)) == 1
+
+
+def test_a_budget_that_ends_with_the_pilot_is_enough_and_declared() -> None:
+    """Pairs harm a norm, and nothing is left for another design: the estimate is the pilot's, and says what it is."""
+    for budget in (66, 81):
+        found = estimate(plain(), norm, budget=budget)
+        assert found.design == found.decision.chosen == "antithetic"
+        assert "the budget ends before independent samples would have an interval" in found.decision.sentence
+        assert found.nfe <= budget
+        assert found.undercovers is not None
+    assert estimate(plain(), norm, budget=130).undercovers is not None
+    assert estimate(plain(), norm, budget=300).undercovers is None
+
+
+def test_a_statistic_need_not_be_defined_where_only_a_twin_goes() -> None:
+    inner = smooth_map()
+    sampler = replace(inner, function=lambda index, noise: inner(index, noise).abs() + 0.1, coarser=None)
+    plain = estimate(sampler, lambda x: x[:, 0].sqrt(), tol=0.02, design="independent")
+    for design in ("auto", "twin", "mixture"):
+        found = estimate(sampler, lambda x: x[:, 0].sqrt(), tol=0.02, design=design)
+        assert abs(float(found.value - plain.value)) < 3 * float(found.se + plain.se)
+    with pytest.raises(UserError, match="must be finite"):
+        estimate(replace(sampler, function=inner), lambda x: x[:, 0].sqrt(), tol=0.02)
+
+
+def test_large_whole_numbers_keep_their_digits() -> None:
+    found = estimate(plain(), lambda x: 20_000_001 + (x[:, 0] > 0).long(), tol=0.05)
+    assert float(found.value) == 20_000_001.5
+
+
+def test_a_comparison_checks_its_statistic() -> None:
+    for statistic, words in (
+        (lambda x: x[:, 0] - x[:, 0].mean(), "must not depend on the other samples"),
+        (lambda x: "high", "returned a str"),
+        ("high", "give a function of samples"),
+    ):
+        with pytest.raises(UserError, match=words):
+            compare(plain(), plain(), statistic, tol=0.1)  # type: ignore[arg-type]

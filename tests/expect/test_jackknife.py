@@ -166,3 +166,18 @@ def test_samples_that_diverged_are_named() -> None:
     broken.nfe = 1  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="1 of the samples 64 to 95 are not finite"):
         score_estimate(broken, data(), blocks=16, block_size=32)  # type: ignore[arg-type]
+
+
+def test_a_reference_of_another_shape_or_not_finite_is_named() -> None:
+    y = data()
+    with pytest.raises(UserError, match="the reference holds values that are not finite"):
+        score_estimate(Normals(), y.masked_fill(y > 1, math.inf), blocks=16, block_size=4)
+    with pytest.raises(UserError, match="give reference samples of the sampler's shape"):
+        score_estimate(Normals(), torch.cat([y, y], 1), "energy", blocks=16, block_size=4)
+
+
+def test_a_score_that_covers_too_little_says_so() -> None:
+    """As its coverage was measured above: .90 and .92 for kernel distance, within 93% to 97% for the others."""
+    found = {s: score_estimate(Normals(), data(), s, blocks=16, block_size=4) for s in ("frechet", "kernel", "energy")}
+    assert "heavy tails" in str(found["kernel"].undercovers)
+    assert found["frechet"].undercovers is found["energy"].undercovers is None

@@ -147,6 +147,14 @@ def test_intervals_have_the_coverage_that_order_statistics_give() -> None:
         Reconstruction(normal(38, 2), 0).interval()
     with pytest.raises(ValueError, match="level is 95"):
         Reconstruction(normal(38, 2), 0).interval(95)
+    draws = normal(19, 2)  # 20 x (1 - 0.9) / 2 is 1, and below it in floating point
+    assert torch.equal(torch.stack(Reconstruction(draws, 0).interval(0.9)), torch.stack([draws.amin(0), draws.amax(0)]))
+    ends = torch.tensor([0.55, 19 - 0.55], dtype=torch.float64) / 19
+    draws = normal(20, 3)
+    wanted = torch.quantile(draws, ends, dim=0)
+    assert torch.allclose(torch.stack(Reconstruction(draws, 0).interval(1 - 2 * 1.55 / 21)), wanted)
+    with pytest.raises(ValueError, match=r"the truth has shape \(1,\); give one event, \(3,\)"):
+        Reconstruction(normal(39, 3), 0).coverage(torch.zeros(1))
 
 
 def test_mean_std_and_cost_of_a_reconstruction() -> None:
@@ -174,6 +182,12 @@ def test_bad_input_is_refused() -> None:
         posterior(TARGET.denoiser(schedule, None), ReverseKernel(), grid, seen)
     with pytest.raises(ValueError, match="n is 1"):
         posterior(exact, ReverseKernel(), grid, seen, n=1)
+    with pytest.raises(ValueError, match="the grid does not fall from noise to data"):
+        posterior(exact, ReverseKernel(), grid.flip(0), seen)
+    with pytest.raises(ValueError, match="clip is -1; give the data's bound"):
+        posterior(exact, ReverseKernel(), grid, seen, clip=-1)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        posterior(exact, ReverseKernel(), grid, seen, batch_size=0)
     several = Measurement(A, normal(3, *A.measured_shape), 0.1)
     with pytest.raises(ValueError, match="several measurements; call `posterior` for each"):
         posterior(exact, ReverseKernel(), grid, several)

@@ -174,7 +174,29 @@ def test_rounding_and_columns_are_no_offence() -> None:
     assert torch.allclose(found, torch.arange(8.0) * x[:, 0] ** 2, atol=1e-5)
     whole = Statistic("count", lambda x: (x > 0).sum(1))(x)
     assert whole.is_floating_point()
+    assert whole.dtype == torch.float64
     assert Statistic("list", lambda x: x[:, 0].tolist())(x).shape == (8,)
+    assert Statistic("hit", lambda x: x[:, 0] > 0)(x).dtype == torch.float32
+
+
+def test_what_a_function_raises_is_one_sentence_with_its_cause() -> None:
+    def f(x: Tensor, prompt: list[str]) -> Tensor:
+        raise KeyError("first\nsecond")
+
+    with pytest.raises(
+        UserError, match=r"^statistic 'f' raised KeyError: .*it is called as f\(samples \(2, 3\), prompt=\)$"
+    ):
+        Statistic("f", f)(noise(2, 3), prompt=["a", "b"])
+    out_of_disk = Statistic("f", lambda x: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        out_of_disk(noise(2, 3))
+
+
+def test_values_may_be_infinite_where_they_are_asked_anywhere() -> None:
+    root = Statistic("root", lambda x: x[:, 0].sqrt())
+    assert root.anywhere(torch.tensor([[4.0], [-1.0]]))[0] == 2
+    with pytest.raises(UserError, match="must be finite"):
+        root(torch.tensor([[4.0], [-1.0]]))
 
 
 NAMES = [

@@ -93,7 +93,7 @@ def scored(
     figures = {"value": value.value, "low": value.low, "high": value.high, "se": value.se}
     figures |= {"half_width": (value.high - value.low) / 2, "nfe": found.nfe, "samples": found.samples}
     figures |= {"design": "independent", "vrf": 1.0, "vrf_low": 1.0, "vrf_high": 1.0, "nfe_independent": found.nfe}
-    figures |= {"reached": True, "undercovers": None, "shape": [], "tol": None}
+    figures |= {"reached": True, "undercovers": found.undercovers, "shape": [], "tol": None}
     figures |= {"at_n": {"value": raw.value, "low": raw.low, "high": raw.high}, "bias": found.bias}
     decision = {"chosen": "independent", "sentence": sentence, "candidates": [], "pilot": 0}
     figures |= {"decision": decision, "scheduler": settings, "network": model.about}
@@ -104,5 +104,7 @@ def scored(
         f"{command.statistic} = {value.value:.4g} [{value.low:.4g}, {value.high:.4g}] for {found.nfe} evaluations"
     )
     console.result(sentence)
+    if found.undercovers is not None:
+        console.result(f"the interval may cover too little: {found.undercovers}")
     console.result(str(command.out / "report.html"))
     return summary

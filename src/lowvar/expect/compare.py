@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowvar.errors import UserError
 from lowvar.expect.estimate import Estimate, Progress, RunState
-from lowvar.expect.integrand import StatisticFunction
+from lowvar.expect.integrand import StatisticFunction, named
 from lowvar.expect.loop import Options, estimates
 from lowvar.expect.sampler import FunctionSampler, Sampler
 from lowvar.process.noise import NoiseSource
@@ -102,7 +102,7 @@ class Pair:
     """
 
     def __init__(self, sampler_a: Sampler, sampler_b: Sampler, statistic: StatisticFunction) -> None:
-        self.a, self.b, self.statistic = sampler_a, sampler_b, statistic
+        self.a, self.b, self.statistic = sampler_a, sampler_b, named(statistic)
         self.shape = torch.Size(sampler_a.event_shape)
         if self.shape != torch.Size(sampler_b.event_shape):
             raise UserError(
@@ -126,10 +126,10 @@ class Pair:
             (2, *self.shape),
             self.a.nfe + self.b.nfe,
             max(self.a.draws, self.b.draws),
-            noise_shape=self.shape,
+            noise_shape=self.a.noise_shape or self.shape,
             surrogate=twin,
         )
-        label = options.get("name") or getattr(self.statistic, "__name__", "statistic")
+        label = options.get("name") or self.statistic.name
         for record in estimates(pair, self._difference, state=state, **(options | {"name": f"difference of {label}"})):
             held = {} if self.moments is None else {_MOMENTS: self.moments}
             yield replace(record, state=RunState({**record.state.tensors, **held}, record.state.plain))
@@ -155,9 +155,12 @@ class Pair:
         return self._drawn
 
     def _difference(self, x: Tensor) -> Tensor:
-        a, b = (torch.as_tensor(self.statistic(x[:, i])).double() for i in (0, 1))
-        if x is self._drawn and len(x) > 2:  # samples: neither a twin's nor the two that the statistic is checked on
-            sums = torch.stack([torch.full_like(a[0], len(a)), *(v.sum(0) for v in (a, b, a**2, b**2))]).cpu()
+        values: Callable[[Tensor], Tensor] = self.statistic.anywhere  # a twin's samples may lie anywhere
+        if x is self._drawn:
+            values = self.statistic if len(x) > 2 else self.statistic.check  # two: those that it is checked on
+        a, b = (values(x[:, i]).to("cpu", torch.float64) for i in (0, 1))
+        if x is self._drawn and len(x) > 2:
+            sums = torch.stack([torch.full_like(a[0], len(a)), *(v.sum(0) for v in (a, b, a**2, b**2))])
             self.moments = sums if self.moments is None else self.moments + sums
         return a - b
 

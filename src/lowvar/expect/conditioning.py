@@ -96,18 +96,34 @@ def _diagonal(A: LinearOperator, C: Covariance, like: Tensor) -> Tensor | None:
 
 def _written_out(C: Covariance, like: Tensor) -> Tensor | None:
     """The matrix (B or 1, d, d) of C where that is there already or shared by all samples and small, else None."""
-    shared = isinstance(C, BasisDiagonal | LowRankPlusDiagonal) and C.variance.shape[0] == 1 and C.d <= _SMALL
+    plain = isinstance(C, Isotropic | Diagonal | BasisDiagonal | LowRankPlusDiagonal)
+    shared = plain and C.variance.shape[0] == 1 and C.d <= _SMALL
     if isinstance(C, LowRankPlusDiagonal):
         shared = shared and C.factors.shape[0] == 1
     return C.dense().to(like) if shared or isinstance(C, Dense) else None
 
 
-def _system(measurement: Measurement, K: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """M K (B or 1, m, d) and S (B or 1, m, m)."""
-    M, shape = measurement.operator.matrix().to(like), measurement.operator.measured_shape
-    seen = M @ K
-    noise = (measurement.var(like) * torch.ones(shape, dtype=like.dtype, device=like.device)).flatten()
-    return seen, seen @ M.mT + torch.diag(noise)
+def _system(measurement: Measurement, K: Tensor, right: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """M K (B or 1, m, d), and S^-1 times `right` (B, m, k), or times M K: in float64 where the device has it.
+
+    Rows of A that nearly repeat each other, with little noise, are more than float32 holds.
+
+    Raises:
+        ValueError: if they are more than the device's numbers hold.
+    """
+    wide = K if K.device.type == "mps" else K.double()
+    M, shape = measurement.operator.matrix().to(wide), measurement.operator.measured_shape
+    seen = M @ wide
+    noise = (measurement.var(wide) * torch.ones(shape, dtype=wide.dtype, device=wide.device)).flatten()
+    S = seen @ M.mT + torch.diag(noise)
+    L, failed = torch.linalg.cholesky_ex(S)
+    pivots = L.diagonal(dim1=-2, dim2=-1) ** 2 / S.diagonal(dim1=-2, dim2=-1)
+    if bool(failed.any()) or not bool((pivots > 10 * torch.finfo(S.dtype).eps).all()):
+        raise ValueError(
+            f"A C A^T + N is singular with noise_std {float(noise.min().sqrt()):.3g}: rows of A repeat each other; "
+            "give a larger noise_std"
+        )
+    return seen, torch.cholesky_solve(seen if right is None else right.to(wide), L)
 
 
 def solve(
@@ -143,8 +159,9 @@ def solve(
         return r / (direct + noise)
     K = _written_out(C, r)
     if K is not None:
-        _, S = _system(measurement, K, r)
-        return torch.linalg.solve(S.expand(len(r), -1, -1), r.flatten(1)[..., None])[..., 0].reshape(r.shape)
+        if len(K) == 1:
+            return _system(measurement, K, r.flatten(1).mT[None])[1][0].mT.reshape(r.shape).to(r)
+        return _system(measurement, K, r.flatten(1)[..., None])[1].reshape(r.shape).to(r)
 
     def product(p: Tensor) -> Tensor:
         return A.forward(C.matvec(A.adjoint(p))) + noise * p
@@ -231,10 +248,10 @@ def _conditioned(
     if isinstance(C, BasisDiagonal) and isinstance(A, Whole) and noise.ndim == 0:
         v = C.variance.to(like)
         return BasisDiagonal(C.basis, v * noise / (v + noise))
-    K = _written_out(C, like)
+    K = None if _diagonal(A, C, like) is not None else _written_out(C, like)  # products are cheap where S is diagonal
     if K is not None:
-        seen, S = _system(measurement, K, like)
-        return Dense(K - seen.mT @ torch.linalg.solve(S, seen), C.event_shape)
+        seen, gain = _system(measurement, K)
+        return Dense((K.to(seen) - seen.mT @ gain).to(like), C.event_shape)
 
     def product(v: Tensor) -> Tensor:
         w = C.matvec(v)

@@ -224,9 +224,15 @@ class ManyStreams(Design):
 class Pooled(Design):
     """A design and what was drawn before it was chosen, weighted by precision.
 
-    Every estimate is unbiased, so any weights that do not depend on the means keep the sum unbiased; those that
-    minimise its variance are 1 / Var. A variance from few units is raised by 1 + 8 / f in the weights, so that one
-    estimated too low does not dominate.
+    Every estimate is unbiased, so weights that do not depend on the means keep the sum unbiased; those that minimise
+    its variance are 1 / Var, and a variance of a skewed statistic does depend on the mean: a pilot that saw no rare
+    value would claim to be exact. All streams sample one law, so the variance sigma^2 of a sample is one number, and
+    what is compared is the efficiency e = sigma^2 / (variance of a unit x its samples), both read off the same stream,
+    which rise and fall together:
+
+        1 / Var = m e / sigma^2 for m samples,      e = 1 where all of them have one value.
+
+    An efficiency from few units is lowered by 1 + 8 / f, so that one estimated too high does not dominate.
 
     Attributes:
         main: the design that is drawn.
@@ -260,13 +266,14 @@ class Pooled(Design):
             fits.append((self.main, *first))
         elif several is None:
             return None
-        variances = [f.var * (1 + 8 / f.freedom) for _, f, _ in fits]
+        samples = [_samples(sums[d.streams[0].key], f) / (1 + 8 / f.freedom) for d, f, _ in fits]
         means = [f.mean for _, f, _ in fits]
         if several is not None:
-            variances.append(several.var * (1 + 8 / min(p.freedom for p in several.parts)))
+            single, _ = self.main.spread(sums)
+            worth = single / several.var.clamp_min(1e-280) / (1 + 8 / min(p.freedom for p in several.parts))
+            samples.append(torch.where(single > 0, worth, torch.full_like(worth, sum(p.n for p in several.parts))))
             means.append(several.mean)
-        precision = 1 / torch.stack(variances).clamp_min(1e-280)
-        weight = precision / precision.sum(0)
+        weight = torch.stack(samples) / torch.stack(samples).sum(0)
         mean = (weight * torch.stack(means)).sum(0)
         parts, slope, alone = [], torch.zeros_like(mean), None
         if several is not None:
@@ -288,10 +295,11 @@ class Pooled(Design):
     def planning(self, sums: Mapping[str, Sums], variance: float, focus: Tensor) -> tuple[Combined, float] | None:
         """See the base class."""
         found = self.main.combined(sums)
-        known = 0.0
+        known, single = 0.0, self.spread(sums)[0] if found is not None else None
         for design in self.others:
-            if (other := design.combined(sums)) is not None:
-                known += 1 / max(float((other.var * focus).sum()), 1e-280)
+            if single is not None and (other := design.fit(sums)) is not None:
+                var = single / _samples(sums[design.streams[0].key], other[0])
+                known += 1 / max(float((var * focus).sum()), 1e-280)
         left = 1 / variance - known if variance > 0 else math.inf
         return None if found is None else (found, 1 / left if left > 0 else math.inf)
 
@@ -306,6 +314,13 @@ class Pooled(Design):
                 total = held.only([]) if total is None else total + held.only([])
         assert total is not None
         return total.variance, total.leaving_out()
+
+
+def _samples(sums: Sums, found: Fit) -> Tensor:
+    """m e: independent samples that a stream's estimate is worth, (D,)."""
+    single, own = sums.variance, found.variance * (sums.samples / sums.units)
+    efficiency = torch.where(single > 0, single / own.clamp_min(1e-280), torch.ones_like(own))
+    return sums.samples * efficiency
 
 
 def allocation(

@@ -12,13 +12,19 @@ Looking after every batch and stopping when the interval is narrow favours varia
 design that won on a pilot looks better there than it is: ending with a pilot of 64 samples, runs held the truth .885
 of the time on a norm. So a run whose design a pilot chose draws four pilots at least, and its t quantile has the
 degrees of freedom that the variance's own scatter leaves (`lowvar.expect.sums.effective_freedom`): .938 of 1,204 runs
-on that norm (standard error .007), .926 with the normal quantile.
+on that norm (standard error .007), .926 with the normal quantile. A run that its budget ends before that declares that
+it may cover too little (at two pilots .910 of 400 runs held another norm's mean, standard error .014).
+
+Where all samples have one value the interval is no point. An indicator that was 0 in n independent samples has
+expectation at most log(2 / (1 - confidence)) / n in the same sense of confidence, and a tolerance is reached when that
+is below it; of any other statistic nothing is known of rarer values, and the estimate declares it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -28,7 +34,7 @@ from lowvar.expect.catalogue import CONTROLS, Catalogue, canonical
 from lowvar.expect.design import Design, OneStream, Pooled
 from lowvar.expect.estimate import Decision, Estimate, Norm, Progress, RunState
 from lowvar.expect.integrand import Integrand, StatisticFunction
-from lowvar.expect.planner import plan, reconsidered
+from lowvar.expect.planner import BESIDE, plan, reconsidered
 from lowvar.expect.run import Run, half_width, quantile
 from lowvar.expect.sampler import Sampler
 from lowvar.expect.streams import Stream
@@ -38,9 +44,11 @@ from lowvar.process.noise import Independent, NoiseSource
 __all__ = ["Options", "estimate", "estimates"]
 
 _WHOLE = 4  # pilots: samples of a run that a pilot chose the design of
+_AT_ONCE = 1024  # samples that are drawn before the interval is looked at again
 _LEAST = 32  # units of a stream before its variance is believed
 _LEAST_NETS = 24
 _PROBE = 42  # number of the range of samples that a statistic's shape is found on
+FEW = "the budget ended at {} samples, and a design that a pilot chose looks better on so few than it is"
 
 
 def estimates(
@@ -75,7 +83,7 @@ def estimates(
         norm: what tol means for vectors and images: the largest half width, or the root of their mean square.
         name: of the statistic.
         accelerator: accelerate's `Accelerator`: units are shared between its processes.
-        state: of an earlier record, to go on from there with the same arguments.
+        state: of an earlier record, to go on from there with the same arguments; tol and budget may be others.
 
     Yields:
         Records; the last has `done`.
@@ -91,7 +99,8 @@ def estimates(
         >>> records[-1].done, records[-1].estimate.half_width <= 0.1
         (True, True)
     """
-    _checked(tol, budget, pilot, confidence, norm, batch_size)
+    _checked(tol, budget, pilot, confidence, norm, batch_size, design, noise)
+    _affordable(sampler)
     named = None if design == "auto" else canonical(design)
     noise = Independent(0) if noise is None else noise
     known, spent = _statistic(sampler, statistic, name, noise)
@@ -99,8 +108,11 @@ def estimates(
     run = Run(Catalogue(sampler, known, wanted), noise, batch_size, accelerator)
     run.nfe = spent
     limit = math.inf if budget is None else float(budget)
-    if state is not None:
+    asked = {"statistic": known.name, "shape": [*known.shape], "design": named or design, "pilot": pilot, "norm": norm}
+    asked |= {"samples of": [*sampler.event_shape], "evaluations a sample": sampler.nfe}
+    if state is not None and state.plain:
         run.restore(state)
+        _same(run.memory.get("asked", asked), asked)
     if run.memory:
         pass  # goes on
     elif named is None:
@@ -113,11 +125,11 @@ def estimates(
         choice = plan(run, pilot=pilot, norm=norm, confidence=confidence, tol=tol, budget=budget)
         run.decision = choice.decision
         run.memory |= _remembered(choice.design)
-        run.memory |= {"looked": run.samples, "least": _WHOLE * pilot}
+        run.memory |= {"looked": run.samples, "least": _WHOLE * pilot, "asked": asked}
         yield Progress(None, run.nfe, choice.decision.candidates[0].nfe, run.state(), False)
     else:
         points = _points(tol, limit, sampler.nfe) if "sobol" in named else 0
-        run.memory = {"design": named, "points": points, "looked": 0}
+        run.memory = {"design": named, "points": points, "looked": 0, "asked": asked}
     current = _recalled(run, tol)
     yield from _drawn(run, current, tol, limit, confidence, norm)
 
@@ -137,11 +149,18 @@ def _drawn(
             t = quantile(confidence, combined.freedom(focus))
             reached = tol is not None and half_width(combined.var, norm, t) <= tol
         missing = run.memory.get("least", 0) - run.samples
+        unseen = 0
+        if reached and combined is not None and tol is not None:
+            unseen = math.ceil(run.unseen(design, combined, confidence) / tol)
         if short is not None:
             order, reached = short, False
         elif reached and missing > 0:  # a design that won on the pilot looks better there than it is
             stream = design.streams[0]
             order, reached, expected = (stream, math.ceil(missing / stream.size)), False, run.nfe
+        elif reached and combined is not None and unseen > run.independent(design, combined):
+            part = min((p for p in combined.parts if p.stream.nfe), key=lambda p: p.n)
+            count = min(unseen, max(run.batch(part.stream), _AT_ONCE // part.stream.size), max(part.n, _LEAST))
+            order, reached, expected = (part.stream, count), False, run.nfe
         elif not reached:
             assert combined is not None
             target = (tol / t) ** 2 if tol is not None else 0.0
@@ -153,8 +172,7 @@ def _drawn(
                     design = other
                     run.memory |= _remembered(design)
                     continue
-        if order is not None and order[0].nfe and run.nfe + order[0].nfe * order[1] > limit:
-            room = int((limit - run.nfe) // order[0].nfe)
+        if order is not None and (room := run.room(*order, limit)) < order[1]:
             if short is not None and room < order[1]:
                 raise UserError(
                     f"the budget of {limit:.0f} evaluations ends before design {design.name!r} has an interval; "
@@ -165,7 +183,7 @@ def _drawn(
         found = None
         if combined is not None and (short is None or done):
             found = run.result(design, combined, confidence=confidence, norm=norm, reached=reached or tol is None)
-            found = _with_name(found, run)
+            found = _with_name(found, run, FEW.format(run.samples) if done and missing > 0 else None)
         yield Progress(found, run.nfe, max(expected, run.nfe), run.state(), done)
         if done:
             return
@@ -193,8 +211,8 @@ def _order(
     part = inner.parts[k]
     lack = math.ceil(wanted[k] - part.n)
     if lack < 1:
-        k, part = 0, inner.parts[0]
-        lack = max(1, part.n // 50)  # the interval is a little short of what the variances promised
+        k, part = 0, inner.parts[0]  # the interval is a little short of what the variances promised
+        lack = max(1, part.n // 50) if target > 0 else part.n + run.batch(part.stream)  # or a budget is left over
     free = not part.stream.nfe
     batch = max(16 * run.batch(part.stream), 64) if free else run.batch(part.stream)
     count = min(lack, batch, max(part.n, _LEAST if part.stream.size < 8 else 1))
@@ -214,7 +232,7 @@ def _short(run: Run, design: Design) -> tuple[Stream, int] | None:
         if not stream.nfe:
             least = _LEAST
         if pooled and stream is design.streams[0] and stream.size < 8:
-            least = _LEAST // 2
+            least = BESIDE
         units = run.sums[stream.key].units if stream.key in run.sums else 0
         if units < least:
             return stream, min(least - units, max(run.batch(stream), 1))
@@ -256,9 +274,8 @@ def _recalled(run: Run, tol: float | None) -> Design:
     return Pooled(found, ()) if isinstance(found, OneStream) and "sobol" in name and tol is not None else found
 
 
-def _with_name(found: Estimate, run: Run) -> Estimate:
-    from dataclasses import replace
-
+def _with_name(found: Estimate, run: Run, early: str | None) -> Estimate:
+    found = replace(found, undercovers="; ".join(r for r in (found.undercovers, early) if r) or None)
     if run.decision is None:
         name = run.memory["design"]
         return replace(found, design=name, decision=Decision(name, "it was named"))
@@ -268,16 +285,58 @@ def _with_name(found: Estimate, run: Run) -> Estimate:
 def _statistic(
     sampler: Sampler, function: StatisticFunction, name: str | None, noise: NoiseSource
 ) -> tuple[Integrand, int]:
-    """The statistic, and the evaluations that finding its shape cost (none where there is a twin)."""
+    """The statistic, and the evaluations that finding its shape cost (none where a twin's samples tell it)."""
     index = torch.arange(2)
     source = Shifted(noise, _PROBE)
     shadow = sampler.shadow
     if shadow is not None:
-        return Integrand.of(function, shadow.alone(index, source), name), 0
+        try:
+            return Integrand.of(function, shadow.alone(index, source), name), 0
+        except UserError:
+            pass  # the twin's samples may lie where the statistic is not defined: the sampler's own decide
     return Integrand.of(function, sampler(index, source), name), 2 * sampler.nfe
 
 
-def _checked(tol: float | None, budget: int | None, pilot: int, confidence: float, norm: str, batch_size: int) -> None:
+def _same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuses a state of other arguments; a smaller tolerance or a larger budget may go on."""
+    for word, value in now.items():
+        if before.get(word) != value:
+            raise UserError(
+                f"the state is of a run with {word} {before.get(word)!r}, now it is {value!r}; go on with the same "
+                "arguments, or start anew without the state"
+            )
+
+
+def _affordable(sampler: Any) -> None:
+    """Refuses what is no sampler, and one without a cost."""
+    nfe = getattr(sampler, "nfe", None)
+    if nfe is None or not callable(sampler):
+        raise UserError(f"the sampler is {sampler!r}; give a ChainSampler, or FunctionSampler(function, event_shape)")
+    if not nfe > 0:
+        raise UserError(
+            f"the sampler costs {nfe} evaluations a sample, and designs are compared by evaluations; give what a "
+            "sample costs in a unit of its own: FunctionSampler(sampler, event_shape, nfe=1, draws=sampler.draws, "
+            "shadow=sampler.shadow)"
+        )
+
+
+def _checked(
+    tol: float | None,
+    budget: int | None,
+    pilot: int,
+    confidence: float,
+    norm: str,
+    batch_size: int,
+    design: str,
+    noise: Any,
+) -> None:
+    for word, given in {"tol": tol, "budget": budget}.items():
+        if given is not None and (isinstance(given, str | bool) or not hasattr(given, "__float__")):
+            raise UserError(f"{word} is {given!r}; give a number above 0")
+    if noise is not None and not isinstance(noise, NoiseSource):
+        raise UserError(f"noise is {noise!r}; give a NoiseSource, for example Independent({noise!r}) of a seed")
+    if not isinstance(design, str):
+        raise UserError(f"design is {design!r}; give 'auto' or a design's name")
     if tol is None and budget is None:
         raise UserError("neither tol nor budget is given; give the half width to reach, or evaluations not to pass")
     if tol is not None and not (tol > 0 and math.isfinite(tol)):

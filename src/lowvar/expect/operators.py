@@ -177,7 +177,8 @@ class Blur(LinearOperator):
 
     def __init__(self, event_shape: Sequence[int], kernel: Tensor) -> None:
         shape = torch.Size(event_shape)
-        if len(shape) != 3 or kernel.ndim != 2 or kernel.shape[0] > shape[1] or kernel.shape[1] > shape[2]:
+        fits = len(shape) == 3 and kernel.ndim == 2 and kernel.numel() > 0
+        if not fits or kernel.shape[0] > shape[1] or kernel.shape[1] > shape[2]:
             raise ValueError(
                 f"a kernel {tuple(kernel.shape)} does not fit events {tuple(shape)}; give (k, l) up to (h, w)"
             )
@@ -228,11 +229,11 @@ class Linear(LinearOperator):
     """Any linear function of batches, its adjoint by reverse mode.
 
     Args:
-        function: (B, *event_shape) -> (B, ...), linear and sample by sample.
+        function: (B, *event_shape) -> (B, m, ...), linear and sample by sample, in the dtype of what it is given.
         event_shape: shape of an event.
 
     Raises:
-        ValueError: if the function is not linear.
+        ValueError: if the function is not linear, gives another shape or does not take float64.
 
     Example:
         >>> A = Linear(lambda x: x[..., 1:] - x[..., :-1], (3,))
@@ -243,10 +244,23 @@ class Linear(LinearOperator):
     def __init__(self, function: Callable[[Tensor], Tensor], event_shape: Sequence[int]) -> None:
         self.function, self.event_shape = function, torch.Size(event_shape)
         x = Independent(0).normal(range(3), self.event_shape, dtype=torch.float64)
-        a, b, c = function(torch.stack([x[0], x[1], x[0] - 2 * x[1]]))
+        try:
+            found = function(torch.stack([x[0], x[1], x[0] - 2 * x[1]]))
+        except RuntimeError as error:
+            raise ValueError(
+                f"the operator fails on float64 events (3, {', '.join(map(str, self.event_shape))}): {error}; take "
+                "what it holds to their dtype, as in x @ W.to(x).mT"
+            ) from None
+        if found.ndim < 2 or len(found) != 3:
+            raise ValueError(
+                f"the operator gives shape {tuple(found.shape)} for 3 events; give (3, m), one row of measurements each"
+            )
+        a, b, c = found
         excess = float((c - (a - 2 * b)).abs().max())
         if not excess <= 1e-9 * (1 + float(a.abs().max())):
-            raise ValueError(f"the operator is not linear: A(u - 2 v) is off A u - 2 A v by {excess:.3g}")
+            raise ValueError(
+                f"the operator is not linear, or looks at other events: A(u - 2 v) is off A u - 2 A v by {excess:.3g}"
+            )
         self.measured_shape = a.shape
 
     def forward(self, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ what is left to be drawn holds the nets that an interval needs.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,7 +36,9 @@ from lowvar.expect.run import Run, quantile
 from lowvar.expect.sums import Sums, log_error
 from lowvar.expect.units import Shifted
 
-__all__ = ["Choice", "is_discrete", "plan", "reconsidered"]
+__all__ = ["BESIDE", "Choice", "is_discrete", "plan", "reconsidered"]
+
+BESIDE = 16  # units of a stream, beside the pilot's, before its variance is believed
 
 _SETS = ((), ("twin",), ("mixture",))
 _FREE = ("twin", "mixture")
@@ -44,6 +46,7 @@ _NETS, _POINTS = 16, 8  # of exploring
 _COMPANIONS = 16  # samples, in pairs
 _SIMPLE, _NET, _LEVELS = 1.05, 1.15, 1.15  # what a gain is divided by before it is compared
 _ENOUGH_NETS = 24
+SPENT = "the budget ends before independent samples would have an interval"
 
 
 def is_discrete(values: Tensor) -> bool:
@@ -137,6 +140,8 @@ def plan(run: Run, *, pilot: int, norm: Norm, confidence: float, tol: float | No
             own = found.parts[0].variance * (1 if noise == "independent" else 2)
             off = float(log_error(_under(without[noise], norm) / _under(found.parts[0].leave_out, norm)))
             rows.append(_Row(design, design.name, _ratio(variance, own, norm), _SIMPLE, off))
+    if budget is not None and budget - run.nfe < BESIDE * sampler.nfe:  # the pilot's pairs are all that there will be
+        rows = [replace(row, declared=SPENT) if "antithetic" not in row.name else row for row in rows]
     best = _best(rows)
     z = quantile(confidence, math.inf)
     one = float(_under(variance, norm))
@@ -250,7 +255,7 @@ def _decision(run: Run, rows: list[_Row], best: _Row, alone: float, tol: float |
         if row.declared is not None:
             note = f"declined: {row.declared}"
         if row is rows[0]:
-            note = "baseline"
+            note = "baseline" if row.declared is None else f"baseline; {row.declared}"
         if row is best:
             note = "chosen"
         elif row.gain > 1 and row.gain < best.gain:
@@ -261,6 +266,8 @@ def _decision(run: Run, rows: list[_Row], best: _Row, alone: float, tol: float |
     tail = f"; declined as harmful: {', '.join(harmful)}" if harmful else ""
     if best.name == "independent":
         sentence = f"no design was ahead of independent sampling by more than the pilot's error{tail}"
+    elif rows[0].declared is not None:
+        sentence = f"{best.name} is what the pilot has, and {rows[0].declared}"
     else:
         sentence = f"{best.name} has {best.gain:.3g} times less variance x cost than independent sampling{tail}"
     return Decision(best.name, sentence, tuple(candidates), run.nfe)

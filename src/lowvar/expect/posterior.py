@@ -140,7 +140,7 @@ class Reconstruction:
 
     Attributes:
         samples: (n, *event_shape), on the CPU.
-        nfe: network evaluations spent.
+        nfe: network evaluations spent; products that conditioning takes with an implicit covariance come on top.
     """
 
     samples: Tensor
@@ -171,16 +171,25 @@ class Reconstruction:
             raise ValueError(f"level is {level}; give a number between 0 and 1, for example 0.95")
         n = len(self.samples)
         i = (n + 1) * (1 - level) / 2  # number of the lower order statistic, from 1
-        if i < 1:
+        if i < 1 - 1e-9:
             least = math.ceil((1 + level) / (1 - level) - 1e-9)
-            raise ValueError(f"{n} samples have no {level:.0%} interval; draw at least {least}")
-        ends = torch.tensor([i - 1, n - i], dtype=self.samples.dtype) / (n - 1)
-        low, high = torch.quantile(self.samples, ends, dim=0)
+            raise ValueError(f"{n} samples have no {100 * level:g}% interval; draw at least {least}")
+        ordered = self.samples.sort(0).values  # torch.quantile ends at 2^24 numbers
+        k = min(max(math.floor(i), 1), n // 2)
+        part = max(i - k, 0.0)
+        low = torch.lerp(ordered[k - 1], ordered[k], part)
+        high = torch.lerp(ordered[n - k], ordered[n - k - 1], part)
         return low, high
 
     def coverage(self, truth: Tensor, level: float = 0.95) -> float:
-        """Share of the entries of the truth, (*event_shape), that lie within their intervals."""
+        """Share of the entries of the truth, (*event_shape), that lie within their intervals.
+
+        Raises:
+            ValueError: for a truth of another shape, and as `interval`.
+        """
         low, high = self.interval(level)
+        if truth.shape != low.shape:
+            raise ValueError(f"the truth has shape {tuple(truth.shape)}; give one event, {tuple(low.shape)}")
         truth = truth.to(low)
         return float(((truth >= low) & (truth <= high)).double().mean())
 
@@ -196,6 +205,7 @@ def posterior(
     *,
     through: Through = "covariance",
     iterations: int | None = None,
+    steps: int = 16,
     clip: float | None = None,
     batch_size: int = 256,
     dtype: torch.dtype = torch.float32,
@@ -213,11 +223,12 @@ def posterior(
         measurement: one measurement, `y` of shape (*measured_shape).
         n: number of samples; their interval at 95% needs 39.
         noise: source (default `Independent(0)`).
-        through, iterations, clip: see `ConditionedDenoiser`.
+        through, iterations, steps, clip: see `ConditionedDenoiser`.
         batch_size, dtype, device, progress: as in `lowvar.sample.generate`.
 
     Raises:
-        ValueError: for fewer than 2 samples or several measurements, and as in `ConditionedDenoiser`.
+        ValueError: for fewer than 2 samples, several measurements, a grid that does not fall or a clip that is not
+            above 0, and as in `ConditionedDenoiser`.
 
     Example:
         >>> from lowvar.expect.operators import Masking
@@ -231,13 +242,19 @@ def posterior(
     """
     if n < 2:
         raise ValueError(f"n is {n}; a posterior needs at least 2 samples")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; give at least 1")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip is {clip}; give the data's bound, above 0, or None")
+    if len(grid) < 2 or not bool((torch.as_tensor(grid).diff() < 0).all()):
+        raise ValueError("the grid does not fall from noise to data; give decreasing times, at least 2")
     if measurement.y.shape != measurement.operator.measured_shape:
         raise ValueError(
             f"y has shape {tuple(measurement.y.shape)}: several measurements; call `posterior` for each, or sample a "
             "`ConditionedDenoiser`, which takes one a sample"
         )
     noise = Independent(0) if noise is None else noise
-    given = ConditionedDenoiser(denoiser, measurement, through, clip, iterations)
+    given = ConditionedDenoiser(denoiser, measurement, through, clip, iterations, steps)
     drawn = False
     if isinstance(solver, ReverseKernel) and solver.variance == "posterior":
         solver, drawn = replace(solver, last="decoder"), True

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowvar.expect.catalogue import Catalogue
-from lowvar.expect.design import FREE, Combined, Design, allocation
+from lowvar.expect.design import FREE, Combined, Design, ManyStreams, Pooled, allocation
 from lowvar.expect.estimate import Candidate, Decision, Estimate, Norm, RunState
 from lowvar.expect.streams import Stream
 from lowvar.expect.sums import FOLDS, Sums, log_error
@@ -90,6 +90,17 @@ class Run:
         self.next[stream.key] = int(numbers[-1]) + 1
         self._count(stream, numbers)
 
+    def room(self, stream: Stream, units: int, limit: float) -> int:
+        """How many of the next `units` fit into `limit` evaluations, by what they really cost."""
+        if not stream.nfe or not math.isfinite(limit):
+            return units
+        if stream.cost is None:
+            return min(units, int((limit - self.nfe) // stream.nfe))
+        first = self.next.get(stream.key, 0)
+        while units and self.nfe + stream.spent(self.noise, torch.arange(first, first + units)) > limit:
+            units -= max(1, units // 16)
+        return units
+
     def _count(self, stream: Stream, numbers: Tensor) -> None:
         self.nfe += stream.spent(self.noise, numbers)
         self.samples += len(numbers) * stream.size if stream.nfe else 0
@@ -101,7 +112,7 @@ class Run:
         scale = 1.0 if len(mine) else 0.0
 
         def total(x: Tensor) -> Tensor:
-            return self.accelerator.reduce(scale * x, reduction="sum")
+            return self.accelerator.reduce((scale * x).to(self.accelerator.device), reduction="sum").to(x.device)
 
         n = total(own.n.sum())
         shift, shift_h = total(own.n.sum() * own.shift) / n, total(own.n.sum() * own.shift_h) / n
@@ -126,18 +137,44 @@ class Run:
         variances = [float((p.variance * focus).sum()) for p in combined.parts]
         return allocation(variances, [self.cost(p.stream) for p in combined.parts], variance=variance, budget=budget)
 
+    def independent(self, design: Design, combined: Combined) -> float:
+        """Samples that count as independent where all have one value: half of those in pairs and nets.
+
+        Of a weighted sum of streams (classes) the one that says least of its share counts.
+        """
+        n = {p.stream.key: p.n * (p.stream.size / 2 if p.stream.size > 1 else 1) for p in combined.parts}
+        main = design.main if isinstance(design, Pooled) else design
+        if isinstance(main, ManyStreams):
+            return min(n[s.key] / w for s, w in zip(main.streams, main.weights, strict=True))
+        return sum(n[p.stream.key] for p in combined.parts if p.stream.nfe)
+
+    def _silent(self, design: Design) -> Tensor:
+        """Numbers of the statistic that had one value in all samples, (D,) of booleans."""
+        sums = self.sums[design.streams[0].key]
+        single, _ = design.spread(self.sums)
+        return single <= 1e-24 * sums.shift**2
+
+    def unseen(self, design: Design, combined: Combined, confidence: float) -> float:
+        """log(2 / (1 - confidence)) where an indicator had one value in all samples, else 0 (`lowvar.expect.loop`)."""
+        silent = self.catalogue.statistic.indicator and bool(self._silent(design).any())
+        return math.log(2 / (1 - confidence)) if silent else 0.0
+
     def result(self, design: Design, combined: Combined, *, confidence: float, norm: Norm, reached: bool) -> Estimate:
         """The estimate of a design."""
         statistic = self.catalogue.statistic
         var = combined.var
         focus = self.focus(var, norm)
         t = quantile(confidence, combined.freedom(focus))
+        silent = self._silent(design)
+        if statistic.indicator:
+            reach = math.log(2 / (1 - confidence)) / self.independent(design, combined)
+            var = torch.where(silent, torch.full_like(var, (reach / t) ** 2), var)
         h = half_width(var, norm, t)
         single, leave = design.spread(self.sums)
         z = quantile(confidence, math.inf)
         alone = float(single.max() if norm == "max" else single.mean())
         needed = math.inf if h == 0 else self.catalogue.sampler.nfe * z**2 * alone / h**2
-        needed = 0.0 if alone == 0 else needed
+        needed = float(self.nfe) if alone == 0 else needed
         vrf = needed / self.nfe if alone > 0 else 1.0
         low, high = _around(vrf, self._log_spread(combined, leave, focus, norm))
         shape = statistic.shape
@@ -158,9 +195,18 @@ class Run:
             high,
             needed,
             reached,
-            design.declared,
+            self._declared(design, silent),
             self.decision or Decision(design.name, "it was named"),
         )
+
+    def _declared(self, design: Design, silent: Tensor) -> str | None:
+        """Why the interval may cover too little: what the design says, and values that were never seen."""
+        count = int(silent.sum())
+        if not count or self.catalogue.statistic.indicator:
+            return design.declared
+        which = "all samples have" if len(silent) == 1 else f"{count} of {len(silent)} numbers have"
+        seen = f"{which} one value, and nothing is known of values rarer than 1 in {max(self.samples // 4, 1)}"
+        return seen if design.declared is None else f"{design.declared}; {seen}"
 
     def _log_spread(self, combined: Combined, leave: Tensor, focus: Tensor, norm: Norm) -> float:
         """Jackknife standard error of log(variance of a sample / variance of the estimate) over folds."""

@@ -118,11 +118,11 @@ def sample_stream(
         parts = []
         c = shadow.coefficients(index, noise) if shadow is not None and (twin or q) else None
         if twin and shadow is not None:
-            parts.append(statistic(shadow.at(c))[..., None])
+            parts.append(statistic.control(shadow.at(c))[..., None])
         if mixture is not None:
-            parts.append(statistic(mixture(index, noise))[..., None])
+            parts.append(statistic.control(mixture(index, noise))[..., None])
         if q and shadow is not None and c is not None:
-            parts.append(shadow_features(shadow, c)[:, None])
+            parts.append(shadow_features(shadow, c)[:, None].to(f.device))
         elif q:
             parts.append(noise_features(shape, index, noise).to(f.device)[:, None])
         wide = max(p.shape[1] for p in parts)
@@ -149,7 +149,7 @@ def shadow_stream(sampler: Sampler, statistic: Integrand, number: int) -> Stream
         SobolUnits(REFERENCE_NET, bridge),
         0,
         (),
-        lambda index, noise: (statistic(shadow.alone(index, noise)), None),
+        lambda index, noise: (statistic.control(shadow.alone(index, noise)), None),
     )
 
 
@@ -168,7 +168,7 @@ def surrogate_stream(sampler: Sampler, statistic: Integrand, number: int, bridge
         SobolUnits(REFERENCE_NET, bridge),
         0,
         (),
-        lambda index, noise: (statistic(surrogate(index, noise)), None),
+        lambda index, noise: (statistic.control(surrogate(index, noise)), None),
     )
 
 

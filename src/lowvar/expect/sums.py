@@ -200,7 +200,8 @@ def effective_freedom(leave_out: Tensor, freedom: float) -> Tensor:
 
     Var(log v) = 2 / freedom for normal units, and (kurtosis - 1) / n in general: of a squared statistic a variance from
     64 units is worth 15 degrees. A t interval with n - 1 then covers too little (.92 of .95 for the residual of a norm
-    at 64 units, .94 with these).
+    at 64 units, .94 with these). A variance that is all in one fold (one sample in a hundred has another value) is
+    worth one degree: nobody has seen it twice.
 
     Args:
         leave_out: the variance without fold j, (J, ...).
@@ -211,8 +212,12 @@ def effective_freedom(leave_out: Tensor, freedom: float) -> Tensor:
         31.0
         >>> round(float(effective_freedom(torch.tensor([1.0, 1.0, 1.5]), 31.0)), 1)
         27.4
+        >>> effective_freedom(torch.tensor([1.0, 1.0, 0.0]), 31.0).tolist()
+        1.0
     """
-    return (2 / (log_error(leave_out) ** 2).clamp_min(1e-300)).clamp(1.0, freedom)
+    one = (leave_out <= 0).any(0) & (leave_out > 0).any(0)
+    own = (2 / (log_error(leave_out) ** 2).clamp_min(1e-300)).clamp(1.0, freedom)
+    return torch.where(one, torch.ones_like(own), own)
 
 
 @dataclass(frozen=True, eq=False)

@@ -60,7 +60,7 @@ class Statistic:
         return self.name
 
     def __call__(self, samples: Tensor, *, index: Sequence[int] | Tensor | None = None, **columns: Any) -> Tensor:
-        """The values, (n,) or (n, ...), of a floating dtype and with their graph.
+        """The values, (n,) or (n, ...), of a floating dtype and with their graph; whole numbers as float64.
 
         Args:
             samples: (n, ...).
@@ -68,9 +68,48 @@ class Statistic:
             columns: what else is known of each sample (its class, its prompt), as the function takes it.
 
         Raises:
-            UserError: if the function returns something else than one finite value a sample.
+            UserError: if the function raises, or returns something else than one finite value a sample.
         """
-        found = self.function(samples, **columns)
+        values = self.anywhere(samples, **columns)
+        n = len(samples)
+        seen = values.detach().reshape(n, -1)
+        if not bool(torch.isfinite(seen).all()):
+            k = int((~torch.isfinite(seen)).any(1).nonzero()[0, 0])
+            bad = float(seen[k][~torch.isfinite(seen[k])][0])
+            cause = "" if bool(torch.isfinite(samples[k]).all()) else ", which is not finite itself"
+            raise UserError(
+                f"statistic {self.name!r} is {bad} for sample {_number(index, k)}{cause}; it must be finite for every "
+                "sample"
+            )
+        return values
+
+    def anywhere(self, samples: Tensor, **columns: Any) -> Tensor:
+        """The values where some may be infinite or NaN: a root of a twin's samples, of which some are negative.
+
+        Args:
+            samples: (n, ...).
+            columns: as in a call.
+
+        Raises:
+            UserError: if the function raises, or returns something else than one real value a sample.
+
+        Example:
+            >>> root = Statistic("root", lambda x: x[:, 0].sqrt())
+            >>> root.anywhere(torch.tensor([[4.0], [-1.0]])).tolist()
+            [2.0, nan]
+        """
+        try:
+            found = self.function(samples, **columns)
+        except (UserError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            if type(error).__name__ == "OutOfMemoryError":
+                raise
+            said = (str(error).splitlines() or ["nothing more"])[0]
+            raise UserError(
+                f"statistic {self.name!r} raised {type(error).__name__}: {said}; it is called as f(samples "
+                f"{tuple(samples.shape)}{''.join(f', {k}=' for k in columns)})"
+            ) from error
         try:
             values = torch.as_tensor(found)
         except (TypeError, ValueError, RuntimeError):
@@ -85,17 +124,9 @@ class Statistic:
             )
         if values.is_complex():
             raise UserError(f"statistic {self.name!r} returned complex numbers; return real ones, a column a part")
-        values = values if values.is_floating_point() else values.to(torch.get_default_dtype())
-        seen = values.detach().reshape(n, -1)
-        if not bool(torch.isfinite(seen).all()):
-            k = int((~torch.isfinite(seen)).any(1).nonzero()[0, 0])
-            bad = float(seen[k][~torch.isfinite(seen[k])][0])
-            cause = "" if bool(torch.isfinite(samples[k]).all()) else ", which is not finite itself"
-            raise UserError(
-                f"statistic {self.name!r} is {bad} for sample {_number(index, k)}{cause}; it must be finite for every "
-                "sample"
-            )
-        return values
+        if values.is_floating_point():
+            return values
+        return values.to(torch.get_default_dtype() if values.dtype == torch.bool else torch.float64)
 
     def check(self, samples: Tensor, *, index: Sequence[int] | Tensor | None = None, **columns: Any) -> Tensor:
         """The values of a first batch, after the function was asked again, and about half of the batch.
@@ -157,6 +188,8 @@ def _first(column: Any, n: int, half: int) -> Any:
 def _difference(values: Tensor, again: Tensor) -> tuple[int, float, float] | None:
     """Where two answers about the same first samples differ most, (sample, first, second); None where they agree."""
     a, b = (x.detach().to("cpu", torch.float64).reshape(len(x), -1) for x in (values, again))
+    if not a.numel():
+        return None
     reach = _RELATIVE * float(a.std(0, correction=0).max()) + 1e-6 * float(a.abs().max())
     gap = (b - a[: len(b)]).abs()
     if float(gap.max()) <= reach:
