@@ -59,7 +59,7 @@ AdvantageRule = Callable[[Rollout, Tensor], Advantages | Tensor]
 
 def leave_one_out(ran: Rollout, rewards: Tensor) -> Advantages:
     """Rewards less the mean of the others of the group: the usual advantage rule."""
-    return advantages(rewards, ran.groups)
+    return advantages(rewards, ran.groups, streams=ran.streams)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@ r"""Rewards: what a run is worth.
 
     R = f(samples, prompts, **columns),      samples (n, *shape), R (n,),
 
-any function of that form. One that has a derivative in the samples says so, `f.differentiable = True`, and only then is
-differentiated. Nothing is lost when one fails: the error names the batch and the runs, and the rollout is still there.
+any function of that form; counts and answers (whole numbers, booleans) are taken as numbers of the samples' kind. One
+that has a derivative in the samples says so, `f.differentiable = True`, and only then is differentiated. Nothing is
+lost when one fails: the error names the batch and the runs, and the rollout is still there.
 
 A function may be asynchronous (`async def`): the rewards of several functions are then waited for together.
 """
@@ -124,6 +125,8 @@ def evaluated(
     if not isinstance(values, Tensor) or values.shape != (len(samples),):
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise RewardError(f"the reward returned {got}; give a tensor of one number a run, ({len(samples)},)", batch)
+    if not values.is_floating_point():
+        values = values.to(samples.dtype)
     bad = (~torch.isfinite(values)).nonzero()[:, 0]
     if len(bad):
         raise RewardError(
