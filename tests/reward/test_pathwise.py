@@ -84,6 +84,12 @@ def test_truncation_is_drawn_once_a_batch(make: Callable[..., Any]) -> None:
     assert float((mean - torch.tensor(redrawn).double()).norm() / truth.norm()) > 0.01
 
 
+def test_truncations_longer_than_the_chain_are_refused() -> None:
+    for rule in (RandomTruncation(5), RandomTruncation(1, 5)):
+        with pytest.raises(ValueError, match="k goes up to 5, the chain has 3 steps"):
+            rule.drawn(0.5, 3)
+
+
 def test_roulette(make: Callable[..., Any]) -> None:
     """All outcomes of the coins: unbiased, and the variance of a single run is the recursion's."""
     world, keep = make(3, 5), 0.8

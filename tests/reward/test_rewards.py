@@ -70,6 +70,19 @@ def test_asynchronous_rewards_are_waited_for_together() -> None:
     assert evaluated(made(3.0), x, columns={"bonus": 0.0}).tolist() == [3.0, 6.0]
 
 
+def test_asynchronous_rewards_in_a_notebook() -> None:
+    """A loop is running there already, and a second one cannot be in the same thread."""
+
+    async def slow(x: Tensor, prompts: Any = None) -> Tensor:
+        await asyncio.sleep(0)
+        return x.sum(1)
+
+    async def cell() -> Tensor:
+        return evaluated(slow, torch.ones(2, 3))
+
+    assert asyncio.run(cell()).tolist() == [3.0, 3.0]
+
+
 @pytest.mark.parametrize(
     ("reward", "says"),
     [
@@ -160,6 +173,19 @@ def test_residuals_are_judged_without_the_run_s_own_reward(make: Callable[..., A
     estimator = SurrogateControl(Scores(baseline))
     problem = RewardProblem(world.policy, world.reward, [world.theta], (1,), num_generations=12, dtype=torch.float64)
     assert estimator(problem, Independent(0), 12).claim.label == "unbiased"
+
+
+@pytest.mark.parametrize("estimator", [Scores("x0"), SurrogateControl()], ids=lambda e: e.name)
+def test_two_runs_are_enough(make: Callable[..., Any], estimator: Any) -> None:
+    """A fold a run: what one is compared with is the other's reward."""
+    world = make(2, 2)
+    problem = RewardProblem(world.policy, world.reward, [world.theta], (1,), num_generations=2, dtype=torch.float64)
+    found = estimator(problem, Independent(0), 2)
+    plain = Scores()(problem, Independent(0), 2)
+    a, b = (torch.autograd.grad(out.loss, world.theta)[0] for out in (found, plain))
+    assert torch.isfinite(a).all()
+    if isinstance(estimator, Scores):
+        assert torch.allclose(a, b)
 
 
 def test_a_surrogate_s_folds_keep_mirrored_runs_together() -> None:

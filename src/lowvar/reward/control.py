@@ -140,7 +140,7 @@ def surrogate_control(
             `pathwise_loss`.
         surrogate: h, differentiable, (n, *shape) -> (n,); None: `RidgeSurrogate` on this batch.
         advantage: rule for the residuals.
-        folds, ridge, features: of the ridge.
+        folds, ridge, features: of the ridge; a batch of fewer runs has a fold a run.
 
     Raises:
         ValueError: if the last step has no density.
@@ -166,6 +166,7 @@ def surrogate_control(
     R = evaluated(reward, ran.samples, prompts, columns).detach()
     h = surrogate
     if h is None:
+        folds = min(folds, ran.independent)
         h = RidgeSurrogate.fit(ran.samples, R, folds=folds, ridge=ridge, features=features, streams=ran.streams)
         given = h.judged(advantage, ran, R)
     else:

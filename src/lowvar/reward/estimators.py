@@ -142,7 +142,7 @@ class Scores(RewardEstimator):
         baseline: as of `advantages`, or "x0" (`x0_baseline`), "optimal" (`optimal_constant`, a group at a time) or
             "value" (`ValueNetwork`, of a `History`).
         scale_rewards, clip: as of `advantages`.
-        folds, ridge, features: of "x0", as of `x0_baseline`.
+        folds, ridge, features: of "x0", as of `x0_baseline`; a batch of fewer runs has a fold a run.
 
     Example:
         >>> Scores("x0").name
@@ -189,7 +189,8 @@ class Scores(RewardEstimator):
                 raise ValueError("baseline 'value' is a network: give history=History(value=ValueNetwork(..))")
             given = history.value.predict(history.told(ran))
         elif b == "x0":
-            given = x0_baseline(ran, rewards, folds=self.folds, ridge=self.ridge, features=self.features)
+            folds = min(self.folds, ran.independent)
+            given = x0_baseline(ran, rewards, folds=folds, ridge=self.ridge, features=self.features)
         elif b == "optimal":
             given = optimal_constant(rewards, ran.score2, groups=ran.groups, streams=streams)
         past = b in ("running", "running-including") or self.scale_rewards in ("running", "prompt")
@@ -305,7 +306,7 @@ class SurrogateControl(RewardEstimator):
 
     Args:
         scores: for the residual.
-        folds, ridge, features, checkpoint: as of `surrogate_control`.
+        folds, ridge, features, checkpoint: as of `surrogate_control`; a batch of fewer runs has a fold a run.
 
     Example:
         >>> SurrogateControl().name

@@ -132,8 +132,8 @@ class RandomTruncation:
             ValueError: if the range is longer than the chain.
         """
         high = steps if self.high is None else self.high
-        if high > steps:
-            raise ValueError(f"k goes up to {high}, the chain has {steps} steps")
+        if max(self.low, high) > steps:
+            raise ValueError(f"k goes up to {max(self.low, high)}, the chain has {steps} steps")
         return self.low + min(int(u * (high - self.low + 1)), high - self.low)
 
 

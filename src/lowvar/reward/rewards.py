@@ -6,7 +6,8 @@ any function of that form; counts and answers (whole numbers, booleans) are take
 that has a derivative in the samples says so, `f.differentiable = True`, and only then is differentiated. Nothing is
 lost when one fails: the error names the batch and the runs, and the rollout is still there.
 
-A function may be asynchronous (`async def`): the rewards of several functions are then waited for together.
+A function may be asynchronous (`async def`): the rewards of several functions are then waited for together, where a
+loop is running already (a notebook) by one in a thread of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,9 +95,14 @@ def waited(given: Sequence[Tensor | Awaitable[Tensor]]) -> list[Tensor]:
     async def every() -> list[Tensor]:
         return list(await asyncio.gather(*(one(value) for value in given)))
 
-    if any(inspect.isawaitable(value) for value in given):
+    if not any(inspect.isawaitable(value) for value in given):
+        return list(given)  # pyright: ignore[reportReturnType]
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
         return asyncio.run(every())
-    return list(given)  # pyright: ignore[reportReturnType]
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, every()).result()
 
 
 def evaluated(

@@ -76,6 +76,12 @@ class Rollout:
         index = _stream(self.noise, self.index)
         return None if index is self.index else index
 
+    @property
+    def independent(self) -> int:
+        """Number of runs that share no noise: of streams."""
+        streams = self.streams
+        return self.n if streams is None else len(streams.unique())
+
     def part(self, which: Tensor) -> Rollout:
         """Some of the runs, by their places (m,) int64: a minibatch."""
         return Rollout(

@@ -34,6 +34,7 @@ from lowvar.reward.rollout import Rollout
 
 __all__ = ["OFF_POLICY", "SurrogateLoss", "replayed", "surrogate_loss", "surrogate_losses"]
 
+_MOVED = 0.01  # nats: a ratio that far from 1 is no rounding, however many dimensions it is summed over
 OFF_POLICY = Claim("direction", "the parameters have moved since the rollout: states are the old policy's", "PPO")
 
 
@@ -119,7 +120,7 @@ def _steps(
         each = -ran.weight * gain
         at = log_ratio.detach()
         rounding = 1e3 * torch.finfo(at.dtype).eps * max(float(ran.log_prob[row].abs().max()), 1.0)
-        moved = bool((at.abs() > rounding).any())
+        moved = bool((at.abs() > min(rounding, _MOVED)).any())
         now = combined(claim, OFF_POLICY) if moved else claim
         yield SurrogateLoss(each.mean(), each, at[None], float(cut.double().mean()), now)
 
