@@ -82,7 +82,7 @@ def test_mirrored_runs_are_left_out_of_each_other_s_baseline(
         values = []
         for part in parts:
             shared = None if streams is None else streams[part]
-            given = baseline
+            given: Any = baseline
             if baseline == "optimal":
                 zeros = torch.zeros(4, dtype=torch.int64)
                 given = optimal_constant(R[part], ran.score2[:, part], groups=zeros, streams=shared)

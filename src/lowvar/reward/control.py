@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lowvar.process.noise import NoiseSource
 from lowvar.reward.advantages import Advantages
-from lowvar.reward.claims import Claim, combined
+from lowvar.reward.claims import Claim, beside_paths, combined
 from lowvar.reward.pathwise import AdvantageRule, RewardLoss, leave_one_out
 from lowvar.reward.policy import Policy
 from lowvar.reward.rewards import Reward, evaluated
@@ -173,7 +173,7 @@ def surrogate_control(
         with torch.no_grad():
             given = advantage(ran, R - h(ran.samples).to(R))
     claim = Claim("none", source="Grathwohl et al. 2018")
-    claim = combined(claim, given.claim) if isinstance(given, Advantages) else claim
+    claim = combined(claim, beside_paths(given.claim)) if isinstance(given, Advantages) else claim
     path = policy.chain(prompts).surrogate(
         lambda x: -h(x), noise, first + torch.arange(n), shape, checkpoint=checkpoint, dtype=dtype, device=device
     )

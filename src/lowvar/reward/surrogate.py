@@ -28,7 +28,7 @@ from torch import Tensor
 from lowvar.gradients.estimator import zero
 from lowvar.process.kernel import Gaussian
 from lowvar.reward.advantages import Advantages
-from lowvar.reward.claims import Claim, combined
+from lowvar.reward.claims import Claim, beside_paths, combined
 from lowvar.reward.policy import Policy
 from lowvar.reward.rollout import Rollout
 
@@ -144,6 +144,7 @@ def surrogate_losses(
     """
     A = advantages.values if isinstance(advantages, Advantages) else advantages
     own = advantages.claim if isinstance(advantages, Advantages) else Claim("none")
+    own = beside_paths(own) if policy.terminal == "pathwise" else own
     yield from _steps(policy, ran, A, combined(policy.claim, own), _range(epsilon, trust_nats), reward_gradient)
 
 
