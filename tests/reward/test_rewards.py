@@ -14,6 +14,7 @@ from lowvar.process import Independent
 from lowvar.reward import (
     Advantages,
     History,
+    Paths,
     RewardError,
     RewardProblem,
     Ridge,
@@ -96,6 +97,21 @@ def test_asynchronous_rewards_in_a_notebook() -> None:
 def test_a_failure_names_its_batch(reward: Any, says: str) -> None:
     with pytest.raises(RewardError, match=says):
         evaluated(reward, torch.ones(2, 1), batch=3)
+
+
+def test_a_derivative_that_is_promised_and_not_there(make: Callable[..., Any]) -> None:
+    """A reward that leaves autograd, say by numpy, and says that it has a derivative: paths name the fault."""
+
+    def left(x: Tensor, prompts: Any = None) -> Tensor:
+        return x[:, 0].detach() ** 2
+
+    left.differentiable = True  # pyright: ignore[reportFunctionMemberAccess]
+    world = make(2, 2)
+    problem = RewardProblem(world.policy, left, [world.theta], (1,), dtype=torch.float64)
+    for ask in (lambda: Paths()(problem, Independent(0), 8), lambda: reward_gradient(left, torch.ones(2, 1))):
+        with pytest.raises(RewardError, match="says that it is differentiable, and its values do not depend"):
+            ask()
+    assert Scores()(problem, Independent(0), 8).claim.label == "unbiased"
 
 
 def test_an_interrupt_is_not_a_failure() -> None:

@@ -118,7 +118,8 @@ def evaluated(
         batch: its number, for errors.
 
     Raises:
-        RewardError: if the reward raises, or returns another shape or a number that is not finite; its cause is kept.
+        RewardError: if the reward raises, returns another shape or a number that is not finite, or has no derivative
+            though it says so; its cause is kept.
 
     Example:
         >>> evaluated(lambda x, prompts: 1 / x[:, 0], torch.tensor([[1.0], [0.0]]), batch=7)
@@ -134,6 +135,13 @@ def evaluated(
         raise RewardError(f"the reward returned {got}; give a tensor of one number a run, ({len(samples)},)", batch)
     if not values.is_floating_point():
         values = values.to(samples.dtype)
+    wanted = torch.is_grad_enabled() and samples.requires_grad and is_differentiable(reward)
+    if wanted and not values.requires_grad:
+        raise RewardError(
+            "the reward says that it is differentiable, and its values do not depend on the samples by autograd; "
+            "compute them with torch and without detach, or leave out differentiable",
+            batch,
+        )
     bad = (~torch.isfinite(values)).nonzero()[:, 0]
     if len(bad):
         raise RewardError(
