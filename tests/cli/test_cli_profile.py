@@ -96,13 +96,20 @@ def test_sketches(lowvar: Any, model: Path, tmp_path: Path) -> None:
             ("--parts", "reward"),
             "--parts has 'reward', and there is no reward; give --reward, for example brightness",
         ),
+        (
+            ("--reward", "2 times jpeg"),
+            (
+                "reward '2 times jpeg' is no name or sum of names; give for example jpeg, 0.5*jpeg+20*brightness or "
+                "module:function"
+            ),
+        ),
         (("--steps", 1), "--steps is 1; give a whole number from 2"),
         (
             ("--batch-size", 4000),
             "--batch-size is 4000 and the training split has 1197 images; give at most that, or more data",
         ),
     ],
-    ids=["groups", "none", "no number", "minutes", "memory", "parts", "no reward", "steps", "small data"],
+    ids=["groups", "none", "no number", "minutes", "memory", "parts", "no reward", "no sum", "steps", "small data"],
 )
 def test_refusals(lowvar: Any, model: Path, tmp_path: Path, words: tuple[object, ...], said: str) -> None:
     done = lowvar("profile", "--model", model, "--data", "digits", "--out", tmp_path / "p", *words)
@@ -211,7 +218,8 @@ def test_a_module_and_an_earlier_profile(lowvar: Any, module: str, profiled: Pat
 def test_sampling_statistics_and_reward(lowvar: Any, module: str, tmp_path: Path) -> None:
     """The other parts within their least sizes; what does not fit is noted, and every chart has its words."""
     words = ("profile", "--model", module, "--prediction", "v_prediction", "--data", "digits", "--steps", 4)
-    more = ("--parts", "sampling,statistics", "--statistic", "brightness", "--reward", "brightness", "--minutes", 0.08)
+    more = ("--parts", "sampling,statistics", "--statistic", "brightness", "--minutes", 0.08)
+    more += ("--reward", "2*brightness-0.001*jpeg")
     done = lowvar(*words, *more, "--out", tmp_path / "p", "--json")
     assert done.status == 0, done.err
     found = done.json["reverse"]
@@ -225,7 +233,7 @@ def test_sampling_statistics_and_reward(lowvar: Any, module: str, tmp_path: Path
     assert all(line["settings"]["sampler"] != "ddpm-small" for line in done.json["verdict"] if line["fault"])
     said = " ".join(done.json["notes"])
     assert done.json["statistics"] or "no designs for brightness" in said
-    assert "reward" in done.json or "no estimators for reward brightness" in said
+    assert "reward" in done.json or "no estimators for reward 2*brightness-0.001*jpeg" in said
     assert {"steps", "mmse", "standardised"} <= json.loads((tmp_path / "p" / "figures.json").read_text()).keys()
     page = (tmp_path / "p" / "report.html").read_text()
     drawn = [svg for svg in BeautifulSoup(page, "html.parser").find_all("svg") if svg.get("role") == "img"]

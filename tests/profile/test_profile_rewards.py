@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import shlex
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from lowvar.process import CosineVP, GaussianTwin, PixelBasis, ReverseKernel
-from lowvar.profile import RewardProfile, profile_reward, rewards
+from lowvar.profile import EstimatorRow, RewardProfile, profile_reward, reward_gain, rewards
 from lowvar.reward import Floor, Policy, RewardProblem, Scores
 
 
@@ -49,3 +51,27 @@ def test_a_budget_below_the_least_is_answered_by_what_it_takes(monkeypatch: pyte
     clock: Any = Ticking()
     monkeypatch.setattr(rewards, "time", clock)
     assert profile_reward(problem(), "sum", seconds=5.0, among=[Scores("x0")]) == 12.0
+
+
+def test_a_reward_that_is_the_same_for_all_runs_recommends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variance anywhere: every factor is 1, and the plain estimator stays."""
+    clock: Any = Ticking()
+    monkeypatch.setattr(rewards, "time", clock)
+    flat = replace(problem(), reward=lambda x, p: torch.ones(len(x)))
+    found = profile_reward(flat, "flat", seconds=48.0, among=[Scores("x0")])
+    assert isinstance(found, RewardProfile)
+    assert [(row.variance, row.factor, row.factor_low) for row in found.rows] == [(0.0, 1.0, 1.0)] * 2
+    line = reward_gain(found)
+    assert (line.worth, line.do) == (False, f"another estimator than {found.plain} for reward flat")
+
+
+def test_the_words_that_tune_can_be_typed() -> None:
+    """A sum has a star in it, which shells read."""
+    rows = [
+        EstimatorRow(name, "unbiased", 1.0, 0.9, 1.1, 1.0, 1.0, factor, 0.9 * factor, 1.1 * factor)
+        for name, factor in (("plain", 1.0), ("better", 3.0))
+    ]
+    found = RewardProfile("2*a+b", tuple(rows), "plain", "better", "", 32, 10.0, {}, 16)
+    assert shlex.split(reward_gain(found, "lowvar tune --model m").command) == [
+        *("lowvar", "tune", "--model", "m", "--reward", "2*a+b", "--estimator", "auto")
+    ]

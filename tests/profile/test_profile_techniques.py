@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from lowvar.cli.app import parse
 from lowvar.data import TensorImages
+from lowvar.errors import UserError
 from lowvar.process import CosineVP, NetworkDenoiser
 from lowvar.process.discrete import schedule_from_diffusers
+from lowvar.profile import profile_training
+from lowvar.profile.excess import level_errors
 from lowvar.profile.techniques import TECHNIQUES, Measured, Reduction, measure, plain_times_of
 from lowvar.train import Objective, Simple, config_from
 
@@ -105,3 +108,33 @@ def test_too_few_replicates() -> None:
     for words in ({"replicates": 8}, {"batch_size": 6}):
         with pytest.raises(ValueError, match="give at least 16 replicates, and batches that are a multiple of 4"):
             next(measure(denoiser, Objective(Simple()), TensorImages(torch.zeros(4, 1)), **words))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("d", [1, 3])
+def test_tables_of_few_columns_leave_out_what_they_have_no_room_for(d: int) -> None:
+    """Four noises are orthogonal in four dimensions or more; the other techniques are measured all the same."""
+    *_, record = measure(
+        NetworkDenoiser(Bias(d), CosineVP(), "epsilon"),
+        Objective(Simple()),
+        TensorImages(torch.zeros(40, d)),
+        techniques=[t for t in TECHNIQUES if "pairs" in t.name or "noise" in t.name],
+        replicates=16,
+        batch_size=4,
+    )
+    names = [r.name for r in record.reductions]
+    assert "orthogonal noise" not in names
+    assert len(names) == 4
+
+
+def test_a_network_without_parameters_has_no_training_gradient() -> None:
+    images = TensorImages(torch.zeros(8, 3))
+    still = Bias(3).requires_grad_(False)
+    with pytest.raises(UserError, match="no parameters that require gradients"):
+        profile_training(NetworkDenoiser(still, CosineVP(), "epsilon"), images, minutes=0.01)
+
+
+def test_images_that_are_all_alike_set_no_standard() -> None:
+    """A linear denoiser makes no error of them, so no excess over it is told."""
+    images = TensorImages(torch.full((40, 3), 0.3))
+    denoiser = NetworkDenoiser(Bias(3), CosineVP(), "epsilon")
+    assert level_errors(denoiser, Objective(Simple()), images, images, plain_times_of(denoiser), limit=32) == ()

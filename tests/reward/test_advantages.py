@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowvar.process import Independent
+from lowvar.process import Antithetic, Independent
 from lowvar.reward import BASELINES, SCALES, RunningStatistics, advantages, optimal_constant, rollout, surrogate_loss
 
 
@@ -54,6 +54,47 @@ def test_the_mean_of_all_is_short_by_one_over_G(G: int) -> None:
         (1 - 1 / (3 * G)) * advantages(R, baseline="batch").values,
         atol=1e-14,
     )
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.uint8])
+def test_counts_and_answers_are_not_rounded(kind: torch.dtype) -> None:
+    """A mean of others is no whole number, and the rewards of a reward that counts may still be."""
+    R = torch.tensor([1, 0, 0, 1, 1], dtype=kind)
+    assert torch.allclose(advantages(R).values, advantages(R.float()).values)
+    weights = torch.arange(1.0, 6.0)
+    assert torch.allclose(optimal_constant(R, weights, folds=2), optimal_constant(R.float(), weights, folds=2))
+
+
+@pytest.mark.parametrize("baseline", ["leave-one-out", "batch", "optimal"])
+def test_mirrored_runs_are_left_out_of_each_other_s_baseline(
+    make: Callable[..., Any], tuples: Callable[..., Any], baseline: Any
+) -> None:
+    """Two antithetic pairs, integrated: with the partner among the others the gradient would be too long."""
+    world = make(1)
+    pairs = tuples(2, 2, 5)
+    ran = rollout(world.policy, Antithetic(pairs), 2 * pairs.n, (1,), dtype=torch.float64, num_generations=4)
+    assert ran.streams is not None
+    assert ran.streams.tolist() == [i // 2 for i in range(2 * pairs.n)]
+    R = world.reward(ran.samples)
+    parts = torch.arange(len(R)).split(4)  # each a batch, one at a time
+    found = []
+    for streams in (ran.streams, None):
+        values = []
+        for part in parts:
+            shared = None if streams is None else streams[part]
+            given: Any = baseline
+            if baseline == "optimal":
+                zeros = torch.zeros(4, dtype=torch.int64)
+                given = optimal_constant(R[part], ran.score2[:, part], groups=zeros, streams=shared)
+            values.append(advantages(R[part], baseline=given, streams=shared).values)
+        each = surrogate_loss(world.policy, ran, torch.cat(values)).each
+        g = world.per_run(each).reshape(len(pairs.weights), 4, -1).mean(1)
+        found.append(pairs.weights @ g)
+    truth = world.exact.gradient()
+    assert torch.allclose(found[0], truth, rtol=1e-8)
+    assert float((found[1] - truth).norm()) > 0.02 * float(truth.norm())
+    with pytest.raises(ValueError, match="one stream of noise; give num_generations >= 2 streams"):
+        advantages(torch.arange(2.0), streams=torch.zeros(2, dtype=torch.int64))
 
 
 def test_biased_scales_are_biased(make: Callable[..., Any], tuples: Callable[..., Any]) -> None:

@@ -123,3 +123,6 @@ def test_bad_input(world: Any) -> None:
         kl_loss(world.policy, world.policy, ran)
     with pytest.raises(ValueError, match="a target needs both above 0"):
         BetaController(0.0, target=1.0)
+    window = rollout(world.policy, Independent(0), 4, (1,), steps=[1], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"kept steps \(1,\) and lacks \(0,\)"):
+        kl_loss(world.policy, world.policy, window)

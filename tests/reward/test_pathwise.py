@@ -84,6 +84,30 @@ def test_truncation_is_drawn_once_a_batch(make: Callable[..., Any]) -> None:
     assert float((mean - torch.tensor(redrawn).double()).norm() / truth.norm()) > 0.01
 
 
+def test_a_factor_of_the_scores_alone_is_no_step_size(make: Callable[..., Any]) -> None:
+    """Half of the score part beside all of the pathwise part points elsewhere, and the claim says so."""
+    world = make(2)
+    truth = world.exact.gradient()
+    out = loss(world, Last(1, "score"), advantage=lambda ran, R: advantages(R, baseline=-1.0))
+    half = loss(world, Last(1, "score"), advantage=lambda ran, R: advantages(R, baseline=-1.0).values / 2)
+    full, short = (world.moments(one.each)[0] for one in (out, half))
+    assert torch.allclose(full, truth, rtol=1e-9)
+    assert float(torch.cosine_similarity(short, truth, 0)) < 1 - 1e-4
+
+    def including(ran: Any, R: Tensor) -> Any:
+        return advantages(R, baseline="batch-including")
+
+    assert advantages(torch.arange(2.0), baseline="batch-including").claim.bias == "factor"
+    assert loss(world, Last(1, "score"), advantage=including).claim.bias == "direction"
+    assert loss(world, Last(1, "score"), advantage=plain).claim.bias == "none"
+
+
+def test_truncations_longer_than_the_chain_are_refused() -> None:
+    for rule in (RandomTruncation(5), RandomTruncation(1, 5)):
+        with pytest.raises(ValueError, match="k goes up to 5, the chain has 3 steps"):
+            rule.drawn(0.5, 3)
+
+
 def test_roulette(make: Callable[..., Any]) -> None:
     """All outcomes of the coins: unbiased, and the variance of a single run is the recursion's."""
     world, keep = make(3, 5), 0.8

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from lowvar.process import Independent
 from lowvar.reward import (
+    Advantages,
+    History,
+    Paths,
     RewardError,
     RewardProblem,
     Ridge,
@@ -26,7 +29,24 @@ from lowvar.reward import (
     reward_gradient,
     rollout,
     surrogate_loss,
+    x0_baseline,
 )
+from lowvar.reward.ridge import spread_folds
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool])
+def test_counts_and_answers_are_rewards(make: Callable[..., Any], kind: torch.dtype) -> None:
+    """The gradient of a reward that answers yes or no is that of the same numbers."""
+    world = make(2, 2)
+    grads = []
+    for dtype in (kind, torch.float64):
+        problem = RewardProblem(
+            world.policy, lambda x, p, to=dtype: (x[:, 0] > 0.5).to(to), [world.theta], (1,), dtype=torch.float64
+        )
+        for estimator in (Scores(), Scores("x0"), SurrogateControl()):
+            grads.append(torch.autograd.grad(estimator(problem, Independent(0), 32).loss, world.theta)[0])
+    for a, b in zip(grads[:3], grads[3:], strict=True):
+        assert torch.equal(a, b)
 
 
 def test_asynchronous_rewards_are_waited_for_together() -> None:
@@ -51,6 +71,19 @@ def test_asynchronous_rewards_are_waited_for_together() -> None:
     assert evaluated(made(3.0), x, columns={"bonus": 0.0}).tolist() == [3.0, 6.0]
 
 
+def test_asynchronous_rewards_in_a_notebook() -> None:
+    """A loop is running there already, and a second one cannot be in the same thread."""
+
+    async def slow(x: Tensor, prompts: Any = None) -> Tensor:
+        await asyncio.sleep(0)
+        return x.sum(1)
+
+    async def cell() -> Tensor:
+        return evaluated(slow, torch.ones(2, 3))
+
+    assert asyncio.run(cell()).tolist() == [3.0, 3.0]
+
+
 @pytest.mark.parametrize(
     ("reward", "says"),
     [
@@ -64,6 +97,21 @@ def test_asynchronous_rewards_are_waited_for_together() -> None:
 def test_a_failure_names_its_batch(reward: Any, says: str) -> None:
     with pytest.raises(RewardError, match=says):
         evaluated(reward, torch.ones(2, 1), batch=3)
+
+
+def test_a_derivative_that_is_promised_and_not_there(make: Callable[..., Any]) -> None:
+    """A reward that leaves autograd, say by numpy, and says that it has a derivative: paths name the fault."""
+
+    def left(x: Tensor, prompts: Any = None) -> Tensor:
+        return x[:, 0].detach() ** 2
+
+    left.differentiable = True  # pyright: ignore[reportFunctionMemberAccess]
+    world = make(2, 2)
+    problem = RewardProblem(world.policy, left, [world.theta], (1,), dtype=torch.float64)
+    for ask in (lambda: Paths()(problem, Independent(0), 8), lambda: reward_gradient(left, torch.ones(2, 1))):
+        with pytest.raises(RewardError, match="says that it is differentiable, and its values do not depend"):
+            ask()
+    assert Scores()(problem, Independent(0), 8).claim.label == "unbiased"
 
 
 def test_an_interrupt_is_not_a_failure() -> None:
@@ -117,6 +165,96 @@ def test_a_run_is_not_in_its_own_fit() -> None:
     after = RidgeSurrogate.fit(x, y, folds=3)(x)
     assert torch.equal(before[4:8], after[4:8])
     assert not torch.equal(before[:4], after[:4])
+
+
+@pytest.mark.parametrize("baseline", ["leave-one-out", "x0"])
+def test_residuals_are_judged_without_the_run_s_own_reward(make: Callable[..., Any], baseline: Any) -> None:
+    """One reward is changed: what it is compared with stays, so the run's own advantage moves by as much."""
+    world = make(2, 2)
+    ran = rollout(world.policy, Independent(0), 12, (1,), dtype=torch.float64)
+    R = world.reward(ran.samples)
+    scores = Scores(baseline, ridge=0.5)
+
+    def judged(rewards: Tensor) -> Tensor:
+        h = RidgeSurrogate.fit(ran.samples, rewards, ridge=1e9)  # a mean: all that a fit can know of a run
+        found = h.judged(scores.advantages, ran, rewards)
+        assert isinstance(found, Advantages)
+        return found.values
+
+    before = judged(R)
+    for i in (0, 5, 11):
+        more = R.clone()
+        more[i] += 1.0
+        assert torch.allclose(judged(more)[..., i] - before[..., i], torch.ones(()).double(), atol=1e-12)
+    estimator = SurrogateControl(Scores(baseline))
+    problem = RewardProblem(world.policy, world.reward, [world.theta], (1,), num_generations=12, dtype=torch.float64)
+    assert estimator(problem, Independent(0), 12).claim.label == "unbiased"
+
+
+@pytest.mark.parametrize("estimator", [Scores("x0"), SurrogateControl()], ids=lambda e: e.name)
+def test_two_runs_are_enough(make: Callable[..., Any], estimator: Any) -> None:
+    """A fold a run: what one is compared with is the other's reward."""
+    world = make(2, 2)
+    problem = RewardProblem(world.policy, world.reward, [world.theta], (1,), num_generations=2, dtype=torch.float64)
+    found = estimator(problem, Independent(0), 2)
+    plain = Scores()(problem, Independent(0), 2)
+    a, b = (torch.autograd.grad(out.loss, world.theta)[0] for out in (found, plain))
+    assert torch.isfinite(a).all()
+    if isinstance(estimator, Scores):
+        assert torch.allclose(a, b)
+
+
+def test_a_surrogate_s_folds_keep_mirrored_runs_together() -> None:
+    x = Independent(0).normal(range(20), (2,))
+    fold = RidgeSurrogate.fit(x, x.sum(1), streams=torch.arange(20) // 2).fold
+    assert torch.equal(fold[::2], fold[1::2])
+
+
+def test_the_x0_baseline_knows_the_mean_of_every_group(make: Callable[..., Any]) -> None:
+    """Neighbours are groups with a mean each, which no state tells: folds of whole groups would know none of them."""
+    world = make(2, 2)
+    ran = rollout(world.policy, Independent(0), 64, (1,), dtype=torch.float64, num_generations=8)
+    R = world.reward(ran.samples) + 50.0 * (ran.groups % 2)
+    assert float((R - x0_baseline(ran, R)).var(1).max()) < 2 * float(advantages(R, ran.groups).values.var())
+    counts = torch.zeros(ran.n, dtype=torch.int64)
+    counts[::3] = 1
+    assert torch.allclose(x0_baseline(ran, counts), x0_baseline(ran, counts.double()))
+
+
+def test_spread_folds() -> None:
+    """Every group in every fold, folds of one size, and runs of one stream together."""
+    groups = torch.tensor([0, 1, 2, 3] * 6)
+    fold = spread_folds(groups, 4)
+    assert all(sorted(set(fold[groups == g].tolist())) == [0, 1, 2, 3] for g in range(4))
+    assert fold.bincount().tolist() == [6, 6, 6, 6]
+    assert spread_folds(torch.arange(8), 4).bincount().tolist() == [2, 2, 2, 2]
+    pairs = spread_folds(torch.arange(16) // 8, 4, torch.arange(16) // 2)
+    assert torch.equal(pairs[::2], pairs[1::2])
+    with pytest.raises(ValueError, match="4 folds of 2 independent parts"):
+        spread_folds(torch.zeros(4, dtype=torch.int64), 4, torch.arange(4) // 2)
+
+
+def test_a_value_network_is_told_the_prompt_and_not_the_group(make: Callable[..., Any]) -> None:
+    """Five groups of two prompts: the network has two, and prompts' rewards differ."""
+    world = make(2, 2)
+    value = ValueNetwork(1, 2, prompts=2)
+    history = History(lambda index: index // 2 % 2, value=value)
+    problem = RewardProblem(
+        world.policy,
+        lambda x, p, **c: x[:, 0] + 10.0 * c["prompt"],
+        [world.theta],
+        (1,),
+        num_generations=2,
+        dtype=torch.float64,
+        columns=lambda index: {"prompt": index // 2 % 2},
+    )
+    for b in range(60):
+        out = Scores("value")(problem, Independent(0), 10, 10 * b, history=history)
+        assert out.ran is not None
+        history.seen(out.ran, out.rewards)
+    ran = rollout(world.policy, Independent(1), 8, (1,), dtype=torch.float64, num_generations=2)
+    V = value.predict(history.told(ran))
+    assert float((V[:, ran.groups % 2 == 1] - V[:, ran.groups % 2 == 0]).mean()) > 5
 
 
 def test_features_say_what_a_surrogate_may_be(make: Callable[..., Any]) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from lowvar.process import Flow, Independent
-from lowvar.reward import advantages, rollout, surrogate_loss
+from lowvar.process import CosineVP, Flow, GaussianTwin, Independent, PixelBasis, ReverseKernel
+from lowvar.reward import Floor, Policy, advantages, rollout, surrogate_loss
 
 
 def ran(world: Any, **how: Any) -> Any:
@@ -99,3 +99,20 @@ def test_moved_parameters_are_clipped_in_nats_and_say_so(make: Callable[..., Any
     # the ratio has mean 1 under the old policy, exactly
     mean = world.noise.weights @ free.log_ratio[1].exp()
     assert float(mean) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_small_move_in_many_dimensions_is_no_rounding() -> None:
+    """log p is summed over 4,096 numbers; a tenth of a nat is still a move, and says so."""
+    schedule, d = CosineVP(), 4096
+    shift = torch.zeros(d, requires_grad=True)
+    twin = GaussianTwin(shift, PixelBasis((d,)), torch.ones(d))
+    grid = torch.linspace(0.9, 0, 4, dtype=torch.float64)
+    policy = Policy(twin.denoiser(schedule), ReverseKernel(), grid, Floor(0.1))
+    ran = rollout(policy, Independent(0), 8, (d,))
+    A = torch.ones(8)
+    assert surrogate_loss(policy, ran.part(torch.arange(3)), A[:3]).claim.label == "unbiased"
+    with torch.no_grad():
+        shift.add_(0.003)
+    out = surrogate_loss(policy, ran, A)
+    assert 0.01 < float(out.log_ratio.abs().max()) < 1
+    assert out.claim.bias == "direction"

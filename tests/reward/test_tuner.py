@@ -126,6 +126,9 @@ def test_a_failed_update_leaves_the_parameters(make: Callable[..., Any]) -> None
     assert torch.equal(before, one.parameters[0])
     with pytest.raises(ValueError, match="batch is 12; give a multiple of 8"):
         Tuner(one, TuneConfig(5, 12, Scores()), Independent(0))
+    for name, value in (("trust_nats", -0.2), ("stop_kl", 0.0), ("pilot_repeats", 1)):
+        with pytest.raises(ValueError, match=f"{name} is {value}; give"):
+            TuneConfig(5, 16, **{name: value})  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="give reference"):
         Tuner(one, TuneConfig(5, 16, Scores(), beta=0.1), Independent(0))
 

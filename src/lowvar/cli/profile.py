@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lowvar.data import Data
     from lowvar.metrics import Statistic
     from lowvar.profile import Advice, ReverseProfile
+    from lowvar.reward import NamedReward
 
 __all__ = ["Profile"]
 
@@ -72,7 +73,8 @@ class Profile(DataFlags, Sampling):
     """statistics whose designs are compared, names or module:function separated by commas; default: brightness and
     jpeg of images, none of others"""
     reward: MaybeText = None
-    """name of a statistic, or module:function: the estimators of its gradient are compared"""
+    """as of `lowvar tune`, a name, module:function or a weighted sum of them: the estimators of its gradient are
+    compared"""
     against: MaybePath = None
     """an earlier profile: what its verdict promised stands beside what is measured now"""
     prediction: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] = "epsilon"
@@ -96,8 +98,11 @@ class Profile(DataFlags, Sampling):
             raise UserError(f"--parts has {unknown[0]!r}; allowed: all, {', '.join(PARTS)}")
         if "reward" in parts and self.reward is None:
             raise UserError("--parts has 'reward', and there is no reward; give --reward, for example brightness")
-        if self.reward is not None and "reward" not in parts:
-            parts = (*parts, "reward")
+        if self.reward is not None:
+            from lowvar.reward.named import parsed
+
+            parsed(self.reward)
+            parts = parts if "reward" in parts else (*parts, "reward")
         check_free(self.out, overwrite=self.overwrite)
         return parts
 
@@ -168,18 +173,21 @@ class Profile(DataFlags, Sampling):
         pipeline = SimpleNamespace(network=network, scheduler=scheduler)
         return Model(pipeline, denoiser, None, tuple(data.shape))
 
-    def _statistics(self, model: Model, data: Data) -> tuple[list[Statistic], Statistic | None]:
+    def _statistics(self, model: Model, data: Data) -> tuple[list[Statistic], NamedReward | None]:
         """Statistics, and the reward."""
-        from lowvar.metrics import statistic_named
+        from lowvar.metrics import needs_data, statistic_named
+        from lowvar.reward import reward_named
+        from lowvar.reward.named import parsed
 
         if str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))  # a module of one's own stands beside the run
         images = len(data.shape) == 3 and model.bound is not None
         words = parse_names("--statistic", self.statistic) if self.statistic else ["brightness", "jpeg"] * images
-        own = [word for word in (*words, self.reward or "") if word and ":" not in word]
+        rewards = [] if self.reward is None else [name for _, name in parsed(self.reward)]
+        own = [word for word in (*words, *rewards) if ":" not in word or needs_data(word)]
         if own and not images and model.bound is None:
             raise UserError(f"statistic {own[0]!r} is of images, and the model makes latents; give a module:function")
-        reward = None if self.reward is None else statistic_named(self.reward, data=data)
+        reward = None if self.reward is None else reward_named(self.reward, data=data, bound=model.bound)
         return [statistic_named(word, data=data) for word in words], reward
 
 
@@ -216,7 +224,7 @@ class _Work:
         self.lines: list[Advice] = []
         self.notes: list[str] = []
 
-    def run(self, statistics: list[Statistic], reward: Statistic | None) -> None:
+    def run(self, statistics: list[Statistic], reward: NamedReward | None) -> None:
         """All parts that are asked for."""
         from lowvar.cli.profiling import in_use
 
@@ -342,7 +350,7 @@ class _Work:
             words = f"lowvar estimate --model {model} --statistic {one.name} --design {one.design}"
             self.lines.append(statistic_gain(one, words))
 
-    def _reward_of(self, used: InUse, reward: Statistic) -> None:
+    def _reward_of(self, used: InUse, reward: NamedReward) -> None:
         from lowvar.cli.profiling import reward_part
         from lowvar.profile import reward_gain
 
@@ -360,7 +368,8 @@ class _Work:
         self.notes += notes
         if found is not None:
             self.found["reward"] = about_reward(found)
-            self.lines.append(reward_gain(found))
+            words = f"lowvar tune --model {asked.model} --steps {asked.steps} --out TUNED"
+            self.lines.append(reward_gain(found, words))
 
 
 def _sampling_lines(asked: Profile, found: ReverseProfile, used: InUse, scores: Scores) -> list[Advice]:

@@ -17,13 +17,15 @@ from lowvar.cli.models import Model, scheduler_of
 from lowvar.errors import UserError
 from lowvar.evaluation import Cell, chain_of, evaluate, recommend
 from lowvar.metrics import Scorer, Statistic
+from lowvar.pipelines import denoiser_of
+from lowvar.process.denoiser import Denoiser
 from lowvar.process.grid import GRIDS, trailing
 from lowvar.process.head import COVARIANCE_HEADS
 from lowvar.process.kernel import ReverseKernel
 from lowvar.process.noise import Independent
 from lowvar.profile import ReverseVariance, RewardProfile, StatisticProfile, profile_reward, profile_statistic
 from lowvar.profile.sampling import seconds_per_evaluation
-from lowvar.reward import Floor, Policy, RewardProblem
+from lowvar.reward import Floor, NamedReward, Policy, RewardProblem
 from lowvar.sample import SAMPLERS
 from lowvar.schedulers import ReverseVarianceScheduler
 
@@ -35,7 +37,7 @@ __all__ = ["InUse", "Scores", "in_use", "reward_part", "scores_part", "statistic
 
 _LEAST, _MOST = 64, 1024  # samples a cell
 _BLOCKS = 16
-_RUNS = 32
+_RUNS, _GROUP = 32, 8  # runs of a batch and of a group of it
 _FEATURES = 15.0  # seconds: below, no features are learned for the Frechet distance
 _FLOOR = 0.05  # standard deviation of the last step, as `lowvar.reward` says it
 
@@ -238,20 +240,10 @@ def statistics_part(
     return found, notes
 
 
-class _Reward:
-    """A statistic as a reward."""
-
-    def __init__(self, statistic: Statistic) -> None:
-        self.statistic, self.differentiable = statistic, bool(statistic.differentiable)
-
-    def __call__(self, samples: Tensor, prompts: Any = None, **columns: Any) -> Tensor:
-        return self.statistic(samples)
-
-
 def reward_part(
     model: Model,
     used: InUse,
-    reward: Statistic,
+    reward: NamedReward,
     *,
     steps: int,
     seconds: float,
@@ -264,7 +256,7 @@ def reward_part(
     Args:
         model: the model, its parameters with gradients.
         used: the sampler in use.
-        reward: what is tuned for.
+        reward: what is tuned for; a model with classes is tuned for all of them, a class a group, as by `lowvar tune`.
         steps: reverse steps.
         seconds: budget.
         memory: bytes for gradients.
@@ -276,9 +268,26 @@ def reward_part(
     certain = float(grid[-1]) == 0 and kernel.last != "decoder"
     network: Any = model.denoiser.network
     network.requires_grad_(True)
-    policy = Policy(model.denoiser, kernel, grid, Floor(_FLOOR) if certain else None)
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    problem = RewardProblem(policy, _Reward(reward), parameters, model.shape, num_generations=8, device=device)
+    classes = len(model.classes or ())
+
+    def of_classes(labels: Tensor) -> Denoiser:
+        return denoiser_of(model.pipeline, class_labels=labels)
+
+    def labels_of(index: Tensor) -> Tensor:
+        return (index // _GROUP % classes).to(device)
+
+    denoiser = of_classes if classes else model.denoiser
+    policy = Policy(denoiser, kernel, grid, Floor(_FLOOR) if certain else None)
+    problem = RewardProblem(
+        policy,
+        reward,
+        [p for p in network.parameters() if p.requires_grad],
+        model.shape,
+        prompts=labels_of if classes else None,
+        num_generations=_GROUP,
+        device=device,
+        columns=(lambda index: {"label": labels_of(index)}) if classes else None,
+    )
     try:
         found = profile_reward(problem, reward.name, seconds=seconds, n=_RUNS, seed=seed + 41, memory=memory)
     except ValueError as error:

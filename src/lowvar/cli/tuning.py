@@ -272,7 +272,8 @@ class Tuning:
         if not isinstance(given, Scores) or given.baseline != "value":
             return None
         d = int(torch.Size(self.model.shape).numel())
-        return ValueNetwork(d, self.flags.steps, seed=self.flags.seed).to(self.device)
+        prompts = len(self.model.classes) if self._conditional else 0
+        return ValueNetwork(d, self.flags.steps, prompts, seed=self.flags.seed).to(self.device)
 
     def _keep(self, tuner: Tuner, partial: Path) -> None:
         """A checkpoint of the last whole update, where there is one that has none."""

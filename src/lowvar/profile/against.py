@@ -8,7 +8,8 @@ Of every line of the first verdict that the second profile has the figure for:
     technique, design,
     estimator            its factor, promised to be what it is at the new weights
 
-A promise is met where the measured interval reaches what was promised, or is better.
+An estimator's is asked of the same reward only. A promise is met where the measured interval reaches what was promised,
+or is better.
 """
 
 from __future__ import annotations
@@ -72,7 +73,6 @@ def promises(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[Promi
 
 def _found(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[Promise]:
     lines = [line for line in first.get("verdict") or [] if line.get("worth")]
-    one = Interval(OFF, 1 / OFF, OFF, math.nan)
     if any(line.get("fault") and line.get("part") == "training" for line in lines):
         before, now = _worst_error(first), _worst_error(second)
         if now is not None:
@@ -82,7 +82,7 @@ def _found(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[Prom
         before, now = _worst_ratio(first), _worst_ratio(second)
         if now is not None:
             met = now.low <= OFF and now.high >= 1 / OFF
-            expected = Interval(1.0, one.low, one.high, math.nan)
+            expected = Interval(1.0, 1 / OFF, OFF, math.nan)
             yield Promise("worst ratio of squared residual and variance", before, expected, now, met)
     if any(line.get("part") == "sampling" and (line.get("settings") or {}).get("sampler") for line in lines):
         before, expected = _score(first, "current"), _score(first, "recommended")
@@ -95,15 +95,13 @@ def _found(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[Prom
     yield from _factors(first, second, "techniques", "variance reduction of {}", names)
     chosen = {r["name"] for r in first.get("statistics") or [] if (r.get("low") or 0) > 1}
     yield from _factors(first, second, "statistics", "factor of the design for {}", chosen)
-    rows = (first.get("reward") or {}).get("rows") or []
-    best = {r["name"] for r in rows if r["name"] == (first.get("reward") or {}).get("recommended")}
-    yield from _factors(
-        first.get("reward") or {}, second.get("reward") or {}, "rows", "factor of the estimator {}", best
-    )
+    one, other = first.get("reward") or {}, second.get("reward") or {}
+    if one.get("reward") == other.get("reward"):
+        yield from _factors(one, other, "rows", "factor of the estimator {}", {one.get("recommended")})
 
 
 def _factors(
-    first: Mapping[str, Any], second: Mapping[str, Any], key: str, words: str, names: set[str]
+    first: Mapping[str, Any], second: Mapping[str, Any], key: str, words: str, names: set[Any]
 ) -> Iterator[Promise]:
     now = {row["name"]: row for row in second.get(key) or []}
     for row in first.get(key) or []:

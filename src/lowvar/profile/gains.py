@@ -8,6 +8,7 @@ independent, which common noise makes them less than, so the ratio's is on the w
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -150,11 +151,12 @@ def statistic_gain(found: StatisticProfile, command: str) -> Advice:
     )
 
 
-def reward_gain(found: RewardProfile) -> Advice:
+def reward_gain(found: RewardProfile, command: str = "lowvar tune") -> Advice:
     """What the recommended estimator of a reward's gradient brings.
 
     Args:
         found: the part.
+        command: that tunes, to which the reward is added.
     """
     row = next(r for r in found.rows if r.name == found.recommended)
     measured: dict[str, Any] = {
@@ -177,7 +179,7 @@ def reward_gain(found: RewardProfile) -> Advice:
     return Advice(
         f"estimator {found.recommended} for reward {found.reward}",
         f"{'' if worth else 'nothing that can be told: '}{around} times less variance x time than {found.plain}{batch}",
-        f"lowvar tune --reward {found.reward} --estimator auto" if worth else "",
+        f"{command} --reward {shlex.quote(found.reward)} --estimator auto" if worth else "",
         worth=worth,
         **measured,
     )

@@ -181,7 +181,8 @@ def _batches(each: float, n: int, group: int, seconds: float, most: float) -> tu
 def _row(name: str, row: GradientRow, plain: GradientRow) -> EstimatorRow:
     """An estimator beside the plain one."""
     half = 0.0 if row is plain else math.hypot(*(_log_reach(r.variance, r.high) for r in (row, plain)))
-    factor = plain.work / row.work if row.work > 0 else math.inf
+    equal = row.work == plain.work  # both 0 where the reward is the same for all runs
+    factor = 1.0 if equal else plain.work / row.work if row.work > 0 else math.inf
     return EstimatorRow(
         name,
         row.claim.label,

@@ -14,7 +14,8 @@ other noise, so their errors add). Replicates are interleaved, so seconds compar
 at some of its numbers, evenly spread, stands for all.
 
 Times that learn are learned first, on draws of which no replicate knows; what that costs a run in place is in the
-benchmark of the trainer. Expected gradients of all of these are plain's: they are labelled unbiased, and tests of
+benchmark of the trainer. Techniques that the data have too few dimensions for (four orthogonal noises in a table of
+three columns) are left out. Expected gradients of all of these are plain's: they are labelled unbiased, and tests of
 `train` enumerate it.
 """
 
@@ -40,6 +41,7 @@ from lowvar.train.config import make_pairing
 from lowvar.train.draws import rows_of
 from lowvar.train.noise_probe import flat_gradient
 from lowvar.train.noise_scale import moments_of_sums
+from lowvar.train.pairs import OrthogonalNoise
 from lowvar.train.stable_target import ReferencePlan, reference_noise
 from lowvar.train.targets import PlainTarget
 from lowvar.train.timesteps import FixedTimes, Times, UniformTimes
@@ -219,6 +221,12 @@ class _Method:
         return times
 
 
+def _fits(technique: Technique, batch_size: int, d: int) -> bool:
+    """Whether data of d dimensions allow a technique."""
+    pairing = make_pairing(config_from({"batch_size": batch_size, **technique.settings}))
+    return not isinstance(pairing, OrthogonalNoise) or pairing.size <= d
+
+
 def _weights(network: Any) -> list[nn.Parameter]:
     return [p for p in network.parameters() if p.requires_grad]
 
@@ -282,7 +290,8 @@ def measure(
         )
     plain = plain_times_of(denoiser) if times is None else times
     where = torch.device(device)
-    made = (Technique("plain"), *techniques)
+    d = images.images(torch.zeros(1, dtype=torch.int64))[0].numel()
+    made = (Technique("plain"), *(t for t in techniques if _fits(t, batch_size, d)))
     methods = [
         _Method(t, denoiser, objective, images, batch_size, plain, seed + 1 + k, where, conditional)
         for k, t in enumerate(made)

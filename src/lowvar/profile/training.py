@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from lowvar.data import Images
+from lowvar.errors import UserError
 from lowvar.metrics.intervals import MIN_BLOCKS
 from lowvar.process.denoiser import NetworkDenoiser
 from lowvar.process.noise import Independent
@@ -55,7 +56,7 @@ class TrainingProfile:
         batch_size: that they were measured at.
         verdict: what to do.
         seconds: that it took.
-        errors: by noise level, beside a linear denoiser's; () without held-out images.
+        errors: by noise level, beside a linear denoiser's; () without held-out images, or where these are all alike.
     """
 
     sources: Decomposition
@@ -152,10 +153,15 @@ def profile_training(
         progress: called with the part of the work done, in [0, 1], as it goes.
 
     Raises:
-        ValueError: for a budget that is not above 0.
+        UserError: for a budget that is not above 0, or a network without parameters that require gradients.
     """
     if not minutes > 0:
-        raise ValueError(f"minutes is {minutes:g}; give a number above 0, for example 5")
+        raise UserError(f"minutes is {minutes:g}; give a number above 0, for example 5")
+    if not any(p.requires_grad for p in cast("Any", denoiser.network).parameters()):
+        raise UserError(
+            "the network has no parameters that require gradients, so there is no training gradient to profile; call "
+            "network.requires_grad_(True), or leave the training part out"
+        )
     begun = time.perf_counter()
 
     def spent() -> float:

@@ -78,6 +78,8 @@ def batch_advice(scale: Interval, batch_size: int) -> Advice:
         'a batch of 32 instead of 64'
         >>> batch_advice(Interval(70.0, 50.0, 90.0, 10.0), 64).worth
         False
+        >>> batch_advice(Interval(0.2, 0.1, 0.3, 0.05), 1).expect  # no batch is smaller
+        'nothing much: the noise scale is 0.1 to 0.3'
     """
     n, value = batch_size, scale.value
     if scale.low > 2 * n:
@@ -92,7 +94,7 @@ def batch_advice(scale: Interval, batch_size: int) -> Advice:
             worth=True,
             settings={"batch_size": 2 * n},
         )
-    if scale.high < n / 2:
+    if scale.high < n / 2 and n > 1:
         growth = (1 + 2 * value / n) / (1 + value / n)
         return Advice(
             f"a batch of {n // 2} instead of {n}",
@@ -103,7 +105,8 @@ def batch_advice(scale: Interval, batch_size: int) -> Advice:
             settings={"batch_size": n // 2},
         )
     told = f"{scale.low:.3g} to {scale.high:.3g}" if math.isfinite(scale.high) else f"at least {scale.low:.3g}"
-    near = "nothing much" if scale.low > n / 4 and scale.high < 4 * n else "nothing that can be told"
+    near = scale.high < 4 * n and (scale.low > n / 4 or n == 1)
+    near = "nothing much" if near else "nothing that can be told"
     return Advice(f"another batch than {n}", f"{near}: the noise scale is {told}", "", worth=False)
 
 

@@ -13,6 +13,9 @@ Baselines b of a group of G runs of one prompt, R_i the reward of run i:
     running-including   the same with this batch in it (DDPO)                         direction
     a number, or a tensor (n,) or (m, n) of ones that do not know their own reward    unbiased
 
+"The others" are those that share no noise with the run: of antithetic pairs (`streams`) both are left out of each
+other's baseline, or the gradient of a linear reward would be 1 + 1 / (G - 1) times too long.
+
 Scales, which divide (R - b):
 
     none      the default                                                                               unbiased
@@ -97,25 +100,44 @@ def _group_sums(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return total[place], size[place], place
 
 
-def others_mean(rewards: Tensor, groups: Tensor, what: str) -> Tensor:
-    """Mean of the other runs of each run's group, (n,); `what` is named in the error where there are none."""
-    total, size, _ = _group_sums(rewards, groups)
-    if bool((size < 2).any()):
+def others_mean(rewards: Tensor, groups: Tensor, what: str, streams: Tensor | None = None) -> Tensor:
+    """Mean of the other runs of each run's group, (n,), those of its stream left out.
+
+    Args:
+        rewards: or other values, (n,).
+        groups: (n,).
+        what: is named in the error where there are none.
+        streams: as of `advantages`.
+    """
+    total, size, place = _group_sums(rewards, groups)
+    own, count = rewards, torch.ones_like(size)
+    if streams is not None:
+        stream = streams.to(place.device).unique(return_inverse=True)[1]
+        own, count, _ = _group_sums(rewards, place * (int(stream.max()) + 1) + stream)
+    if bool((size <= count).any()):
+        one, two = ("run", "2") if streams is None else ("stream of noise", "2 streams of runs")
         raise ValueError(
-            f"baseline {what!r} is the mean of the others, and a group has one run; give num_generations >= 2, or a "
-            "baseline over the batch"
+            f"baseline {what!r} is the mean of the others, and a group has one {one}; give num_generations >= {two}, "
+            "or a baseline over the batch"
         )
-    return (total - rewards) / (size - 1)
+    return (total - own) / (size - count)
 
 
-def _baseline(name: str, rewards: Tensor, groups: Tensor, past: RunningStatistics, now: RunningStatistics) -> Tensor:
+def _baseline(
+    name: str,
+    rewards: Tensor,
+    groups: Tensor,
+    past: RunningStatistics,
+    now: RunningStatistics,
+    streams: Tensor | None,
+) -> Tensor:
     everyone = torch.zeros_like(groups)
     if name == "none":
         return torch.zeros_like(rewards)
     if name == "batch":
-        return others_mean(rewards, everyone, name)
+        return others_mean(rewards, everyone, name, streams)
     if name == "leave-one-out":
-        return others_mean(rewards, groups, name)
+        return others_mean(rewards, groups, name, streams)
     if name == "batch-including":
         return rewards.mean().expand_as(rewards)
     if name == "group-including":
@@ -123,7 +145,7 @@ def _baseline(name: str, rewards: Tensor, groups: Tensor, past: RunningStatistic
         return total / size
     if name == "running":
         mean, _, own = past.before(groups)
-        return torch.where(own, mean, others_mean(rewards, everyone, name) if len(rewards) > 1 else 0.0)
+        return torch.where(own, mean, others_mean(rewards, everyone, name, streams) if len(rewards) > 1 else 0.0)
     mean, _, own = now.before(groups)
     return torch.where(own, mean, rewards.mean())
 
@@ -151,6 +173,7 @@ def advantages(
     scale_rewards: ScaleRewards = "none",
     clip: float | None = None,
     state: RunningStatistics | None = None,
+    streams: Tensor | None = None,
 ) -> Advantages:
     """What multiplies the scores of a batch of runs.
 
@@ -162,6 +185,7 @@ def advantages(
         scale_rewards: see the module.
         clip: bound of the advantages' size, after scaling; None: no bound.
         state: running statistics before this batch; None: none yet.
+        streams: `Rollout.streams`, (n,): runs of equal number share noise. None: no two do.
 
     Raises:
         ValueError: if a name is unknown, a reward is not finite or shapes do not fit.
@@ -196,7 +220,7 @@ def advantages(
             raise ValueError(f"the baseline has shape {tuple(baseline.shape)}; give ({len(R)},) or (m, {len(R)})")
         b, claim = baseline.detach().to(R), Claim("none")
     elif isinstance(baseline, str):
-        b, claim = _baseline(baseline, R, groups, past, now), BASELINES[baseline]
+        b, claim = _baseline(baseline, R, groups, past, now, streams), BASELINES[baseline]
     else:
         b, claim = torch.full_like(R, float(baseline)), Claim("none")
     A = R - b
@@ -207,7 +231,8 @@ def advantages(
     if clip is not None:
         A = A.clamp(-clip, clip)
     claim = combined(claim, SCALES[scale_rewards], *([] if clip is None else [_CLIP]))
-    return Advantages(A.to(rewards.dtype), claim, now, _idle(R, groups))
+    kind = rewards.dtype if rewards.is_floating_point() else torch.get_default_dtype()
+    return Advantages(A.to(kind), claim, now, _idle(R, groups))
 
 
 def _idle(R: Tensor, groups: Tensor) -> float:

@@ -118,8 +118,8 @@ class Branches(RewardEstimator):
         R = evaluated(problem.reward, ends.samples, prompts, columns).detach()
         mean = R.reshape(-1, m).mean(1)
         alone = bool((trunk.groups.bincount() < 2).any())  # a group of one trunk: all trunks are compared
-        before = advantages(mean, None if alone else trunk.groups)
-        after = advantages(R, torch.arange(n) // m)
+        before = advantages(mean, None if alone else trunk.groups, streams=trunk.streams)
+        after = advantages(R, torch.arange(n) // m, streams=ends.streams)
         early = surrogate_loss(policy, trunk, before)
         late = surrogate_loss(policy, ends, after)
         each = early.each.repeat_interleave(m) + late.each

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Claim", "combined"]
+__all__ = ["Claim", "beside_paths", "combined"]
 
 Bias = Literal["none", "factor", "direction", "truncation"]
 
@@ -41,6 +41,18 @@ class Claim:
     def label(self) -> Literal["unbiased", "biased"]:
         """In one word."""
         return "unbiased" if self.bias == "none" else "biased"
+
+
+def beside_paths(claim: Claim) -> Claim:
+    """Of scores whose sum with pathwise terms is the estimate: a factor of one part alone is no step size.
+
+    Example:
+        >>> beside_paths(Claim("factor", "the mean includes the run itself: 1 - 1/n")).bias
+        'direction'
+    """
+    if claim.bias != "factor":
+        return claim
+    return Claim("direction", f"{claim.why}; the pathwise part has no such factor", claim.source)
 
 
 _WORST: tuple[Bias, ...] = ("none", "factor", "truncation", "direction")

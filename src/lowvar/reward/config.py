@@ -72,13 +72,14 @@ class TuneConfig:
     def __post_init__(self) -> None:
         """Checks the ranges."""
         least = {"updates": 1, "batch": 1, "num_iterations": 1, "pilot_every": 0, "checkpoint_every": 0}
-        least |= {"gradient_accumulation_steps": 1, "check_every": 0}
+        least |= {"gradient_accumulation_steps": 1, "check_every": 0, "pilot_batch": 1, "pilot_repeats": 2}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}; give {low} or more")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a number above 0")
+        for name in ("learning_rate", "max_grad_norm", "trust_nats", "stop_kl", "stop_quality"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; give a number above 0")
         if not 0 <= self.average < 1:
             raise ValueError(f"average is {self.average}; give a decay from 0 (none), below 1")
         if self.mixed_precision not in ("no", "bf16"):

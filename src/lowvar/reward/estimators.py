@@ -142,7 +142,7 @@ class Scores(RewardEstimator):
         baseline: as of `advantages`, or "x0" (`x0_baseline`), "optimal" (`optimal_constant`, a group at a time) or
             "value" (`ValueNetwork`, of a `History`).
         scale_rewards, clip: as of `advantages`.
-        folds, ridge, features: of "x0", as of `x0_baseline`.
+        folds, ridge, features: of "x0", as of `x0_baseline`; a batch of fewer runs has a fold a run.
 
     Example:
         >>> Scores("x0").name
@@ -182,24 +182,27 @@ class Scores(RewardEstimator):
             ValueError: if the baseline is "value" and there is no history that has one.
         """
         b, how = self.baseline, {"scale_rewards": self.scale_rewards, "clip": self.clip}
+        streams = ran.streams
         given: Any = b
         if b == "value":
             if history is None or history.value is None:
                 raise ValueError("baseline 'value' is a network: give history=History(value=ValueNetwork(..))")
-            given = history.value.predict(ran)
+            given = history.value.predict(history.told(ran))
         elif b == "x0":
-            given = x0_baseline(ran, rewards, folds=self.folds, ridge=self.ridge, features=self.features)
+            folds = min(self.folds, ran.independent)
+            given = x0_baseline(ran, rewards, folds=folds, ridge=self.ridge, features=self.features)
         elif b == "optimal":
-            given = optimal_constant(rewards, ran.score2, groups=ran.groups)
+            given = optimal_constant(rewards, ran.score2, groups=ran.groups, streams=streams)
         past = b in ("running", "running-including") or self.scale_rewards in ("running", "prompt")
         if history is None:
-            return advantages(rewards, ran.groups, baseline=given, **how)  # pyright: ignore[reportArgumentType]
+            return advantages(rewards, ran.groups, baseline=given, streams=streams, **how)  # pyright: ignore[reportArgumentType]
         groups = history.numbers_of(ran.index).to(rewards.device) if past else ran.groups
         state = history.statistics
         if isinstance(given, Tensor):
             return advantages(rewards, groups, baseline=given, state=state, **how)  # pyright: ignore[reportArgumentType]
         whole = history.whole(groups if past else groups + history.place * ran.n)
-        found = advantages(history.whole(rewards), whole, baseline=given, state=state, **how)  # pyright: ignore[reportArgumentType]
+        shared = None if streams is None else history.whole(streams.to(rewards.device))
+        found = advantages(history.whole(rewards), whole, baseline=given, state=state, streams=shared, **how)  # pyright: ignore[reportArgumentType]
         return replace(found, values=history.mine(found.values, ran.n))
 
     def rolled(
@@ -303,7 +306,7 @@ class SurrogateControl(RewardEstimator):
 
     Args:
         scores: for the residual.
-        folds, ridge, features, checkpoint: as of `surrogate_control`.
+        folds, ridge, features, checkpoint: as of `surrogate_control`; a batch of fewer runs has a fold a run.
 
     Example:
         >>> SurrogateControl().name

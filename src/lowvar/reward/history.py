@@ -68,6 +68,10 @@ class History:
         """This process's n of all processes' values, along the last axis."""
         return values if self.gather is None else values[..., self.place * n : (self.place + 1) * n]
 
+    def told(self, ran: Rollout) -> Rollout:
+        """The runs with their prompts' numbers as groups, which a value network of prompts is told."""
+        return ran if self.numbers is None else replace(ran, groups=self.numbers(ran.index).to(ran.groups))
+
     def seen(self, ran: Rollout, rewards: Tensor) -> None:
         """Takes note of a batch."""
         assert self.statistics is not None
@@ -75,7 +79,7 @@ class History:
         self.statistics = self.statistics.updated(self.whole(numbers), self.whole(rewards.detach()))
         if self.value is not None and self.optimizer is not None:
             with torch.enable_grad():
-                self.value.fit(ran, rewards, self.optimizer)
+                self.value.fit(self.told(ran), rewards, self.optimizer)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What a checkpoint keeps: JSON-ready values and tensors."""

@@ -84,7 +84,7 @@ def kl_loss(policy: Policy, reference: Policy, ran: Rollout, *, estimator: KLEst
         estimator: see the module.
 
     Raises:
-        ValueError: if the estimator is unknown, steps differ, or "exact" has one run only.
+        ValueError: if the estimator is unknown, steps differ or are missing, or "exact" has one run only.
 
     Example:
         >>> from lowvar.process import CosineVP, GaussianTwin, Independent, PixelBasis, ReverseKernel
@@ -103,6 +103,12 @@ def kl_loss(policy: Policy, reference: Policy, ran: Rollout, *, estimator: KLEst
         raise ValueError(f"the KL estimator is {estimator!r}; allowed: {', '.join(KL_ESTIMATORS)}")
     if policy.steps != reference.steps or not torch.equal(policy.grid, reference.grid):
         raise ValueError(f"the policy has {policy.steps} steps, the reference {reference.steps}, or other times")
+    missing = sorted(set(policy.scored) - set(ran.steps))
+    if missing:
+        raise ValueError(
+            f"the rollout kept steps {ran.steps} and lacks {tuple(missing)}, whose KL would be missing; make it "
+            "without `steps`"
+        )
     if estimator == "exact" and ran.n < 2:
         raise ValueError("the score part needs the mean of other runs; give at least 2 runs")
     scored = set(policy.scored)
@@ -125,8 +131,9 @@ def kl_loss(policy: Policy, reference: Policy, ran: Rollout, *, estimator: KLEst
         w = (moved.cumsum(0) - moved).exp()
         groups = ran.groups.to(value.device)
         _, place, size = groups.unique(return_inverse=True, return_counts=True)
-        groups = groups if int(size.min()) > 1 else torch.zeros_like(place)
-        c = torch.stack([others_mean(row, groups, estimator) for row in value])
+        small = int(size.min()) < 2 or ran.streams is not None  # a group may be one stream
+        groups = torch.zeros_like(place) if small else groups
+        c = torch.stack([others_mean(row, groups, estimator, ran.streams) for row in value])
         each = w * (KL - c) + c
     elif estimator == "direct":
         each = KL

@@ -35,7 +35,7 @@ from lowvar.gradients import Roulette
 from lowvar.gradients.chain import ReverseChain, StepRule
 from lowvar.process.noise import NoiseSource
 from lowvar.reward.advantages import Advantages, advantages
-from lowvar.reward.claims import Claim, combined
+from lowvar.reward.claims import Claim, beside_paths, combined
 from lowvar.reward.policy import Policy
 from lowvar.reward.rewards import Reward, evaluated, is_differentiable
 from lowvar.reward.rollout import Rollout, rollout
@@ -59,7 +59,7 @@ AdvantageRule = Callable[[Rollout, Tensor], Advantages | Tensor]
 
 def leave_one_out(ran: Rollout, rewards: Tensor) -> Advantages:
     """Rewards less the mean of the others of the group: the usual advantage rule."""
-    return advantages(rewards, ran.groups)
+    return advantages(rewards, ran.groups, streams=ran.streams)
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ class RandomTruncation:
             ValueError: if the range is longer than the chain.
         """
         high = steps if self.high is None else self.high
-        if high > steps:
-            raise ValueError(f"k goes up to {high}, the chain has {steps} steps")
+        if max(self.low, high) > steps:
+            raise ValueError(f"k goes up to {max(self.low, high)}, the chain has {steps} steps")
         return self.low + min(int(u * (high - self.low + 1)), high - self.low)
 
 
@@ -274,7 +274,7 @@ def pathwise_loss(
     each = out.each
     if scores:
         given = advantage(ran, -out.costs)
-        claim = combined(claim, given.claim) if isinstance(given, Advantages) else claim
+        claim = combined(claim, beside_paths(given.claim)) if isinstance(given, Advantages) else claim
         early_policy = replace(policy, terminal="drop") if policy.terminal == "pathwise" else policy
         each = each + surrogate_loss(early_policy, ran, given).each
     return RewardLoss(each.mean(), each, -out.costs, out.samples, k, claim)

@@ -2,10 +2,12 @@ r"""Rewards: what a run is worth.
 
     R = f(samples, prompts, **columns),      samples (n, *shape), R (n,),
 
-any function of that form. One that has a derivative in the samples says so, `f.differentiable = True`, and only then is
-differentiated. Nothing is lost when one fails: the error names the batch and the runs, and the rollout is still there.
+any function of that form; counts and answers (whole numbers, booleans) are taken as numbers of the samples' kind. One
+that has a derivative in the samples says so, `f.differentiable = True`, and only then is differentiated. Nothing is
+lost when one fails: the error names the batch and the runs, and the rollout is still there.
 
-A function may be asynchronous (`async def`): the rewards of several functions are then waited for together.
+A function may be asynchronous (`async def`): the rewards of several functions are then waited for together, where a
+loop is running already (a notebook) by one in a thread of its own.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,9 +95,14 @@ def waited(given: Sequence[Tensor | Awaitable[Tensor]]) -> list[Tensor]:
     async def every() -> list[Tensor]:
         return list(await asyncio.gather(*(one(value) for value in given)))
 
-    if any(inspect.isawaitable(value) for value in given):
+    if not any(inspect.isawaitable(value) for value in given):
+        return list(given)  # pyright: ignore[reportReturnType]
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
         return asyncio.run(every())
-    return list(given)  # pyright: ignore[reportReturnType]
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, every()).result()
 
 
 def evaluated(
@@ -110,7 +118,8 @@ def evaluated(
         batch: its number, for errors.
 
     Raises:
-        RewardError: if the reward raises, or returns another shape or a number that is not finite; its cause is kept.
+        RewardError: if the reward raises, returns another shape or a number that is not finite, or has no derivative
+            though it says so; its cause is kept.
 
     Example:
         >>> evaluated(lambda x, prompts: 1 / x[:, 0], torch.tensor([[1.0], [0.0]]), batch=7)
@@ -124,6 +133,15 @@ def evaluated(
     if not isinstance(values, Tensor) or values.shape != (len(samples),):
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise RewardError(f"the reward returned {got}; give a tensor of one number a run, ({len(samples)},)", batch)
+    if not values.is_floating_point():
+        values = values.to(samples.dtype)
+    wanted = torch.is_grad_enabled() and samples.requires_grad and is_differentiable(reward)
+    if wanted and not values.requires_grad:
+        raise RewardError(
+            "the reward says that it is differentiable, and its values do not depend on the samples by autograd; "
+            "compute them with torch and without detach, or leave out differentiable",
+            batch,
+        )
     bad = (~torch.isfinite(values)).nonzero()[:, 0]
     if len(bad):
         raise RewardError(

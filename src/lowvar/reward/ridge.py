@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Ridge", "cross_fitted", "fold_numbers"]
+__all__ = ["Ridge", "cross_fitted", "fold_numbers", "spread_folds"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +103,32 @@ def fold_numbers(n: int, folds: int, groups: Tensor | None = None) -> Tensor:
     if not 2 <= folds <= count:
         raise ValueError(f"{folds} folds of {count} independent parts; give at least 2 folds, at most {count}")
     return place * folds // count
+
+
+def spread_folds(groups: Tensor, folds: int, streams: Tensor | None = None) -> Tensor:
+    """The fold of each run, (n,): every group in as many folds as can be, so that no fit lacks one.
+
+    Args:
+        groups: number of each run's group, (n,).
+        folds: their number.
+        streams: runs of equal number stay together, (n,); None: none do.
+
+    Raises:
+        ValueError: if there are fewer than 2 folds or more folds than runs (or streams).
+
+    Example:
+        >>> spread_folds(torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), 4).tolist()
+        [0, 1, 2, 3, 0, 1, 2, 3]
+    """
+    groups = groups.cpu()
+    n = len(groups)
+    place = torch.arange(n) if streams is None else streams.cpu().unique(return_inverse=True)[1]
+    count = int(place.max()) + 1 if n else 0
+    fold_numbers(count, folds)  # its check
+    of_stream = groups.new_zeros(count).scatter_(0, place, groups)
+    fold = torch.empty(count, dtype=torch.int64)
+    fold[of_stream.argsort(stable=True)] = torch.arange(count) % folds
+    return fold[place]
 
 
 def cross_fitted(

@@ -11,7 +11,8 @@ denoised states out, and `steps` keeps a window of steps only. A window drawn by
 unbiased when its terms are multiplied by K / |window|, which `surrogate_loss` does.
 
 Noise is an argument: draw 0 gives the start, draw k + 1 the noise of step k, as in `lowvar.sample`; so rollout i is
-sample i of `lowvar.sample.generate`, and common or antithetic noise is a matter of the source.
+sample i of `lowvar.sample.generate`, and common or antithetic noise is a matter of the source. Runs that share noise
+know each other's: baselines leave all runs of a `stream` out of each one's own.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lowvar.gradients import ReverseChain
-from lowvar.process.noise import NoiseSource
+from lowvar.process.noise import Antithetic, Common, NoiseSource
 from lowvar.reward.policy import Policy, rows
 
 __all__ = ["Rollout", "rollout", "step_window"]
@@ -69,6 +70,18 @@ class Rollout:
         """Number of runs."""
         return len(self.samples)
 
+    @property
+    def streams(self) -> Tensor | None:
+        """Numbers (n,) that runs of one noise have in common (mirrored or the same); None: no two share any."""
+        index = _stream(self.noise, self.index)
+        return None if index is self.index else index
+
+    @property
+    def independent(self) -> int:
+        """Number of runs that share no noise: of streams."""
+        streams = self.streams
+        return self.n if streams is None else len(streams.unique())
+
     def part(self, which: Tensor) -> Rollout:
         """Some of the runs, by their places (m,) int64: a minibatch."""
         return Rollout(
@@ -85,6 +98,14 @@ class Rollout:
             self.weight,
             self.noise,
         )
+
+
+def _stream(noise: NoiseSource, index: Tensor) -> Tensor:
+    if isinstance(noise, Antithetic):
+        return _stream(noise.base, index // 2)
+    if isinstance(noise, Common):
+        return _stream(noise.base, torch.zeros_like(index) if noise.size is None else index // noise.size)
+    return index
 
 
 def step_window(policy: Policy, noise: NoiseSource, update: int, size: int) -> tuple[int, ...]:

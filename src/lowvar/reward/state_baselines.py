@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lowvar.reward.policy import Policy
-from lowvar.reward.ridge import cross_fitted, fold_numbers
+from lowvar.reward.ridge import cross_fitted, fold_numbers, spread_folds
 from lowvar.reward.rollout import Rollout
 from lowvar.reward.surrogate import replayed
 
@@ -68,7 +68,14 @@ def score_norms(policy: Policy, ran: Rollout, parameters: Sequence[Tensor]) -> T
     return norms
 
 
-def optimal_constant(rewards: Tensor, weights: Tensor, *, folds: int = 4, groups: Tensor | None = None) -> Tensor:
+def optimal_constant(
+    rewards: Tensor,
+    weights: Tensor,
+    *,
+    folds: int = 4,
+    groups: Tensor | None = None,
+    streams: Tensor | None = None,
+) -> Tensor:
     """b* for each run from runs other than itself, (n,): a baseline of `advantages`.
 
     Args:
@@ -76,6 +83,7 @@ def optimal_constant(rewards: Tensor, weights: Tensor, *, folds: int = 4, groups
         weights: |S|^2 of each run, (n,), or of each step, (m, n), which are summed.
         folds: number of folds; a run's constant comes from the other folds.
         groups: number of each run's group, (n,): a constant for each group, from the others of it; None: one for all.
+        streams: as of `advantages`: runs that share noise do not count among the others.
 
     Raises:
         ValueError: if shapes do not fit.
@@ -84,20 +92,28 @@ def optimal_constant(rewards: Tensor, weights: Tensor, *, folds: int = 4, groups
         >>> optimal_constant(torch.tensor([1.0, 1.0, 4.0, 4.0]), torch.tensor([1.0, 1.0, 2.0, 2.0]), folds=2).tolist()
         [4.0, 4.0, 1.0, 1.0]
     """
+    rewards = rewards if rewards.is_floating_point() else rewards.to(torch.get_default_dtype())
     w = (weights.sum(0) if weights.ndim == 2 else weights).detach().to(rewards)
     if rewards.ndim != 1 or w.shape != rewards.shape:
         raise ValueError(
             f"rewards {tuple(rewards.shape)} and weights {tuple(weights.shape)}: give (n,) and (n,) or (m, n)"
         )
     if groups is None:  # all but the own fold
-        fold = fold_numbers(len(rewards), folds).to(rewards.device)
+        fold = fold_numbers(len(rewards), folds, streams).to(rewards.device)
         parts = [v.new_zeros(folds).index_add_(0, fold, v) for v in (w, w * rewards)]
         total, top = ((part.sum() - part)[fold] for part in parts)
-    else:  # all of the group but the own run
-        place = groups.unique(return_inverse=True)[1].to(rewards.device)
-        count = int(place.max()) + 1
-        total, top = (v.new_zeros(count).index_add_(0, place, v)[place] - v for v in (w, w * rewards))
+    else:  # all of the group but the own run, and what shares its noise
+        place = groups.to(rewards.device)
+        stream = torch.arange(len(rewards)) if streams is None else streams
+        own = torch.stack([place, stream.to(place)], 1).unique(dim=0, return_inverse=True)[1]
+        place = place.unique(return_inverse=True)[1]
+        total, top = (_sums(v, place) - _sums(v, own) for v in (w, w * rewards))
     return torch.where(total > 0, top / total.clamp_min(torch.finfo(w.dtype).tiny), 0.0)
+
+
+def _sums(values: Tensor, place: Tensor) -> Tensor:
+    """Of all with the same place, (n,)."""
+    return values.new_zeros(int(place.max()) + 1).index_add_(0, place, values)[place]
 
 
 def x0_baseline(
@@ -108,11 +124,11 @@ def x0_baseline(
     ridge: float | None = None,
     weights: Tensor | None = None,
     features: Features = linear_and_square,
-    pairs: bool = False,
 ) -> Tensor:
     """A baseline for every run and step, (m, n): the cross-fitted, weighted ridge of R on features of x0_hat(x_t).
 
-    With several groups an indicator of each is among the features, so that a prompt's mean is known.
+    With several groups an indicator of each is among the features, and folds are spread over groups, so that a prompt's
+    mean is known. Runs that share noise (`Rollout.streams`) stay in one fold.
 
     Args:
         ran: a rollout with `x0_hat`.
@@ -121,7 +137,6 @@ def x0_baseline(
         ridge: number of runs that say "no slope"; None: by generalised cross-validation, a step and fold at a time.
         weights: |S_t|^2, (m, n); None: `ran.score2`.
         features: of denoised states (n, *shape), (n, p).
-        pairs: whether neighbouring runs (2 i, 2 i + 1) are dependent (antithetic noise) and stay in one fold.
 
     Raises:
         ValueError: if the rollout has no x0_hat.
@@ -140,7 +155,8 @@ def x0_baseline(
     """
     if ran.x0_hat is None:
         raise ValueError("the rollout kept no x0_hat; make it with x0_hat=True")
-    fold = fold_numbers(ran.n, folds, torch.arange(ran.n) // 2 if pairs else None)
+    fold = spread_folds(ran.groups, folds, ran.streams)
+    rewards = rewards if rewards.is_floating_point() else rewards.to(ran.samples.dtype)
     W = ran.score2 if weights is None else weights
     place = ran.groups.unique(return_inverse=True)[1].to(rewards.device)
     out = torch.zeros(len(ran.steps), ran.n, dtype=rewards.dtype, device=rewards.device)

@@ -28,12 +28,13 @@ from torch import Tensor
 from lowvar.gradients.estimator import zero
 from lowvar.process.kernel import Gaussian
 from lowvar.reward.advantages import Advantages
-from lowvar.reward.claims import Claim, combined
+from lowvar.reward.claims import Claim, beside_paths, combined
 from lowvar.reward.policy import Policy
 from lowvar.reward.rollout import Rollout
 
 __all__ = ["OFF_POLICY", "SurrogateLoss", "replayed", "surrogate_loss", "surrogate_losses"]
 
+_MOVED = 0.01  # nats: a ratio that far from 1 is no rounding, however many dimensions it is summed over
 OFF_POLICY = Claim("direction", "the parameters have moved since the rollout: states are the old policy's", "PPO")
 
 
@@ -119,7 +120,7 @@ def _steps(
         each = -ran.weight * gain
         at = log_ratio.detach()
         rounding = 1e3 * torch.finfo(at.dtype).eps * max(float(ran.log_prob[row].abs().max()), 1.0)
-        moved = bool((at.abs() > rounding).any())
+        moved = bool((at.abs() > min(rounding, _MOVED)).any())
         now = combined(claim, OFF_POLICY) if moved else claim
         yield SurrogateLoss(each.mean(), each, at[None], float(cut.double().mean()), now)
 
@@ -143,6 +144,7 @@ def surrogate_losses(
     """
     A = advantages.values if isinstance(advantages, Advantages) else advantages
     own = advantages.claim if isinstance(advantages, Advantages) else Claim("none")
+    own = beside_paths(own) if policy.terminal == "pathwise" else own
     yield from _steps(policy, ran, A, combined(policy.claim, own), _range(epsilon, trust_nats), reward_gradient)
 
 

@@ -29,7 +29,8 @@ class ValueNetwork(nn.Module):
     Args:
         d: numbers in a sample.
         steps: K of the policy.
-        prompts: number of prompts; groups are then numbers below it. 0: it is not told the prompt.
+        prompts: number of prompts; groups are then their numbers, below it (`History` sees to it in `Scores` and
+            `Tuner`). 0: it is not told the prompt.
         width: of the hidden layers.
         seed: of the initial weights.
 
