@@ -47,6 +47,7 @@ from lowvar.reward import (
     Last,
     LastAveraged,
     RandomTruncation,
+    RidgeSurrogate,
     Rollout,
     Roulette,
     RunningStatistics,
@@ -60,8 +61,6 @@ from lowvar.reward import (
     x0_baseline,
 )
 from lowvar.reward.pathwise import PathwiseRule
-from lowvar.reward.ridge import cross_fitted, fold_numbers
-from lowvar.reward.state_baselines import linear_and_square
 
 PAST, REPLICATES, REFERENCE = 16, 12, 16
 MOMENTS = ("start", "middle", "far")
@@ -126,18 +125,6 @@ class SmallCNN(nn.Module):
         return self.shift + self.scale * self.standard(x)
 
 
-class Crossed:
-    """The ridge surrogate of a batch on any features, each run's from the other folds."""
-
-    def __init__(self, samples: Tensor, rewards: Tensor, features: Callable[[Tensor], Tensor]) -> None:
-        self.fold, self.features = fold_numbers(len(samples), 4), features
-        self.fits = cross_fitted(features(samples), rewards, self.fold)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        z = self.features(x)
-        return torch.stack([fit(z) for fit in self.fits]).gather(0, self.fold[None])[0]
-
-
 class Past:
     """What earlier batches have taught."""
 
@@ -182,11 +169,11 @@ def score_weights(ran: Rollout, R: Tensor, past: Past, jpeg: bool) -> dict[str, 
 
 
 def surrogates(ran: Rollout, R: Tensor, past: Past, jpeg: bool) -> dict[str, Callable[[Tensor], Tensor]]:
-    made: dict[str, Callable[[Tensor], Tensor]] = {"quadratic": Crossed(ran.samples, R, linear_and_square)}
+    made: dict[str, Callable[[Tensor], Tensor]] = {"quadratic": RidgeSurrogate.fit(ran.samples, R)}
     if past.surrogate is not None:
         made["CNN on past batches"] = past.surrogate
     if jpeg:
-        made["edges"] = Crossed(ran.samples, R, edges)
+        made["edges"] = RidgeSurrogate.fit(ran.samples, R, features=edges)
     return made
 
 
@@ -198,6 +185,12 @@ RULES: dict[str, PathwiseRule] = {
     "pathwise, last step averaged (4)": LastAveraged(4),
     "pathwise, random truncation": RandomTruncation(),
     "pathwise, roulette 0.8": Roulette(0.8),
+}
+
+
+RESIDUALS: dict[str, Callable[[Rollout, Tensor], Tensor]] = {
+    "leave-one-out": lambda ran, residual: advantages(residual, ran.groups).values,
+    "ridge on x0_hat": lambda ran, residual: residual - x0_baseline(ran, residual),
 }
 
 
@@ -255,14 +248,14 @@ class Bench:
                 residual = R - h(ran.samples).to(R)
             left[name] = float(residual.var() / R.var())
             paths[name] = self.surrogate_path(h, batch)
-            b = x0_baseline(ran, residual)
-            weights[f"surrogate {name}, residual leave-one-out"] = advantages(residual, ran.groups).values, 1.0
-            weights[f"surrogate {name}, residual ridge on x0_hat"] = residual - b, 1.0
+            for rest, rule in RESIDUALS.items():
+                A = h.judged(rule, ran, R) if isinstance(h, RidgeSurrogate) else rule(ran, residual)
+                weights[f"surrogate {name}, residual {rest}"] = A, 1.0
         rows = weighted_gradients(self.policy, ran, [A for A, _ in weights.values()], self.parameters)
         found = {name: g / a for (name, (_, a)), g in zip(weights.items(), rows, strict=True)}
         for name, g in paths.items():
-            for rest in ("residual leave-one-out", "residual ridge on x0_hat"):
-                found[f"surrogate {name}, {rest}"] += g
+            for rest in RESIDUALS:
+                found[f"surrogate {name}, residual {rest}"] += g
         if not self.black_box:
             found |= {name: self.path(rule, batch) for name, rule in RULES.items()}
         past.learn(ran, R)
@@ -367,7 +360,7 @@ def _seconds(bench: Bench, past: Past) -> dict[str, float]:
         "scores, ridge on x0_hat": scored(lambda ran, R: R - x0_baseline(ran, R)),
         "scores, value network": scored(lambda ran, R: R - past.value.predict(ran)),
         "surrogate, residual ridge on x0_hat": scored(
-            lambda ran, R: R - x0_baseline(ran, R), lambda ran, R: Crossed(ran.samples, R, edges)
+            lambda ran, R: R - x0_baseline(ran, R), lambda ran, R: RidgeSurrogate.fit(ran.samples, R, features=edges)
         ),
     }
     if not bench.black_box:
