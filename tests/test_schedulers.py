@@ -364,6 +364,11 @@ def test_deterministic_samplers_draw_nothing() -> None:
             diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
             {"schedule": {"schedule": "flow", "shift": 3.0}, "prediction_type": "flow_prediction"},
         ),
+        (
+            diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, num_train_timesteps=200).config,  # without a name
+            {"schedule": {"schedule": "flow", "shift": 3.0, "timesteps": 200.0}, "prediction_type": "flow_prediction"},
+        ),
+        (diffusers.CogVideoXDDIMScheduler(), {"eta": 0.0, "beta_end": 0.012}),
         (diffusers.DDPMScheduler().config, {"sampler": "kernel"}),
         (Scheduler(variance="large", grid="karras"), {"variance": "large", "grid": "karras"}),
     ],
@@ -388,10 +393,23 @@ def test_from_scheduler_takes_names_and_refuses_what_it_does_not_know() -> None:
         (diffusers.ScoreSdeVeScheduler(), {}, "ScoreSdeVeScheduler is variance-exploding"),
         (diffusers.EDMEulerScheduler(prediction_type="v_prediction"), {}, "supported: epsilon"),
         (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), {}, "backwards"),
+        (diffusers.IPNDMScheduler(), {}, "IPNDMScheduler is not supported: its config holds no table of betas"),
+        (diffusers.EulerDiscreteScheduler(timestep_type="continuous"), {}, "conditions the network on log"),
         (diffusers.DDPMScheduler(), {"varience": "small"}, "has no field 'varience'; it has .*variance"),
     ]:
         with pytest.raises(UserError, match=says):
             Scheduler.from_scheduler(scheduler, **ours)
+
+
+def test_from_config_keeps_what_other_schedulers_say_of_the_process() -> None:
+    """A shifted snr and continuous timesteps stand beside the table of betas, and are not lost."""
+    peer = diffusers.CogVideoXDDIMScheduler(snr_shift_scale=2.0)
+    made: Any = Scheduler.from_config(peer.config)
+    assert torch.allclose(made.alphas_cumprod.double(), peer.alphas_cumprod, atol=1e-6)
+    again: Any = Scheduler.from_config(made.config)
+    assert again.schedule.fingerprint == made.schedule.fingerprint
+    with pytest.raises(UserError, match="timestep_type is 'continuous'"):
+        Scheduler.from_config(diffusers.EulerDiscreteScheduler(timestep_type="continuous").config)
 
 
 def test_repr_is_short() -> None:

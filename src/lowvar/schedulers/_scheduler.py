@@ -25,6 +25,7 @@ from lowvar.schedulers._chain import Chain, Recipe
 from lowvar.schedulers._fields import (
     PREDICTIONS,
     check,
+    class_name,
     make_schedule,
     needs_calibration,
     reads_head,
@@ -526,7 +527,7 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
             raise UserError(f"{cls.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}")
         is_config = isinstance(scheduler, Mapping)
         config: Mapping[str, Any] = scheduler if is_config else scheduler.config
-        name = str(config.get("_class_name", "")) if is_config else type(scheduler).__name__
+        name = class_name(config) if is_config else type(scheduler).__name__
         if name == cls.__name__:
             fields = {k: config[k] for k in known if k in config}
             calibration = calibration or getattr(scheduler, "calibration", None)
