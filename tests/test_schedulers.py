@@ -237,6 +237,8 @@ def test_fractional_timesteps() -> None:
         ({"timesteps": [1, 2]}, "decrease"),
         ({"timesteps": [1000]}, "at most 1"),
         ({"timesteps": []}, "at least one"),
+        ({"timesteps": [5.0, float("nan")]}, "decrease"),
+        ({"sigmas": [float("nan"), 1.0]}, "decrease"),
     ],
 )
 def test_steps_that_cannot_be(arguments: dict[str, Any], says: str) -> None:
@@ -257,6 +259,13 @@ def test_steps_that_cannot_be(arguments: dict[str, Any], says: str) -> None:
         ({"grid": "random"}, r"grid is 'random'; allowed: None, uniform"),
         ({"timestep_spacing": "even"}, r"timestep_spacing is 'even'"),
         ({"eta": 1.5}, r"eta is 1.5; allowed: 0"),
+        ({"eta": "a"}, r"eta is 'a'; give a number"),
+        ({"clip_sample_range": 0}, r"clip_sample_range is 0; give a number above 0"),
+        ({"sigma_data": float("nan")}, r"sigma_data is nan; give a number"),
+        ({"steps_offset": -5}, r"steps_offset is -5; give a whole number from 0"),
+        ({"schedule": "cosine"}, r"schedule is 'cosine'; give what Schedule.config returns"),
+        ({"calibration": "digits"}, r"calibration is 'digits'; give a lowvar"),
+        ({"grid": 5}, r"grid is 5; give a name or a list"),
         ({"eta": 0.5, "variance": "large"}, r"'large' is defined for eta = 1"),
         ({"sampler": "multistep", "tau": 2.0}, r"tau is 2.0; allowed"),
         ({"sampler": "multistep", "predictor": 9}, r"predictor is 9; allowed"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lowvar.calibrate.calibration import missing_covariance
+from lowvar.calibrate.calibration import Calibration, missing_covariance
 from lowvar.calibrate.grids import FAMILIES, check_grid, is_calibrated
 from lowvar.errors import UserError
 from lowvar.process.denoiser import Prediction
@@ -139,8 +140,26 @@ def check_grid_name(grid: str | None) -> None:
         check_grid(grid)
 
 
+def _check_kinds(c: Mapping[str, Any]) -> None:
+    """Refuses values of another kind than their field's, which would fail or mean nothing later."""
+    for name in ("eta", "tau", "decay", "clip_sample_range", "sigma_data"):
+        if not isinstance(c[name], int | float) or not math.isfinite(c[name]):
+            raise UserError(f"{name} is {c[name]!r}; give a number")
+    for name in ("clip_sample_range", "sigma_data"):
+        if not c[name] > 0:
+            raise UserError(f"{name} is {c[name]!r}; give a number above 0")
+    if not isinstance(c["steps_offset"], int) or c["steps_offset"] < 0:
+        raise UserError(f"steps_offset is {c['steps_offset']!r}; give a whole number from 0")
+    for name, what in (("schedule", "what Schedule.config returns"), ("calibration", "a lowvar.calibrate.Calibration")):
+        if c[name] is not None and not isinstance(c[name], Mapping | Calibration):
+            raise UserError(f"{name} is {c[name]!r}; give {what}, or None")
+    if c["grid"] is not None and not isinstance(c["grid"], str | Sequence):
+        raise UserError(f"grid is {c['grid']!r}; give a name or a list of decreasing times, or None")
+
+
 def check(c: Mapping[str, Any]) -> None:
     """Refuses fields that are not allowed, or not together."""
+    _check_kinds(c)
     allowed("prediction_type", c["prediction_type"], tuple(PREDICTIONS))
     allowed("timestep_spacing", c["timestep_spacing"], SPACINGS)
     allowed("sampler", c["sampler"], (*OWN, *named_samplers()))
