@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ def test_a_flow_of_few_timesteps_is_conditioned_as_diffusers_does() -> None:
     """The network of a flow trained with T timesteps sees T sigma."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    peer = FlowMatchEulerDiscreteScheduler(num_train_timesteps=100, shift=2.0)
+    peer: Any = FlowMatchEulerDiscreteScheduler(num_train_timesteps=100, shift=2.0)
     schedule = schedule_from_diffusers({"_class_name": "FlowMatchEulerDiscreteScheduler", **peer.config})
     assert schedule == schedule_from_config(schedule.config()) == Flow(2.0, 100.0)
     peer.set_timesteps(5)
