@@ -27,6 +27,7 @@ from lowvar.process import (
     schedule_from_diffusers,
 )
 from lowvar.process.denoiser import to_target
+from lowvar.process.discrete import DiscreteVP
 
 SHAPE = (1, 4, 4)
 SPECTRUM = torch.linspace(0.02, 0.2, 16).reshape(SHAPE)
@@ -44,10 +45,10 @@ class Exact:
     def _time(self, timestep: Tensor) -> Tensor:
         t = timestep[0].double()
         if isinstance(self.schedule, Flow):
-            return t / 1000
+            return t / self.schedule.timesteps
         if isinstance(self.schedule, VE):
             return self.schedule.time(-8 * t)
-        return (t + 1) / 1000 if self.schedule in (LINEAR, COSINE) else t / 1000
+        return (t + 1) / 1000 if isinstance(self.schedule, DiscreteVP) else t / 1000
 
     def __call__(self, x: Tensor, timestep: Tensor) -> Tensor:
         self.calls += 1
@@ -78,7 +79,12 @@ CASES = [
         (Flow(), "flow"),
     )
     for name in able(schedule, prediction)
-] + [(name, VE(), "edm") for name in able(VE(), "edm")]
+]
+CASES += [
+    ("flow-euler", Flow(1.0, 250), "flow"),  # the others round sigma to whole timesteps, of which there are few
+    ("ddim", schedule_from_diffusers({"snr_shift_scale": 3.0}), "epsilon"),
+    *((name, VE(), "edm") for name in able(VE(), "edm")),
+]
 
 
 @pytest.mark.parametrize(("name", "schedule", "prediction"), CASES)
@@ -177,6 +183,9 @@ def test_peers_that_cannot_be_run() -> None:
     with pytest.raises(UserError, match="zero terminal SNR"):
         make_peer(PEERS["deis"], denoiser(zero, "v_prediction"))
     assert make_peer(PEERS["ddim"], denoiser(zero, "v_prediction")).config["rescale_betas_zero_snr"]
+    shifted = schedule_from_diffusers({"rescale_betas_zero_snr": True, "snr_shift_scale": 3.0})
+    with pytest.raises(UserError, match="zero terminal SNR"):
+        make_peer(PEERS["ddim"], denoiser(shifted, "v_prediction"))
 
 
 def toy() -> Data:

@@ -237,6 +237,8 @@ def test_fractional_timesteps() -> None:
         ({"timesteps": [1, 2]}, "decrease"),
         ({"timesteps": [1000]}, "at most 1"),
         ({"timesteps": []}, "at least one"),
+        ({"timesteps": [5.0, float("nan")]}, "decrease"),
+        ({"sigmas": [float("nan"), 1.0]}, "decrease"),
     ],
 )
 def test_steps_that_cannot_be(arguments: dict[str, Any], says: str) -> None:
@@ -257,6 +259,13 @@ def test_steps_that_cannot_be(arguments: dict[str, Any], says: str) -> None:
         ({"grid": "random"}, r"grid is 'random'; allowed: None, uniform"),
         ({"timestep_spacing": "even"}, r"timestep_spacing is 'even'"),
         ({"eta": 1.5}, r"eta is 1.5; allowed: 0"),
+        ({"eta": "a"}, r"eta is 'a'; give a number"),
+        ({"clip_sample_range": 0}, r"clip_sample_range is 0; give a number above 0"),
+        ({"sigma_data": float("nan")}, r"sigma_data is nan; give a number"),
+        ({"steps_offset": -5}, r"steps_offset is -5; give a whole number from 0"),
+        ({"schedule": "cosine"}, r"schedule is 'cosine'; give what Schedule.config returns"),
+        ({"calibration": "digits"}, r"calibration is 'digits'; give a lowvar"),
+        ({"grid": 5}, r"grid is 5; give a name or a list"),
         ({"eta": 0.5, "variance": "large"}, r"'large' is defined for eta = 1"),
         ({"sampler": "multistep", "tau": 2.0}, r"tau is 2.0; allowed"),
         ({"sampler": "multistep", "predictor": 9}, r"predictor is 9; allowed"),
@@ -364,6 +373,11 @@ def test_deterministic_samplers_draw_nothing() -> None:
             diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
             {"schedule": {"schedule": "flow", "shift": 3.0}, "prediction_type": "flow_prediction"},
         ),
+        (
+            diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, num_train_timesteps=200).config,  # without a name
+            {"schedule": {"schedule": "flow", "shift": 3.0, "timesteps": 200.0}, "prediction_type": "flow_prediction"},
+        ),
+        (diffusers.CogVideoXDDIMScheduler(), {"eta": 0.0, "beta_end": 0.012}),
         (diffusers.DDPMScheduler().config, {"sampler": "kernel"}),
         (Scheduler(variance="large", grid="karras"), {"variance": "large", "grid": "karras"}),
     ],
@@ -388,10 +402,23 @@ def test_from_scheduler_takes_names_and_refuses_what_it_does_not_know() -> None:
         (diffusers.ScoreSdeVeScheduler(), {}, "ScoreSdeVeScheduler is variance-exploding"),
         (diffusers.EDMEulerScheduler(prediction_type="v_prediction"), {}, "supported: epsilon"),
         (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), {}, "backwards"),
+        (diffusers.IPNDMScheduler(), {}, "IPNDMScheduler is not supported: its config holds no table of betas"),
+        (diffusers.EulerDiscreteScheduler(timestep_type="continuous"), {}, "conditions the network on log"),
         (diffusers.DDPMScheduler(), {"varience": "small"}, "has no field 'varience'; it has .*variance"),
     ]:
         with pytest.raises(UserError, match=says):
             Scheduler.from_scheduler(scheduler, **ours)
+
+
+def test_from_config_keeps_what_other_schedulers_say_of_the_process() -> None:
+    """A shifted snr and continuous timesteps stand beside the table of betas, and are not lost."""
+    peer = diffusers.CogVideoXDDIMScheduler(snr_shift_scale=2.0)
+    made: Any = Scheduler.from_config(peer.config)
+    assert torch.allclose(made.alphas_cumprod.double(), peer.alphas_cumprod, atol=1e-6)
+    again: Any = Scheduler.from_config(made.config)
+    assert again.schedule.fingerprint == made.schedule.fingerprint
+    with pytest.raises(UserError, match="timestep_type is 'continuous'"):
+        Scheduler.from_config(diffusers.EulerDiscreteScheduler(timestep_type="continuous").config)
 
 
 def test_repr_is_short() -> None:

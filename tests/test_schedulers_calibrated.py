@@ -127,7 +127,7 @@ def test_a_covariance_that_depends_on_the_state(calibration: Calibration, monkey
     def head(x: Tensor, level: Any, posterior: Any) -> Any:
         return Diagonal(0.1 * (x**2 + posterior.mean**2) / (1 + level.sigma**2))
 
-    monkeypatch.setattr(Calibration, "model", lambda self, name: {"pixel": head}[name])
+    monkeypatch.setattr(Calibration, "model", lambda self, name, labels: {"pixel": head}[name])
     scheduler = ReverseVarianceScheduler(**FIELDS, variance="pixel", eta=0.5, calibration=calibration)
     source, x = Independent(7), Independent(8).normal(range(3), SHAPE, dtype=torch.float64)
     steps = trajectory(

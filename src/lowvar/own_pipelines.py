@@ -119,6 +119,12 @@ def _labels(network: Any, given: int | Sequence[int] | Tensor | None, n: int, de
     return {"class_labels": labels.expand(n)}
 
 
+def _known(network: Any, given: dict[str, Tensor]) -> Tensor | None:
+    """The classes (n,), or None where some sample is of all classes."""
+    labels = given.get("class_labels")
+    return None if labels is None or bool((labels == null_class(network)).any()) else labels
+
+
 def _sampled(
     pipeline: Any,
     shape: Sequence[int],
@@ -134,6 +140,8 @@ def _sampled(
     network: nn.Module = pipeline.components.get("unet") or pipeline.components["network"]
     given = _labels(network, labels, n, device)
     called: Callable[..., Any] = network if scale == 1 else ClassGuided(network, scale)
+    if hasattr(scheduler, "keep_classes"):  # ours, whose module stands above this one
+        scheduler.keep_classes(_known(network, given), scale)
     x = TorchGenerators(generator).normal(range(n), shape, device=device).to(cast("Any", network).dtype)
     scheduler.set_timesteps(steps, device=device)
     x = x * scheduler.init_noise_sigma

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lowvar.calibrate import calibrate_classes
 from lowvar.cli.models import open_model, run_scheduler, scheduler_of
@@ -69,6 +70,7 @@ def test_noise_is_measured_once_and_kept(lowvar: Lowvar, model: Path, calibrated
         ("--guidance", "2", "give --by-class"),
         ("--guidance", "nan", "give a number from 0"),
         ("--by-class", None, "train one with --conditional"),
+        ("--choose", "16", "--choose is 16; the 32 blocks of an interval need at least 64 samples; or --choose 0"),
     ],
 )
 def test_what_is_wrong_is_said(
@@ -79,6 +81,20 @@ def test_what_is_wrong_is_said(
     assert done.status == 2
     assert says in done.sentence
     assert not (tmp_path / "run").exists()
+
+
+def test_few_images_cannot_choose_a_sampler(lowvar: Lowvar, model: Path, tmp_path: Path) -> None:
+    """Said before anything is measured: scores need data to be compared with."""
+    (tmp_path / "images").mkdir()
+    for i in range(30):
+        Image.fromarray(np.full((8, 8), 8 * i, np.uint8)).save(tmp_path / "images" / f"{i}.png")
+    words = ["--model", model, "--data", tmp_path / "images", "--out", tmp_path / "run"]
+    for command, more in (("calibrate", "or --choose 0"), ("evaluate", "give more data")):
+        done = lowvar(command, *words)
+        assert done.status == 2
+        assert "scores with intervals need at least 64" in done.sentence
+        assert more in done.sentence
+        assert "calibrating" not in done.err
 
 
 # ---------------------------------------------------------------------------------------------------------------- heads

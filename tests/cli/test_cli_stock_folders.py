@@ -46,6 +46,8 @@ SCHEDULERS: dict[str, Any] = {
     "deis": diffusers.DEISMultistepScheduler,
     "sa": diffusers.SASolverScheduler,
     "flow": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0),
+    "flow, 100 timesteps": lambda: diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=100),
+    "ddim, shifted snr": lambda: diffusers.CogVideoXDDIMScheduler(snr_shift_scale=3.0),
     "flow, heun": diffusers.FlowMatchHeunDiscreteScheduler,
     "edm": lambda: diffusers.EDMEulerScheduler(sigma_data=0.4),
     "edm, dpm-solver": lambda: diffusers.EDMDPMSolverMultistepScheduler(sigma_max=20.0),
@@ -93,6 +95,7 @@ def test_calibrate_on_a_stock_folder(name: str, lowvar: Lowvar, images: Path, tm
 def test_folders_that_cannot_be_calibrated(lowvar: Lowvar, tmp_path: Path) -> None:
     for name, scheduler, says in [
         ("score", diffusers.ScoreSdeVeScheduler(), "is variance-exploding"),
+        ("ipndm", diffusers.IPNDMScheduler(), "no table of betas"),
         ("edm, v", diffusers.EDMEulerScheduler(prediction_type="v_prediction"), "supported: epsilon"),
     ]:
         diffusers.DDPMPipeline(diffusers.UNet2DModel(**NETWORK, out_channels=1), scheduler).save_pretrained(

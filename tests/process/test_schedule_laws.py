@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -94,10 +95,17 @@ def test_closed_forms_of_the_continuous_schedules() -> None:
         (lambda: LinearVP(0.0, 1.0), "beta_min"),
         (lambda: VE(-1.0), "positive"),
         (lambda: Flow(0.0), "shift"),
+        (lambda: Flow(1.0, 0.0), "timesteps"),
         (lambda: DiscreteVP(torch.tensor([0.5, 0.6])), "decrease"),
         (lambda: DiscreteVP(torch.tensor([1.0, 0.5])), r"\[0, 1\)"),
         (lambda: schedule_from_diffusers({"beta_schedule": "nope"}), "squaredcos_cap_v2"),
         (lambda: schedule_from_config({"schedule": "nope"}), "cosine"),
+        (
+            lambda: schedule_from_diffusers({"_class_name": "IPNDMScheduler"}),
+            "no table of betas",
+        ),
+        (lambda: schedule_from_diffusers({"_class_name": "DDPMWuerstchenScheduler", "s": 0.008}), "no table of betas"),
+        (lambda: schedule_from_diffusers({"timestep_type": "continuous"}), "supported: discrete"),
     ],
 )
 def test_errors_name_what_is_allowed(make, message: str) -> None:
@@ -115,3 +123,29 @@ def test_diffusers_configs_of_other_families() -> None:
     edm = schedule_from_diffusers({"_class_name": "EDMEulerScheduler", **EDMEulerScheduler().config})
     assert isinstance(edm, VE)
     assert edm.sigma_max == 80
+
+
+def test_a_flow_of_few_timesteps_is_conditioned_as_diffusers_does() -> None:
+    """The network of a flow trained with T timesteps sees T sigma."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    peer: Any = FlowMatchEulerDiscreteScheduler(num_train_timesteps=100, shift=2.0)
+    schedule = schedule_from_diffusers({"_class_name": "FlowMatchEulerDiscreteScheduler", **peer.config})
+    assert schedule == schedule_from_config(schedule.config()) == Flow(2.0, 100.0)
+    peer.set_timesteps(5)
+    level = schedule.at(schedule.time_of(peer.timesteps))
+    torch.testing.assert_close(level.sigma, peer.sigmas[:-1].double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(schedule.timestep(level.t), peer.timesteps.double(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_shifted_snr_is_the_peers(zero: bool) -> None:
+    """CogVideoX: the snr is divided by 3, then rescaled to zero terminal snr."""
+    from diffusers import CogVideoXDDIMScheduler
+
+    peer = CogVideoXDDIMScheduler(rescale_betas_zero_snr=zero, snr_shift_scale=3.0)
+    schedule = schedule_from_diffusers({"_class_name": "CogVideoXDDIMScheduler", **peer.config})
+    level = schedule.at(torch.arange(1, 1001, dtype=torch.float64) / 1000)
+    torch.testing.assert_close(level.alpha**2, peer.alphas_cumprod.double(), rtol=0, atol=1e-6)
+    assert schedule.fingerprint == schedule_from_config(schedule.config()).fingerprint
+    assert schedule.fingerprint != schedule_from_diffusers({**peer.config, "snr_shift_scale": 1.0}).fingerprint

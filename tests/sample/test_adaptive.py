@@ -6,11 +6,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowvar.process import CosineVP, Independent, Isotropic, Level, Posterior, ReverseKernel, WithCovariance
+from lowvar.process import (
+    CosineVP,
+    Flow,
+    Independent,
+    Isotropic,
+    Level,
+    Posterior,
+    ReverseKernel,
+    Schedule,
+    WithCovariance,
+)
 from lowvar.process.cost import CostCurve, monotone
 from lowvar.process.discrete import schedule_from_diffusers
 from lowvar.process.grid import uniform_logsnr
 from lowvar.process.matched import matched
+from lowvar.process.probe import squared_deviation
 from lowvar.sample import StepControl, adaptive_generate, generate
 from lowvar.testing import mixture8
 
@@ -113,6 +124,27 @@ def test_start_without_signal() -> None:
     assert float(level.t[0]) == 1
     assert bool((level.t.diff() < 0).all())
     assert bool(torch.isfinite(level.alpha).all())
+
+
+@pytest.mark.parametrize("schedule", [Flow(), schedule_from_diffusers({"rescale_betas_zero_snr": True})])
+@pytest.mark.parametrize("small", [True, False])
+def test_chains_from_pure_noise(schedule: Schedule, small: bool, curve: CostCurve) -> None:
+    """At alpha = 0 no derivative tells C: the first step is the grid's, and the next ones are adapted."""
+    plain = TARGET.denoiser(schedule, None)
+
+    def table(x: Tensor, level: Level, posterior: Posterior) -> Isotropic:
+        return Isotropic(curve.variance_at(level.logsnr)[..., 0].to(x), (8,))
+
+    denoiser = plain if small else WithCovariance(plain, table)
+    x, top = Independent(2).normal(range(3), (8,)), schedule.at(1.0)
+    assert bool(squared_deviation(denoiser, x, top, x)[1].isnan().all())
+    grid = uniform_logsnr(schedule, 8)
+    control = StepControl.of(curve, schedule, grid)
+    assert float(control.advance(torch.zeros(1, dtype=torch.float64), torch.tensor([torch.nan]))) == 1
+    kernel = ReverseKernel(1.0, "small" if small else "posterior")
+    made = adaptive_generate(denoiser, kernel, control, (8,), 64, Independent(3))
+    assert bool(made.samples.isfinite().all())
+    assert len(made.steps.unique()) > 1
 
 
 def test_refuses(grid: Tensor) -> None:

@@ -102,6 +102,11 @@ class Calibration:
         """Names of the covariances that depend on the state: trained heads, and `convert` where there is one."""
         return (*self.heads, *(() if self.converted is None else ("convert",)))
 
+    @property
+    def classes(self) -> int:
+        """Classes that have tables of their own; 0: none."""
+        return len(next(iter(self.conditional.values())).tables) if self.conditional else 0
+
     def require(self, schedule: Schedule) -> None:
         """Refuses another schedule than the one calibrated.
 
@@ -223,6 +228,11 @@ class Calibration:
             channel = pixel.mean(tuple(range(2, pixel.ndim)), keepdim=True)
             tables["channel"] = replace(tables["channel"], variance=channel, se=None)
         return replace(self, tables=tables, conditional={})
+
+    def reading(self, label: int | None, guidance: float = 1.0) -> Calibration:
+        """`of_class` where a class is sampled whose tables were measured under its guidance; else as it is."""
+        measured = label is not None and bool(self.conditional) and self.guidance == guidance
+        return self.of_class(label) if measured and label is not None else self
 
     def path_grid(self, schedule: Schedule, steps: int) -> Tensor:
         """The grid of the twin's flow: the best `steps` evaluations by the statistics of its remainder.

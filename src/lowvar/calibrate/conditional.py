@@ -66,19 +66,33 @@ class ConditionalTable:
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
-    """A `CovarianceModel`: the table of each sample's class."""
+    """A `CovarianceModel`: the table of each sample's class.
+
+    Attributes:
+        conditional: the tables.
+        labels: (n,), for n states or a whole multiple of n, which repeats them (guided pipelines double their batch).
+    """
 
     conditional: ConditionalTable
     labels: Tensor
 
     def __call__(self, x: Tensor, level: Level, posterior: Posterior | None = None) -> Covariance:
-        """The covariance at states x (B, *event_shape), in their dtype."""
-        tables, labels = self.conditional.tables, self.labels.to(x.device)
-        logsnr = level.logsnr.to(x.device).expand(len(labels)) if level.logsnr.ndim == 0 else level.logsnr.to(x.device)
-        labels = labels.expand(len(logsnr))
-        parts = [tables[int(label)].at(value) for label, value in zip(labels, logsnr, strict=True)]
-        variance = torch.stack(parts).to(x)
-        first = tables[0]
+        """The covariance at states x (B, *event_shape), in their dtype.
+
+        Raises:
+            ValueError: if B is no multiple of the number of labels.
+        """
+        tables, labels = self.conditional.tables, self.labels.cpu()
+        if len(x) % len(labels):
+            raise ValueError(f"there are {len(labels)} class labels for {len(x)} states; give one, or one each")
+        labels, logsnr = labels.repeat(len(x) // len(labels)), level.logsnr.cpu()
+        if logsnr.ndim == 0:
+            found, where = labels.unique(return_inverse=True)
+            variance = torch.stack([tables[label].at(logsnr) for label in found.tolist()])[where]
+        else:
+            pairs = zip(labels.tolist(), logsnr, strict=True)
+            variance = torch.stack([tables[label].at(value) for label, value in pairs])
+        variance, first = variance.to(x), tables[0]
         if first.structure == "isotropic":
             return Isotropic(variance, first.event_shape)
         if first.basis is not None:

@@ -80,7 +80,7 @@ class Calibrate(DataFlags, Sampling):
         from lowvar.cli.models import fitting, open_model, save_model
         from lowvar.cli.noise import measure_noise
         from lowvar.cli.results import about_data, summarise, write_run
-        from lowvar.evaluation import check_steps
+        from lowvar.evaluation import check_steps, require_enough
         from lowvar.sample import SAMPLERS
 
         device = choose_device(self.device)
@@ -90,6 +90,11 @@ class Calibrate(DataFlags, Sampling):
             check_steps(steps, model.denoiser.schedule)
         data = self.load(self.seed)
         data = fitting(model, data)
+        if self.choose and advised is None:
+            try:
+                require_enough(self.choose, data, name="--choose")
+            except UserError as error:
+                raise UserError(f"{error}; or --choose 0, for no comparison of samplers") from error
         require_heads(heads, model, data, min(self.n, len(data.calibration)))
         if self.by_class:
             require_classes(model, data)

@@ -65,7 +65,7 @@ class Evaluate(DataFlags, ClassFlags, Sampling):
         from lowvar.cli.models import default_samplers, fitting, open_model
         from lowvar.cli.results import about_data, summarise, titled, write_run
         from lowvar.errors import UserError
-        from lowvar.evaluation import Cell, check_cell, evaluate, peer_named
+        from lowvar.evaluation import Cell, check_cell, evaluate, peer_named, require_enough
         from lowvar.metrics import METRICS, Scorer, extractor_for
         from lowvar.own_pipelines import class_number
         from lowvar.process.noise import Independent
@@ -87,6 +87,7 @@ class Evaluate(DataFlags, ClassFlags, Sampling):
             check_cell(cell, model.denoiser, model.calibration)
         data = self.load(self.seed)
         data = fitting(model, data)
+        require_enough(self.n, data, name="--n")
         console.note(f"scoring features for {data.name}")
         extractor = extractor_for(data) if {"frechet", "kernel"} & set(metrics) else None
         if self.label is not None:

@@ -145,8 +145,7 @@ def model_of(pipeline: Any, device: torch.device, label: str | None = None, guid
     calibration = getattr(pipeline.scheduler, "calibration", None)
     if calibration is not None:
         calibration.require(denoiser.schedule)
-        if number is not None and calibration.conditional and calibration.guidance == guidance:
-            calibration = calibration.of_class(number)
+        calibration = calibration.reading(number, guidance)
     return Model(pipeline, denoiser, calibration, event_shape_of(pipeline))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lowvar.evaluation.cells import Cell, Drawn, check_cell, check_steps, deficit_of, draw, resolve, sampling_grid
 from lowvar.evaluation.chains import chain_of, event_shape_of, sampler_of
 from lowvar.evaluation.peers import PEERS, Peer, make_peer, peer_named, run_peer
-from lowvar.evaluation.runs import MIXTURE_ALONE, TWIN_ALONE, Evaluation, evaluate, recommend
+from lowvar.evaluation.runs import MIXTURE_ALONE, TWIN_ALONE, Evaluation, evaluate, recommend, require_enough
 
 __all__ = [
     "MIXTURE_ALONE",
@@ -25,6 +25,7 @@ __all__ = [
     "make_peer",
     "peer_named",
     "recommend",
+    "require_enough",
     "resolve",
     "run_peer",
     "sampler_of",

@@ -112,6 +112,7 @@ def sampler_of(
     if settings.get("sampler") in SAMPLERS:
         settings = {"grid": SAMPLERS[settings["sampler"]].grid, **settings}
     held = getattr(pipeline.scheduler, "calibration", None)
+    held = None if held is None else held.reading(label, guidance)
     scheduler = ReverseVarianceScheduler.from_scheduler(
         pipeline.scheduler, held, **fields, **settings, start_with_twin=True
     )

@@ -138,16 +138,20 @@ def peer_named(name: str) -> Peer:
 def _schedule_fields(schedule: Schedule, accepted: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The noise schedule in the peer's own words."""
     if isinstance(schedule, Flow):
-        named = {"shift": schedule.shift, "flow_shift": schedule.shift, "use_flow_sigmas": True}
+        named: dict[str, Any] = {"shift": schedule.shift, "flow_shift": schedule.shift, "use_flow_sigmas": True}
+        named["num_train_timesteps"] = int(schedule.timesteps)
         return {k: v for k, v in named.items() if k in accepted}
     if isinstance(schedule, VE):
         return {"sigma_max": schedule.sigma_max, "sigma_min": 0.002, "rho": schedule.rho}
-    if isinstance(schedule, DiscreteVP) and schedule.beta_config:
+    shifted = isinstance(schedule, DiscreteVP) and "snr_shift_scale" in schedule.beta_config  # no peer has the field
+    if isinstance(schedule, DiscreteVP) and schedule.beta_config and not shifted:
         defaults = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
         fields = {**defaults, **schedule.beta_config}
         if fields.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in accepted:
             raise UserError(f"diffusers:{name} cannot run a schedule with zero terminal SNR; leave it out of --against")
         return {k: v for k, v in fields.items() if k in accepted}
+    if float(schedule.at(1.0).alpha) == 0:
+        raise UserError(f"diffusers:{name} cannot run a schedule with zero terminal SNR; leave it out of --against")
     T = schedule.steps if isinstance(schedule, DiscreteVP) else 1000
     bar = schedule.at(torch.arange(1, T + 1, dtype=torch.float64) / T).alpha ** 2
     before = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])

@@ -23,7 +23,7 @@ from lowvar.process.denoiser import NetworkDenoiser
 from lowvar.process.noise import Independent, NoiseSource
 from lowvar.sample import SAMPLERS
 
-__all__ = ["MIXTURE_ALONE", "TWIN_ALONE", "Evaluation", "evaluate", "recommend"]
+__all__ = ["MIXTURE_ALONE", "TWIN_ALONE", "Evaluation", "evaluate", "recommend", "require_enough"]
 
 TWIN_ALONE = "Gaussian twin alone"
 MIXTURE_ALONE = "Mixture twin alone"
@@ -81,6 +81,36 @@ def recommend(rows: Sequence[dict[str, Any]], metric: str) -> dict[str, Any] | N
     return {key: chosen[key] for key in ("sampler", "grid", "steps")}
 
 
+def require_enough(n: int, data: Data, blocks: int = 32, name: str = "n") -> None:
+    """Refuses numbers that intervals from blocks cannot be made of, before anything is drawn.
+
+    Args:
+        n: samples a cell.
+        data: their train split is scored as samples, for the floor.
+        blocks: of the scorer.
+        name: of n, in the message.
+
+    Raises:
+        UserError: saying which of both is too small.
+
+    Example:
+        >>> from lowvar.data import TensorImages
+        >>> few = TensorImages(torch.zeros(9, 1, 2, 2))
+        >>> try:
+        ...     require_enough(1024, Data("few", few, few, few, levels=256, fingerprint=""))
+        ... except UserError as error:
+        ...     print(error)
+        few has a training split of 9, and scores with intervals need at least 64, two a block: give more data
+    """
+    if n < 2 * blocks:
+        raise UserError(f"{name} is {n}; the {blocks} blocks of an interval need at least {2 * blocks} samples")
+    if len(data.train) < 2 * blocks:
+        raise UserError(
+            f"{data.name} has a training split of {len(data.train)}, and scores with intervals need at least "
+            f"{2 * blocks}, two a block: give more data"
+        )
+
+
 def evaluate(
     denoiser: NetworkDenoiser,
     data: Data,
@@ -116,15 +146,12 @@ def evaluate(
         The evaluation. A cell with values that are not finite has no row; `notes` names it.
 
     Raises:
-        UserError: for a cell that cannot be run, or too few samples.
+        UserError: for a cell that cannot be run, too few samples or data.
     """
     noise = Independent(0) if noise is None else noise
     with teaching():
         scorer = Scorer(data) if scorer is None else scorer
-        if n < 2 * scorer.blocks:
-            raise UserError(
-                f"n is {n}; the {scorer.blocks} blocks of an interval need at least {2 * scorer.blocks} samples"
-            )
+    require_enough(n, data, scorer.blocks)
     for cell in cells:
         check_cell(cell, denoiser, calibration)
     table = _Table(scorer, keep, done)

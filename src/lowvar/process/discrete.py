@@ -148,6 +148,7 @@ _BETA_FIELDS = (
     "beta_schedule",
     "trained_betas",
     "rescale_betas_zero_snr",
+    "snr_shift_scale",
 )
 
 
@@ -177,17 +178,28 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
 def schedule_from_diffusers(config: Mapping[str, Any]) -> Schedule:
     """The schedule of any diffusers scheduler config (a mapping with `beta_*`, EDM's `sigma_max` or flow's `shift`).
 
+    `snr_shift_scale` s of the CogVideoX schedulers divides the snr by s, before a rescaling to zero terminal snr.
+
     Raises:
-        ValueError: if the beta schedule is unknown.
+        ValueError: if the beta schedule is unknown, or a named scheduler's config describes none of the three.
     """
     name = str(config.get("_class_name", ""))
     if "FlowMatch" in name or config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas"):
-        return Flow(float(config.get("flow_shift", config.get("shift", 1.0)) or 1.0))
+        shift = float(config.get("flow_shift", config.get("shift", 1.0)) or 1.0)
+        return Flow(shift, float(config.get("num_train_timesteps") or 1000))
     if name.startswith("EDM") or ("sigma_max" in config and "beta_start" not in config):
         return VE(float(config.get("sigma_max", 80.0)), float(config.get("rho", 7.0)))
-    betas = _betas(config)
+    if name and config.get("beta_schedule") is None and config.get("trained_betas") is None:
+        raise ValueError("its config holds no table of betas; supported: beta_schedule or trained_betas, flows, EDM's")
+    if config.get("timestep_type") == "continuous":
+        raise ValueError(
+            "timestep_type is 'continuous', which conditions the network on log(sigma) / 4; supported: discrete, and "
+            "EDM's schedulers"
+        )
+    bar = torch.cumprod(1 - _betas(config), 0)
     fields = {k: config[k] for k in _BETA_FIELDS if config.get(k) is not None}
-    table = DiscreteVP(torch.cumprod(1 - betas, 0), str(config.get("beta_schedule", "linear")), fields)
+    s = float(config.get("snr_shift_scale") or 1.0)
+    table = DiscreteVP(bar / (s + (1 - s) * bar), str(config.get("beta_schedule", "linear")), fields)
     if config.get("rescale_betas_zero_snr"):
         return DiscreteVP(table.zero_terminal().alphas_cumprod, table.name, fields)
     return table

@@ -33,6 +33,8 @@ _RELATIVE_STEP = 1 / 64
 def squared_deviation(denoiser: Denoiser, x: Tensor, level: Level, z: Tensor) -> tuple[Posterior, Tensor]:
     """The posterior at x and the estimate ||C z - V z||^2 of R, (B,) float64; costs two evaluations.
 
+    Without signal, alpha = 0, x0_hat does not depend on x and there is nothing to read C off: R is NaN.
+
     Args:
         denoiser: any denoiser. With `WithCovariance` V is what was attached to it, otherwise 0.
         x: states, (B, *event_shape).
@@ -59,7 +61,8 @@ def squared_deviation(denoiser: Denoiser, x: Tensor, level: Level, z: Tensor) ->
         posterior = posterior if denoiser.clip is None else posterior.clip(denoiser.clip)
         assert posterior.covariance is not None
         gap = gap - posterior.covariance.matvec(z)
-    return posterior, (gap.double() ** 2).flatten(1).sum(1)
+    R = (gap.double() ** 2).flatten(1).sum(1)
+    return posterior, torch.where(level.alpha.to(R.device) > 0, R, torch.nan)
 
 
 def third_cumulant(denoiser: Denoiser, x: Tensor, level: Level, z: Tensor, w: Tensor) -> Tensor:

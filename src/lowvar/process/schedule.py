@@ -265,22 +265,32 @@ class VE(Schedule):
 class Flow(Schedule):
     """alpha = 1 - u, sigma = u with u = shift t / (1 + (shift - 1) t) (Lipman et al. 2023; shift: Esser et al. 2024).
 
-    logsnr(1) = -inf: the process starts from pure noise. `timestep` is 1000 u, as in diffusers' flow pipelines.
+    logsnr(1) = -inf: the process starts from pure noise. `timestep` is T u, T = 1000 in most of diffusers' pipelines.
+
+    Args:
+        shift: of the times, > 0.
+        timesteps: T, `num_train_timesteps` of diffusers' schedulers, > 0.
     """
 
     shift: float = 1.0
+    timesteps: float = 1000.0
     family: ClassVar[Family] = "flow"
 
     def __post_init__(self) -> None:
-        """Refuses a non-positive shift."""
-        if self.shift <= 0:
-            raise ValueError(f"shift must be positive, got {self.shift}")
+        """Refuses parameters that are not positive."""
+        if self.shift <= 0 or self.timesteps <= 0:
+            raise ValueError(f"shift and timesteps must be positive, got {self.shift} and {self.timesteps}")
+
+    @property
+    def conditioning_scale(self) -> float:
+        """See the base class: T."""
+        return self.timesteps
 
     def _u(self, t: Tensor) -> Tensor:
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def timestep(self, t: Tensor | float) -> Tensor:
-        """See the base class: 1000 sigma."""
+        """See the base class: T sigma."""
         return self._u(_f64(t)) * self.conditioning_scale
 
     def time_of(self, timestep: Tensor | float) -> Tensor:
@@ -300,4 +310,5 @@ class Flow(Schedule):
 
     def config(self) -> dict[str, Any]:
         """See the base class."""
-        return {"schedule": "flow", "shift": self.shift}
+        scale = {} if self.timesteps == 1000 else {"timesteps": self.timesteps}
+        return {"schedule": "flow", "shift": self.shift, **scale}

@@ -97,9 +97,9 @@ class StepControl:
         return self.schedule.at(torch.where(on_knot, self.grid.double()[u.round().long()], times))
 
     def advance(self, u: Tensor, R: Tensor) -> Tensor:
-        """The next positions, (B,) float64, for estimates R >= 0 at positions u."""
+        """The next positions, (B,) float64, for estimates R >= 0 at positions u; NaN, no estimate, keeps the grid's."""
         reference = torch.exp(self._between(torch.log(self.reference.double()), u))
-        ratio = torch.sqrt(reference / R.double().clamp_min(1e-300))
+        ratio = torch.sqrt(reference / R.double().clamp_min(1e-300)).nan_to_num(1.0, posinf=torch.inf)
         after = u + ratio.clamp(1 / self.rho, self.rho)
         return torch.where(after > self.last - 0.5 / self.rho, float(self.last), after)
 

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowvar.calibrate.conditional import Labelled
 from lowvar.calibrate.table import CovarianceTable
 from lowvar.errors import UserError
 from lowvar.process.basis import Basis
 from lowvar.process.covariance import BasisDiagonal, Covariance, Diagonal, Isotropic
-from lowvar.process.denoiser import CovarianceModel
+from lowvar.process.denoiser import CovarianceModel, expand
 from lowvar.process.flow import FlowPlan
 from lowvar.process.kernel import ReverseKernel
 from lowvar.process.multistep import MultistepPlan
@@ -48,7 +49,7 @@ class TwinCovariance:
 
 @dataclass(frozen=True)
 class _Noise:
-    """R: a number, one a pixel (1, *event_shape), or one a direction of a basis."""
+    """R: a number, one a pixel (1, *event_shape), or one a direction of a basis; of labelled samples one each."""
 
     std: float | Tensor
     basis: Basis | None = None
@@ -78,10 +79,11 @@ class Recipe:
     def __init__(self, levels: Level, solver: Solver, model: CovarianceModel | None) -> None:
         self.levels, self.solver, self.model = levels, solver, model
         self.evaluations = solver.evaluations(levels)
-        self.by_level = model is None or isinstance(model, CovarianceTable | TwinCovariance)
+        self.labelled = isinstance(model, Labelled)
+        self.by_level = model is None or self.labelled or isinstance(model, CovarianceTable | TwinCovariance)
         fixed = isinstance(solver, ReverseKernel) and solver.variance in ("small", "large")
         self._early = fixed or (isinstance(solver, ReverseKernel) and model is not None and self.by_level)
-        self._place: tuple[torch.device, torch.dtype] | None = None
+        self._place: tuple[Any, ...] | None = None
         self._plans: dict[int, Any] = {}
         self._noise: dict[int, _Noise | None] = {}
         self._tables: dict[int, Covariance] = {}
@@ -92,9 +94,10 @@ class Recipe:
         return self.solver.stochastic and k + 1 < len(self.evaluations)
 
     def at(self, x: Tensor) -> None:
-        """Drops what was made for another device or dtype than that of the states x."""
-        if self._place != (x.device, x.dtype):
-            self._place, self._plans, self._noise, self._tables = (x.device, x.dtype), {}, {}, {}
+        """Drops what was made for another device or dtype than that of the states x, or for another batch of labels."""
+        place = (x.device, x.dtype, len(x) if self.labelled else None)
+        if self._place != place:
+            self._place, self._plans, self._noise, self._tables = place, {}, {}, {}
             self._spare = None
             if isinstance(self.solver, WithNoise):
                 self.solver = self.solver.to(x)
@@ -106,6 +109,10 @@ class Recipe:
         if self._spare is None or self._spare.shape != x.shape:
             self._spare = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         return self._spare
+
+    def _entries(self, x: Tensor) -> int:
+        """Numbers of a step's table: one for all samples, or one each."""
+        return x.numel() if self.labelled else x.numel() // max(len(x), 1)
 
     def plan(self, begin: int, x: Tensor) -> Any:
         """The solver's plan of the grid from level `begin` on.
@@ -137,7 +144,7 @@ class Recipe:
             found = self.model(x, self.evaluations[k], posterior)
         _require_shape(found, x)
         if self.by_level and k not in self._tables:
-            if (len(self._tables) + 1) * x[0].numel() > _CACHE_LIMIT:
+            if (len(self._tables) + 1) * self._entries(x) > _CACHE_LIMIT:
                 self._tables.clear()
             self._tables[k] = found
         return found
@@ -147,7 +154,7 @@ class Recipe:
         if not self._early:
             return None
         if k not in self._noise:
-            if (len(self._noise) + 1) * x[0].numel() > _CACHE_LIMIT:
+            if (len(self._noise) + 1) * self._entries(x) > _CACHE_LIMIT:
                 self._noise.clear()
             self._noise[k] = self._make_noise(k, x)
         return self._noise[k]
@@ -156,12 +163,15 @@ class Recipe:
         kernel = self.solver
         assert isinstance(kernel, ReverseKernel)
         probe = torch.zeros(1, *x.shape[1:], dtype=torch.float64)  # on the CPU: coefficients are made there
+        probe = probe.expand_as(x) if self.labelled else probe
         posterior = Posterior(probe)
         if self.model is not None:
             covariance = self.model(probe, self.levels[k], posterior)
             _require_shape(covariance, x)
             posterior = Posterior(probe, covariance)
         law = kernel(probe, posterior, self.levels[k], self.levels[k + 1]).covariance
+        if isinstance(law, Isotropic) and self.labelled:
+            return _Noise(expand(law.variance.sqrt(), x))
         if isinstance(law, Isotropic):
             return _Noise(float(law.variance.sqrt()))
         if isinstance(law, Diagonal):

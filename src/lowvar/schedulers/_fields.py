@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lowvar.calibrate.calibration import missing_covariance
+from lowvar.calibrate.calibration import Calibration, missing_covariance
 from lowvar.calibrate.grids import FAMILIES, check_grid, is_calibrated
 from lowvar.errors import UserError
 from lowvar.process.denoiser import Prediction
@@ -24,6 +25,7 @@ __all__ = [
     "RULES",
     "allowed",
     "check",
+    "class_name",
     "has_noise",
     "make_schedule",
     "named_samplers",
@@ -138,8 +140,26 @@ def check_grid_name(grid: str | None) -> None:
         check_grid(grid)
 
 
+def _check_kinds(c: Mapping[str, Any]) -> None:
+    """Refuses values of another kind than their field's, which would fail or mean nothing later."""
+    for name in ("eta", "tau", "decay", "clip_sample_range", "sigma_data"):
+        if not isinstance(c[name], int | float) or not math.isfinite(c[name]):
+            raise UserError(f"{name} is {c[name]!r}; give a number")
+    for name in ("clip_sample_range", "sigma_data"):
+        if not c[name] > 0:
+            raise UserError(f"{name} is {c[name]!r}; give a number above 0")
+    if not isinstance(c["steps_offset"], int) or c["steps_offset"] < 0:
+        raise UserError(f"steps_offset is {c['steps_offset']!r}; give a whole number from 0")
+    for name, what in (("schedule", "what Schedule.config returns"), ("calibration", "a lowvar.calibrate.Calibration")):
+        if c[name] is not None and not isinstance(c[name], Mapping | Calibration):
+            raise UserError(f"{name} is {c[name]!r}; give {what}, or None")
+    if c["grid"] is not None and not isinstance(c["grid"], str | Sequence):
+        raise UserError(f"grid is {c['grid']!r}; give a name or a list of decreasing times, or None")
+
+
 def check(c: Mapping[str, Any]) -> None:
     """Refuses fields that are not allowed, or not together."""
+    _check_kinds(c)
     allowed("prediction_type", c["prediction_type"], tuple(PREDICTIONS))
     allowed("timestep_spacing", c["timestep_spacing"], SPACINGS)
     allowed("sampler", c["sampler"], (*OWN, *named_samplers()))
@@ -231,10 +251,7 @@ def translate(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{name} uses dynamic thresholding, which is not supported: set thresholding to False")
     if config.get("invert_sigmas"):
         raise UserError(f"{name} runs its sigmas backwards (invert_sigmas), which is not supported")
-    try:
-        schedule = schedule_from_diffusers({**config, "_class_name": name})
-    except ValueError as error:
-        raise UserError(f"the noise schedule of {name} is not supported: {error}") from error
+    schedule = _schedule_of(name, config)
     fields = {k: config[k] for k in _SHARED if config.get(k) is not None}
     fields.setdefault("clip_sample", False)
     if fields.get("timestep_spacing") not in SPACINGS:
@@ -247,6 +264,8 @@ def translate(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(schedule, Flow):
         fields |= {"schedule": schedule.config(), "prediction_type": "flow_prediction"}
         fields.setdefault("grid", "uniform")
+    if config.get("snr_shift_scale"):
+        fields["schedule"] = schedule.config()
     if isinstance(schedule, VE):
         require_edm(name, config)
         fields |= {"schedule": schedule.config(), "prediction_type": "edm", "clip_sample": False}
@@ -262,16 +281,31 @@ def translate(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, "sampler": "multistep", "tau": tau}
 
 
+def class_name(config: Mapping[str, Any]) -> str:
+    """The scheduler class that a config names; one in memory has no name, and flows are known by their `shift`."""
+    flow = "shift" in config and "beta_start" not in config
+    return str(config.get("_class_name") or ("FlowMatchEulerDiscreteScheduler" if flow else ""))
+
+
+def _schedule_of(name: str, config: Mapping[str, Any]) -> Schedule:
+    try:
+        return schedule_from_diffusers({**config, "_class_name": name})
+    except ValueError as error:
+        raise UserError(f"the noise schedule of {name or 'this config'} is not supported: {error}") from error
+
+
 def translated(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A config as `from_config` gets it: ours as it is, the fields of flow-matching and EDM schedulers as ours."""
-    if "beta_start" in config or "schedule" in config:
+    """A config as `from_config` gets it: ours as it is, what others say in fields of their own in ours."""
+    if config.get("schedule") is not None:
         return config
-    name = str(config.get("_class_name", "FlowMatch" if "shift" in config else ""))
-    if not name.startswith(("FlowMatch", "EDM")):
-        return config
-    made = translate(name, config)
+    name = class_name(config)
+    made: dict[str, Any] = {}
+    if "beta_start" not in config and name.startswith(("FlowMatch", "EDM")):
+        made = translate(name, config)
+    elif config.get("snr_shift_scale") or config.get("timestep_type") == "continuous":
+        made = {"schedule": _schedule_of(name, config).config()}
     default = [k for k in config.get("_use_default_values", []) if k not in made]
-    return {**config, **made, "_use_default_values": default}
+    return {**config, **made, "_use_default_values": default} if made else config
 
 
 def require_edm(name: str, config: Mapping[str, Any]) -> None:

@@ -22,9 +22,11 @@ from lowvar.process.solver import Solver
 from lowvar.sample.named import SAMPLERS
 from lowvar.schedulers._begin import Begin
 from lowvar.schedulers._chain import Chain, Recipe
+from lowvar.schedulers._classes import EVERY, Classes
 from lowvar.schedulers._fields import (
     PREDICTIONS,
     check,
+    class_name,
     make_schedule,
     needs_calibration,
     reads_head,
@@ -153,6 +155,7 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         self.alphas_cumprod, self.betas = self._noising.alphas_cumprod, self._noising.betas
         self.num_inference_steps: int | None = None
         self._kept: Tensor | None = None
+        self._classes = EVERY
         self._set(custom(self.schedule, self._noising.times.flip(0)), None)
 
     @property
@@ -181,6 +184,24 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         calibration = self.calibration
         assert calibration is not None, "__init__ refuses fields that need a calibration and have none"
         return calibration
+
+    def keep_classes(self, labels: int | Sequence[int] | Tensor | None, guidance: float = 1.0) -> None:
+        """Says the classes of the chains that follow, whose own tables are read where they were calibrated by class.
+
+        The pipelines of this package say them; before a call of another one with `class_labels`, such as DiTPipeline,
+        say them here. Sampling begins anew.
+
+        Args:
+            labels: class numbers, one for all samples or one each; a batch several times as large (guided pipelines
+                double theirs) repeats them. None: all classes.
+            guidance: scale of classifier-free guidance. Tables that were measured under another are not read.
+
+        Raises:
+            UserError: for a class that has no table.
+        """
+        self._classes = Classes.of(labels, guidance, self.calibration)
+        self._recipe = self._chain = self._rows = None
+        self._started = False
 
     @property
     def spectrum(self) -> Spectrum | None:
@@ -274,7 +295,7 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         self._set(times, device)
 
     def _grid_calibration(self) -> Calibration | None:
-        return self._required() if needs_calibration(self.config["grid"]) else None
+        return self._classes.tables(self._required())[0] if needs_calibration(self.config["grid"]) else None
 
     def _set(self, times: Tensor, device: str | torch.device | None) -> None:
         c = self.config
@@ -390,6 +411,8 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(timestep, Tensor) and timestep.numel() > 1:
             if self._begin is not None:
                 raise UserError("start_with_twin is 'input', which takes one timestep for the whole batch; set it True")
+            if self._classes.several:
+                raise UserError("samples of several classes take one timestep for the whole batch")
             if self._rows is None:
                 self._rows = Rows(self._steps, self._made_recipe(), self._reader)
             previous, original = self._rows.step(model_output, timestep, x, _source(generator), index, kept)
@@ -416,7 +439,7 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
 
     def _made_recipe(self) -> Recipe:
         if self._recipe is None:
-            self._recipe = recipe_of(self.config, self._levels, self._covariance_head, self._required)
+            self._recipe = recipe_of(self.config, self._levels, self._covariance_head, self._required, self._classes)
         return self._recipe
 
     # ---------------------------------------------------------------------------------------------------- training
@@ -526,7 +549,7 @@ class ReverseVarianceScheduler(SchedulerMixin, ConfigMixin):
             raise UserError(f"{cls.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}")
         is_config = isinstance(scheduler, Mapping)
         config: Mapping[str, Any] = scheduler if is_config else scheduler.config
-        name = str(config.get("_class_name", "")) if is_config else type(scheduler).__name__
+        name = class_name(config) if is_config else type(scheduler).__name__
         if name == cls.__name__:
             fields = {k: config[k] for k in known if k in config}
             calibration = calibration or getattr(scheduler, "calibration", None)

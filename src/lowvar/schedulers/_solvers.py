@@ -15,6 +15,7 @@ from lowvar.process.schedule import Level
 from lowvar.process.solver import Solver
 from lowvar.sample.named import SAMPLERS
 from lowvar.schedulers._chain import Recipe, TwinCovariance
+from lowvar.schedulers._classes import EVERY, Classes
 from lowvar.schedulers._fields import OWN, RULES, has_noise, needs_twin, uses_covariance
 
 __all__ = ["missing_noise", "recipe_of", "solver_of"]
@@ -42,7 +43,11 @@ def solver_of(c: Mapping[str, Any], covariance_head: bool) -> Solver:
 
 
 def recipe_of(
-    c: Mapping[str, Any], levels: Level, covariance_head: bool, calibration: Callable[[], Calibration]
+    c: Mapping[str, Any],
+    levels: Level,
+    covariance_head: bool,
+    calibration: Callable[[], Calibration],
+    classes: Classes = EVERY,
 ) -> Recipe:
     """The solver of a config on a grid, with the twin and the covariance that it needs.
 
@@ -50,14 +55,16 @@ def recipe_of(
         c, covariance_head: as of `solver_of`.
         levels: of the grid, (K + 1,).
         calibration: gives the calibration; asked where something of it is needed.
+        classes: of the samples, whose own tables are read where the calibration has them.
 
     Raises:
         UserError: as of `solver_of`, or if the calibration does not hold what is needed.
     """
     structure, model, solver = c["variance"], None, solver_of(c, covariance_head)
     if uses_covariance(c) and not covariance_head:
-        held = calibration()
-        model = TwinCovariance(held.twin) if structure == "twin" else held.model(structure)
+        held, labels = classes.tables(calibration())
+        by_class = labels if structure in held.conditional else None
+        model = TwinCovariance(held.twin) if structure == "twin" else held.model(structure, by_class)
     if needs_twin(c):
         held = calibration()
         if isinstance(solver, TwinFlow):
