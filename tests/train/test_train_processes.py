@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowvar.cli.train import save_trained
+from lowvar.cli.train import save_trained, weighting_figure
 from lowvar.data import Data, TensorImages, load
 from lowvar.errors import UserError
 from lowvar.pipelines import ImagePipeline, denoiser_of, open_pipeline
@@ -278,6 +278,15 @@ def test_weighted_times_have_the_loss_of_the_process(times: str, process: str) -
         assert other != pytest.approx(exact, rel=0.05)
     even = process == "edm" and times == "lognormal"  # the process's own times
     assert bool((q * 256 - 1).abs().max() < 1e-9) == even
+
+
+def test_the_weightings_figure_is_of_the_datas_own_deviation() -> None:
+    """Over plain, min-snr is min(snr, 5) / (snr + 1 / sd^2), scaled to mean 1: sd the run's, not 0.5."""
+    shown = weighting_figure(line({"process": "edm", "sigma_data": 2.0, "weighting": "min-snr"}))
+    assert shown is not None
+    snr = shown["logsnr"].exp()
+    ratio = snr.clamp_max(5) / (snr + 1 / 4)
+    torch.testing.assert_close(shown["relative"]["min-snr"], ratio / ratio.mean(), rtol=1e-9, atol=1e-9)
 
 
 def test_weighted_times_follow_their_law() -> None:

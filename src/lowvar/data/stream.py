@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from lowvar.data.arrays import ArrayImages
+from lowvar.data.decode import pixels
 from lowvar.data.images import Images
 from lowvar.errors import UserError
 from lowvar.process.noise import Independent
@@ -48,11 +49,12 @@ def image_of(item: Any) -> Tensor:
     """An item as an image, float32 (C, H, W) in [-1, 1].
 
     Args:
-        item: a floating point tensor or array in [-1, 1], taken as it is; one of uint8; a PIL image; a mapping with
-            such a value under `image`; or a tuple or list that begins with one.
+        item: a floating point tensor or array in [-1, 1], taken as it is; one of uint8; a PIL image, read as a file's
+            (16-bit grey keeps its upper byte, the camera's orientation is applied); a mapping with such a value under
+            `image`; or a tuple or list that begins with one.
 
     Raises:
-        UserError: for anything else.
+        UserError: for anything else, or an image of floating point numbers.
 
     Example:
         >>> image_of({"image": torch.tensor([[[0, 255]]], dtype=torch.uint8), "label": 3}).tolist()
@@ -66,9 +68,7 @@ def image_of(item: Any) -> Tensor:
     if isinstance(item, tuple | list) and item:
         return image_of(item[0])
     if isinstance(item, Image.Image):
-        grey = item.mode in ("1", "L", "LA", "I", "I;16", "F")
-        x = torch.from_numpy(np.array(item.convert("L" if grey else "RGB"), dtype=np.float32)) / 127.5 - 1
-        return x[None] if grey else x.permute(2, 0, 1).contiguous()
+        return pixels(item, "that the stream gave")
     x = torch.from_numpy(item) if isinstance(item, np.ndarray) else item
     if not isinstance(x, Tensor) or not (x.is_floating_point() or x.dtype == torch.uint8):
         raise UserError(

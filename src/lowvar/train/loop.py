@@ -44,6 +44,7 @@ from lowvar.train.noise_scale import NoiseScale
 from lowvar.train.norm_probe import squared_norm
 from lowvar.train.objectives import Objective
 from lowvar.train.own_networks import OfNullClass, check_network, own_network, structure
+from lowvar.train.pairs import OrthogonalNoise
 from lowvar.train.parts import make_objective, make_plan, make_references, make_schedule, make_times
 from lowvar.train.processes import resolved_sigma_data
 from lowvar.train.records import Record, Sampled, Saved, Update, Validation
@@ -161,6 +162,11 @@ class Trainer:
         if config.clusters is not None and self.plan.labels is not None and parts > 1:  # rounding may differ
             shared = of_the_main_process(self.accelerator, {"labels": self.plan.labels})
             self.plan.labels = shared["labels"]
+        if isinstance(self.plan.pairing, OrthogonalNoise) and math.prod(data.shape) < self.plan.pairing.size:
+            raise UserError(
+                f"pairing is orthogonal, which makes {self.plan.pairing.size} noises orthogonal, and the data have "
+                f"{math.prod(data.shape)} numbers each, of which no more can be; give another pairing"
+            )
         self.references = make_references(config, self._known.train)
         size = 1 if self.plan.pairing.splits else self.plan.pairing.size
         if config.batch_size % (parts * size):
