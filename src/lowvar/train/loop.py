@@ -449,6 +449,9 @@ class Trainer:
             self.averages = self.averages.restored(on_device)
         if isinstance(self.plan.images, Stream):
             self.plan.images = self.plan.images.restored(kept.tensors["stream"])
+            if self.classes is not None:
+                self.classes = dataclasses.replace(self.classes, stream=self.plan.images)
+                self.batch = dataclasses.replace(self.batch, classes=self.classes)
         self.watch.restore(kept.state["since"], kept.tensors.get("validation", {}))
         if self.noise_scale is not None and "noise_scale" in kept.tensors:
             self.noise_scale = self.noise_scale.restored(kept.tensors["noise_scale"])
