@@ -53,7 +53,7 @@ from lowvar.train.spectrum import make_spectrum, restored, stored
 from lowvar.train.stable_target import StableTarget
 from lowvar.train.streams import check_stream, known
 from lowvar.train.targets import GivenTarget
-from lowvar.train.together import gathered, of_the_main_process, summed, written
+from lowvar.train.together import gathered, make_accelerator, of_the_main_process, summed, written
 from lowvar.train.tracking import (
     check_pictures,
     check_trackers,
@@ -126,7 +126,6 @@ class Trainer:
         resume: bool = False,
         device: Literal["auto", "cpu", "cuda"] = "auto",
     ) -> None:
-        from accelerate import Accelerator
         from diffusers.optimization import get_scheduler
         from diffusers.training_utils import EMAModel
 
@@ -139,7 +138,7 @@ class Trainer:
             check_pictures(data.shape, self.folder, latent=getattr(data, "scaling_factor", None) is not None)
         log: dict[str, Any] = {"log_with": [*config.trackers], "project_dir": self.folder} if config.trackers else {}
         cpu = device == "cpu" or not torch.cuda.is_available()  # said outright: else processes on CPUs do not meet
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu, **log)
+        self.accelerator = make_accelerator(config.mixed_precision, cpu=cpu, **log)
         parts = self.accelerator.num_processes
         if config.batch_size % parts:
             raise UserError(
