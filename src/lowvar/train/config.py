@@ -325,6 +325,8 @@ def _sentence(error: ValidationError) -> str:
         return first["msg"].removeprefix("Value error, ")
     where = [str(piece) for piece in first["loc"] if str(piece) not in _NO_SETTINGS]
     path = ".".join(where)
+    if where == ["network"]:
+        return f"the setting network is {first['input']!r}; give its own settings, for example network: {{width: 32}}"
     if where[0] == "sigma_data":
         return f"the setting sigma_data is {first['input']!r}; give a number above 0, or data to measure it on the data"
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
