@@ -238,8 +238,9 @@ class Stream:
         if self.label is None:
             raise ValueError("the stream has no label; give one, a function from an item to its class number")
         found: Any = self.label(item)
+        single: Any = found.item() if isinstance(found, Tensor) and found.numel() == 1 else found
         try:
-            number = operator.index(found.item() if isinstance(found, Tensor) else found)
+            number = operator.index(single)
         except TypeError:
             number = -1
         if number < 0:
