@@ -143,6 +143,13 @@ def test_items_as_images() -> None:
     assert torch.equal(image_of((np.moveaxis(levels, 2, 0).copy(), 3)), wanted)
     assert tuple(image_of(Image.fromarray(levels[:, :, 0])).shape) == (1, 2, 2)
     assert torch.equal(image_of(torch.full((1, 1, 1), 0.25, dtype=torch.float64)), torch.full((1, 1, 1), 0.25))
+    deep = Image.fromarray(np.array([[0, 255, 257, 65535]], dtype=np.uint16))  # as from a file: the upper byte
+    assert ((image_of(deep) + 1) * 127.5).round().flatten().tolist() == [0, 0, 1, 255]
+    turned = Image.fromarray(levels[:, :1])
+    turned.getexif()[0x0112] = 6
+    assert tuple(image_of(turned).shape) == (3, 1, 2)
+    with pytest.raises(UserError, match="floating point numbers"):
+        image_of(Image.fromarray(np.zeros((2, 2), dtype=np.float32)))
     for item in ({"pixels": levels}, "text", torch.tensor([1, 2])):
         with pytest.raises(UserError, match="give decode"):
             image_of(item)

@@ -153,6 +153,13 @@ def test_other_columns_and_files_are_refused_in_a_sentence(tmp_path: Path):
     (tmp_path / "head.csv").write_text("a,b\n")
     with pytest.raises(UserError, match="no rows"):
         load(tmp_path / "head.csv")
+    (tmp_path / "semicolons.csv").write_text("a;b\n" + "1;2\n3;4\n" * 30)
+    with pytest.raises(UserError, match="one column, called 'a;b'; columns are separated by commas here"):
+        load(tmp_path / "semicolons.csv")
+    (tmp_path / "old.csv").write_bytes("a,b\n1,caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"column 'b' of .* holds text that is not UTF-8"):
+        load(tmp_path / "old.csv")
+    refused({"count": [-1.7e308, 1.7e308] * 60}, "'count' .* a range that no number holds; give it another unit")
     with pytest.raises(UserError, match=r"size is 8, and .* is a table"):
         load(write(tmp_path / "t.csv", some()), size=8)
 

@@ -372,6 +372,8 @@ def test_bf16_runs(data: Data) -> None:
     try:
         records = run(Trainer(data, config_from(BASE | {"mixed_precision": "bf16"}), device="cpu"))
         assert all(torch.isfinite(torch.tensor(r.loss)) for r in records if isinstance(r, Update))
+        with pytest.raises(UserError, match="mixed_precision is no, and a run of this process began with bf16"):
+            Trainer(data, config_from(BASE), device="cpu")
     finally:
         AcceleratorState._reset_state(True)  # pyright: ignore[reportPrivateUsage]
 

@@ -202,6 +202,26 @@ def test_settings_that_exclude_each_other(values: dict[str, Any], message: str) 
     assert "\n" not in str(caught.value)
 
 
+def test_words_as_yaml_reads_them() -> None:
+    """A bare `no` is false in YAML, and one tracker needs no list; numbers are finite."""
+    config = config_from({"mixed_precision": False, "trackers": "tensorboard"})
+    assert config == config_from({"mixed_precision": "no", "trackers": ["tensorboard"]})
+    with pytest.raises(UserError, match="the setting mixed_precision is True"):
+        config_from({"mixed_precision": True})
+    with pytest.raises(UserError, match=r"the setting network is 'unet'; give its own settings, for example"):
+        config_from({"network": "unet"})
+    for name in ("lr", "weight_decay", "head_weight"):
+        with pytest.raises(UserError, match=f"the setting {name} is inf: input should be a finite number"):
+            config_from({name: float("inf")})
+
+
+def test_no_more_orthogonal_noises_than_numbers() -> None:
+    rows = TensorImages(torch.linspace(-1, 1, 12).reshape(4, 3))
+    few = Data("rows", rows, rows, rows, levels=None, fingerprint="rows")
+    with pytest.raises(UserError, match="4 noises orthogonal, and the data have 3 numbers each"):
+        Trainer(few, config_from({"pairing": "orthogonal", "head": "none"}), device="cpu")
+
+
 def test_strata_need_classes(data: Data) -> None:
     config = config_from({"strata": "class"})
     with pytest.raises(UserError, match="the data have no classes"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowvar.cli.train import save_trained
+from lowvar.cli.train import save_trained, weighting_figure
 from lowvar.data import Data, TensorImages, load
 from lowvar.errors import UserError
 from lowvar.pipelines import ImagePipeline, denoiser_of, open_pipeline
@@ -25,6 +25,7 @@ from lowvar.sample import generate
 from lowvar.sample.likelihood import step_bits
 from lowvar.train import (
     HybridVLB,
+    LogitNormalTimes,
     LognormalTimes,
     LossSecondMomentTimes,
     NonFiniteError,
@@ -40,6 +41,7 @@ from lowvar.train import (
     measured_sigma_data,
 )
 from lowvar.train.hybrid import neighbours
+from lowvar.train.processes import objective_times
 from lowvar.train.timesteps import TimeDraw, Times
 from lowvar.train.validation import logsnr_edges
 
@@ -258,8 +260,8 @@ def test_second_moments_by_bin_are_unbiased() -> None:
 
 @pytest.mark.parametrize("times", ["lognormal", "logit-normal", "mode"])
 @pytest.mark.parametrize("process", ["edm", "flow"])
-def test_weighted_times_have_the_loss_of_uniform_ones(times: str, process: str) -> None:
-    """Of the linear network's loss, 1e-9: 256 bins of 12 nodes against 64 intervals of 32."""
+def test_weighted_times_have_the_loss_of_the_process(times: str, process: str) -> None:
+    """Of the linear network's loss, 1e-9: both at 12 nodes in each of the 256 bins of the process's own times."""
     trainer = line({"process": process, "times": times, "times_weighted": True})
     assert trainer.times.label == "unbiased"
     q = trainer.times.probabilities()  # type: ignore[attr-defined]
@@ -267,11 +269,40 @@ def test_weighted_times_have_the_loss_of_uniform_ones(times: str, process: str) 
     low = q.cumsum(0) - q
     u, w = (low[:, None] + q[:, None] * node).flatten(), (q[:, None] * weight).flatten()
     found, gradient = expected(trainer, trainer.times, u, w)
-    node, weight = unit_rule(32)
-    v, w = ((torch.arange(64)[:, None] + node) / 64).flatten(), (weight / 64).expand(64, -1).flatten()
-    exact, plain = expected(trainer, UniformTimes(None, trainer.schedule.t_min), v, w)
+    v, w = ((torch.arange(256)[:, None] + node) / 256).flatten(), (weight / 256).expand(256, -1).flatten()
+    exact, plain = expected(trainer, objective_times(trainer.config, trainer.schedule), v, w)
     assert found == pytest.approx(exact, rel=1e-9)
     torch.testing.assert_close(gradient, plain, rtol=1e-8, atol=1e-9)
+    if process == "edm":  # uniform ones are another objective
+        other, _ = expected(trainer, UniformTimes(None, trainer.schedule.t_min), v, w)
+        assert other != pytest.approx(exact, rel=0.05)
+    even = process == "edm" and times == "lognormal"  # the process's own times
+    assert bool((q * 256 - 1).abs().max() < 1e-9) == even
+
+
+def test_the_weightings_figure_is_of_the_datas_own_deviation() -> None:
+    """Over plain, min-snr is min(snr, 5) / (snr + 1 / sd^2), scaled to mean 1: sd the run's, not 0.5."""
+    shown = weighting_figure(line({"process": "edm", "sigma_data": 2.0, "weighting": "min-snr"}))
+    assert shown is not None
+    snr = shown["logsnr"].exp()
+    ratio = snr.clamp_max(5) / (snr + 1 / 4)
+    torch.testing.assert_close(shown["relative"]["min-snr"], ratio / ratio.mean(), rtol=1e-9, atol=1e-9)
+
+
+def test_weighted_times_follow_their_law() -> None:
+    """Where edm's lognormal times are weighted for, logit-normal ones still fall where they fall without weights."""
+    u = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
+    schedule = VE()
+    own = LognormalTimes(schedule)
+    plain = UniformTimes(None, schedule.t_min)
+    weighted = LogitNormalTimes(weighted=True, plain=plain, own=own, uniform=1e-6).at(u).t
+    given = LogitNormalTimes(plain=plain).at(u).t
+    low, high = own.at(torch.tensor([0.02, 0.98])).t  # a bin of lognormal times spans more and more beyond
+    inner = (given > low) & (given < high)
+    assert int(inner.sum()) > 2000
+    assert float((weighted - given)[inner].abs().max()) < 0.02
+    with pytest.raises(ValueError, match="leave own out"):
+        LogitNormalTimes(weighted=True, plain=UniformTimes(10), own=own)
 
 
 # ------------------------------------------------------------------------------------------------------------ settings

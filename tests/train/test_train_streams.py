@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowvar.data import Stream, StreamData, load
+from lowvar.data import Stream, StreamData, TensorImages, load
 from lowvar.errors import UserError
 from lowvar.process import CosineVP
 from lowvar.train import CrossPairs, DrawPlan, Trainer, UniformTimes, config_from
+from lowvar.train.conditional import Classes, classes_of
 
 torch.set_num_threads(1)
 
@@ -119,13 +120,90 @@ def test_without_a_buffer_the_order_is_the_streams_own() -> None:
         ({"target": "stable"}, "target is stable, which refers to images of the whole data set"),
         ({"strata": "cluster"}, "strata is cluster, which sorts the images"),
         ({"strata": "class"}, "give strata none, or data that can be looked into"),
-        ({"conditional": True}, "conditional is true, which needs the classes"),
+        ({"conditional": True}, "conditional is true, and the stream has no label; give Stream"),
         ({"variance_reduction": "auto"}, "give target plain"),
     ],
 )
 def test_what_needs_the_whole_set_is_refused(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         trainer(**settings)
+
+
+LABELS = DIGITS.train.labels
+
+
+class SmallOfClasses(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = {"num_class_embeds": 11}
+        self.of = nn.Embedding(11, 4)
+
+    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        assert class_labels is not None
+        h = self.first(x) + timestep[:, None, None, None] / 1000 + self.of(class_labels)[:, :, None, None]
+        return self.last(torch.tanh(h))
+
+
+def labelled(
+    folder: Path | None = None, resume: bool = False, *, names: tuple[str, ...] = tuple("0123456789"), **settings: Any
+) -> Trainer:
+    assert LABELS is not None
+    items = list(zip(IMAGES, LABELS[:30].tolist(), strict=True))
+    source = Stream(items, (1, 8, 8), buffer=7, label=lambda item: item[1])
+    data = StreamData(source, DIGITS.calibration, levels=17, classes=names)
+    config = config_from(BASE | {"conditional": True, "condition_dropout": 0.25} | settings)
+    return Trainer(data, config, folder, network=SmallOfClasses(), resume=resume, device="cpu")
+
+
+def test_classes_come_with_the_items() -> None:
+    """Each sample is trained with the class of the very image that it is, or with none; the share of none is p."""
+    assert LABELS is not None
+    made = labelled(batch_size=30, pairing="cross", noise_scale_every=1)
+    classes, dropped = made.classes, 0
+    assert classes is not None
+    for update in range(8):
+        draws = made.plan.draws(update, made.times)
+        which = torch.cdist(draws.x0.flatten(1), IMAGES.flatten(1)).argmin(1)
+        told = classes.labels(draws.number, draws.image)
+        none = told == 10
+        dropped += int(none.sum())
+        assert torch.equal(told[~none], LABELS[which][~none])
+        assert torch.equal(classes.known(draws.number, draws.image) == -1, none)
+    assert 40 < dropped < 80
+    assert torch.equal(classes.train, classes.stream.classes(range(30)))  # type: ignore[union-attr]
+
+
+def test_conditional_runs_go_on_exactly(tmp_path: Path) -> None:
+    whole = run(labelled(tmp_path / "whole")).ema_network().state_dict()
+    run(labelled(tmp_path / "cut"), until=7)
+    again = labelled(tmp_path / "cut", resume=True)
+    assert again.classes is not None
+    assert again.classes.stream is again.plan.images
+    cut = run(again).ema_network().state_dict()
+    assert all(torch.equal(v, cut[k]) for k, v in whole.items())
+    with pytest.raises(UserError, match="data"):  # other names, other data
+        labelled(tmp_path / "cut", resume=True, names=tuple("abcdefghij"))
+
+
+def test_classes_that_do_not_fit_are_refused() -> None:
+    def data(label: Any, count: int = 2) -> StreamData:
+        held = TensorImages(IMAGES[:4], torch.arange(4) % count)
+        return StreamData(Stream(list(IMAGES), (1, 8, 8), buffer=1, label=label), held, levels=17)
+
+    numbers = iter(range(10**6))
+    with pytest.raises(UserError, match=r"place 0 of the stream has class 0\.5; give label"):
+        classes_of(data(lambda item: 0.5), 0.1)
+    with pytest.raises(UserError, match=r"place 1 of the stream has class -1"):
+        classes_of(data(lambda item: -next(numbers)), 0.1)
+    with pytest.raises(UserError, match="what is held out has no classes"):
+        classes_of(StreamData(data(lambda item: 0).train, TensorImages(IMAGES[:4])), 0.1)
+    with pytest.raises(UserError, match="the data have no classes"):
+        classes_of(data(lambda item: 1), 0.1)
+    with pytest.raises(ValueError, match="has no label"):
+        stream().classes([0])
+    found = Classes(2, torch.tensor([0, 1]), torch.tensor([0]), 0.0, stream=data(lambda item: torch.tensor(3)).train)
+    with pytest.raises(UserError, match="place 5 of the stream has class 3, and there are 2 classes, 0 to 1; name"):
+        found.labels(torch.tensor([0]), torch.tensor([5]))
 
 
 def test_another_stream_is_refused_on_resume(tmp_path: Path) -> None:

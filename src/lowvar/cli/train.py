@@ -107,11 +107,14 @@ class Train(DataFlags, Common):
         ranks.main_first(lambda: make_way(self.out, overwrite=self.overwrite, resume=self.resume))
         config = self.settings()
         from lowvar.cli.results import about_data, summarise, write_run
+        from lowvar.train.cautions import cautions
         from lowvar.train.loop import Trainer
 
         if self.from_profile is not None:
             said = ", ".join(f"{k}: {v}" for k, v in _advised(self.from_profile).items())
             console.note(f"from {self.from_profile}: {said or 'nothing to change'}")
+        for sentence in cautions(config):
+            console.note(f"warning: {sentence}")
         device = choose_device(self.device)
         data = self.load(config.seed)
         resolved = {"data": self.data, "size": self.size, "channels": self.channels, **dataclasses.asdict(config)}
@@ -272,7 +275,7 @@ def weighting_figure(trainer: Trainer) -> dict[str, Any] | None:
     if config.weighting == "none":
         return None
     logsnr = torch.linspace(-8, 8, 65, dtype=torch.float64)
-    curves = weighting_curves(config.prediction, logsnr, uncertainty=trainer.uncertainty)
+    curves = weighting_curves(config.prediction, logsnr, uncertainty=trainer.uncertainty, sigma_data=trainer.sigma_data)
     return {
         "chosen": config.weighting,
         "logsnr": logsnr,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowvar.errors import UserError
 
-__all__ = ["check_arguments", "decode", "display", "header"]
+__all__ = ["check_arguments", "decode", "display", "header", "pixels"]
 
 _ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 exchange width and height
 _GREY = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "F"}
@@ -83,14 +83,30 @@ def decode(source: Path | bytes, name: str, *, channels: int, size: int | None =
     """
     with _opened(source, name) as image:
         image.load()
-        if image.mode == "F":
-            raise UserError(f"the image {name} holds floating point numbers; save it with 8 or 16 bits a channel")
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
-        image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-        if size is not None:
-            image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-        x = torch.from_numpy(np.array(image, dtype=np.float32)) / 127.5 - 1
+        return pixels(image, name, channels=channels, size=size)
+
+
+def pixels(image: Image.Image, name: str, *, channels: int | None = None, size: int | None = None) -> Tensor:
+    """An image in memory, as `decode`; `channels` None: 1 if it is grey, else 3.
+
+    Raises:
+        UserError: if its pixels are floating point numbers.
+
+    Example:
+        >>> pixels(Image.fromarray(np.full((1, 2), 65535, np.uint16)), "white").tolist()
+        [[[1.0, 1.0]]]
+    """
+    if image.mode == "F":
+        raise UserError(f"the image {name} holds floating point numbers; save it with 8 or 16 bits a channel")
+    if channels is None:
+        channels = 1 if image.mode in _GREY else 3
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+    image = image.convert("L" if channels == 1 else "RGB")
+    if size is not None:
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    x = torch.from_numpy(np.array(image, dtype=np.float32)) / 127.5 - 1
     return x[None] if channels == 1 else x.permute(2, 0, 1).contiguous()
 
 

@@ -64,7 +64,7 @@ def _load_path(path: Path, text: str, *, size: int | None, seed: int, channels: 
     if not path.exists():
         raise UserError(
             f"there is no data set {text!r}; give one of {', '.join(NAMES)}, "
-            "or the path of an existing folder of images"
+            "or the path of an existing folder of images, table or array"
         )
     if path.is_dir() and not ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
         from lowvar.data.folder import load_folder

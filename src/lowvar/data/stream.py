@@ -23,6 +23,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor
 
 from lowvar.data.arrays import ArrayImages
+from lowvar.data.decode import pixels
 from lowvar.data.images import Images
 from lowvar.errors import UserError
 from lowvar.process.noise import Independent
@@ -48,11 +50,12 @@ def image_of(item: Any) -> Tensor:
     """An item as an image, float32 (C, H, W) in [-1, 1].
 
     Args:
-        item: a floating point tensor or array in [-1, 1], taken as it is; one of uint8; a PIL image; a mapping with
-            such a value under `image`; or a tuple or list that begins with one.
+        item: a floating point tensor or array in [-1, 1], taken as it is; one of uint8; a PIL image, read as a file's
+            (16-bit grey keeps its upper byte, the camera's orientation is applied); a mapping with such a value under
+            `image`; or a tuple or list that begins with one.
 
     Raises:
-        UserError: for anything else.
+        UserError: for anything else, or an image of floating point numbers.
 
     Example:
         >>> image_of({"image": torch.tensor([[[0, 255]]], dtype=torch.uint8), "label": 3}).tolist()
@@ -66,9 +69,7 @@ def image_of(item: Any) -> Tensor:
     if isinstance(item, tuple | list) and item:
         return image_of(item[0])
     if isinstance(item, Image.Image):
-        grey = item.mode in ("1", "L", "LA", "I", "I;16", "F")
-        x = torch.from_numpy(np.array(item.convert("L" if grey else "RGB"), dtype=np.float32)) / 127.5 - 1
-        return x[None] if grey else x.permute(2, 0, 1).contiguous()
+        return pixels(item, "that the stream gave")
     x = torch.from_numpy(item) if isinstance(item, np.ndarray) else item
     if not isinstance(x, Tensor) or not (x.is_floating_point() or x.dtype == torch.uint8):
         raise UserError(
@@ -87,6 +88,7 @@ class Stream:
         decode: from an item to a tensor of this shape.
         buffer: B; 1 keeps the stream's own order.
         seed: of the buffer's order.
+        label: from an item to its class number, a whole number from 0; None: the items have no classes.
         starts: places where epochs 0, 1, .. began, as far as they are known.
 
     Raises:
@@ -107,6 +109,7 @@ class Stream:
         decode: Callable[[Any], Tensor] = image_of,
         buffer: int = 1024,
         seed: int = 0,
+        label: Callable[[Any], int] | None = None,
         starts: Sequence[int] = (0,),
     ) -> None:
         """Keeps the source; reads nothing."""
@@ -118,7 +121,7 @@ class Stream:
                 "epoch that returns such an iterator"
             )
         self.source, self.shape, self.decode = source, tuple(shape), decode
-        self.buffer, self.seed = buffer, seed
+        self.buffer, self.seed, self.label = buffer, seed, label
         self._noise = Independent(seed ^ _SEED)
         self._starts = list(starts)
         # what follows is a memo: where the reading stands
@@ -148,17 +151,31 @@ class Stream:
         self._floor = lowest
         return torch.stack([decoded[place] for place in wanted])
 
+    def classes(self, places: Tensor | Sequence[int]) -> Tensor:
+        """Class numbers of what stands at places (n,), int64; quick for the places that `images` was asked for last.
+
+        Raises:
+            ValueError: if the stream has no `label`.
+            UserError: if one is no whole number from 0.
+        """
+        wanted: list[int] = torch.as_tensor(places, dtype=torch.int64).tolist()
+        return torch.tensor([self._class(place, self._item(place)) for place in wanted], dtype=torch.int64)
+
     @cached_property
     def first(self) -> ArrayImages:
-        """The first 1,024 places as a set in memory, fewer where an epoch is shorter."""
+        """The first 1,024 places as a set in memory, fewer where an epoch is shorter, with their classes."""
         parts: list[Tensor] = []
+        classes: list[int] = []
         for place in range(FIRST):
             item = self._item(place)
             if len(self._starts) > 1 and place >= self._starts[1]:
                 break
             parts.append(self._decoded(place, item))
+            if self.label is not None:
+                classes.append(self._class(place, item))
         self._recent = {}
-        return ArrayImages(torch.stack(parts), torch.arange(len(parts)), 1.0)
+        labels = None if self.label is None else torch.tensor(classes)
+        return ArrayImages(torch.stack(parts), torch.arange(len(parts)), 1.0, labels)
 
     def state(self) -> dict[str, Tensor]:
         """Where the epochs began."""
@@ -168,6 +185,7 @@ class Stream:
         """The stream that knows where its epochs began."""
         starts = state["starts"].tolist()
         more: dict[str, Any] = {"decode": self.decode, "buffer": self.buffer, "seed": self.seed}
+        more["label"] = self.label
         return Stream(self.source, self.shape, starts=starts, **more)
 
     def _begin(self, epoch: int) -> None:
@@ -216,6 +234,22 @@ class Stream:
             self._block = block, self._noise.uniform(numbers, (), dtype=torch.float64).tolist()
         return self._block[1][place % _BLOCK]
 
+    def _class(self, place: int, item: Any) -> int:
+        if self.label is None:
+            raise ValueError("the stream has no label; give one, a function from an item to its class number")
+        found: Any = self.label(item)
+        single: Any = found.item() if isinstance(found, Tensor) and found.numel() == 1 else found
+        try:
+            number = operator.index(single)
+        except TypeError:
+            number = -1
+        if number < 0:
+            raise UserError(
+                f"the item at place {place} of the stream has class {found!r}; give label, a function from an item to "
+                "a whole number from 0"
+            )
+        return number
+
     def _decoded(self, place: int, item: Any) -> Tensor:
         x = self.decode(item)
         if tuple(x.shape) != self.shape:
@@ -236,6 +270,7 @@ class StreamData:
         name: of the data.
         levels: grey levels of images; None for latents.
         scaling_factor: of latents: what `decode` multiplied them by, as in `Data`.
+        classes: names of the classes, in order of their numbers; () where there are none or they have no names.
 
     Raises:
         ValueError: if the shapes differ.
@@ -246,6 +281,7 @@ class StreamData:
     name: str = "stream"
     levels: int | None = 256
     scaling_factor: float | None = None
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Checks shapes."""
@@ -262,5 +298,7 @@ class StreamData:
         """16 hexadecimal digits of the order and of the first items; later ones are unknown."""
         digest = hashlib.sha256(repr((self.name, self.shape, self.train.buffer, self.train.seed)).encode())
         digest.update(self.train.first.images(range(min(16, len(self.train.first)))).numpy().tobytes())
+        if self.train.first.labels is not None:
+            digest.update(repr((self.classes, self.train.first.labels.tolist())).encode())
         digest.update(self.calibration.images(range(min(16, len(self.calibration)))).numpy().tobytes())
         return digest.hexdigest()[:16]

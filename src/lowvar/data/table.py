@@ -65,6 +65,12 @@ def _read(path: Path) -> Any:
     twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
     if twice:
         raise UserError(f"{path} has two columns called {twice[0]!r}; rename one")
+    name = table.column_names[0]
+    if suffix != ".parquet" and table.num_columns == 1 and any(mark in name for mark in ";\t|,"):
+        mark = "tabs" if suffix == ".tsv" else "commas"
+        raise UserError(
+            f"{path} has one column, called {name!r}; columns are separated by {mark} here: write it so, or as parquet"
+        )
     if table.num_rows == 0:
         raise UserError(f"{path} has no rows; give a table with a header and rows")
     return table
@@ -85,6 +91,8 @@ def _values(path: Path, name: str, column: Any) -> list[float] | list[str]:
         raise UserError(f"{path} has no value in any row of the column {name!r}; take the column out")
     if pa.types.is_dictionary(kind):
         number = False
+    elif pa.types.is_binary(kind):
+        raise UserError(f"the column {name!r} of {path} holds text that is not UTF-8; save the file as UTF-8")
     elif not (number or pa.types.is_boolean(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise UserError(
             f"the column {name!r} of {path} holds {kind}, and columns hold numbers or text; turn it into a number or "
@@ -117,6 +125,11 @@ def _fitted(path: Path, name: str, values: list[float] | list[str], train: Tenso
             )
         return Category(name, tuple(sorted(str(value) for value in different)))
     x = torch.tensor(values, dtype=torch.float64)
+    if not math.isfinite(float(x.max() - x.min())):
+        raise UserError(
+            f"the column {name!r} of {path} goes from {float(x.min()):g} to {float(x.max()):g}, a range that no number "
+            "holds; give it another unit"
+        )
     return Number.fitted(name, x, x[train])
 
 

@@ -1,6 +1,7 @@
 """Learning the reverse process: draw plans, objectives, training times, networks, the loop."""
 
 from lowvar.train.averaging import PowerAverages
+from lowvar.train.cautions import cautions
 from lowvar.train.clusters import cluster_labels
 from lowvar.train.config import PRESETS, TrainConfig, config_from
 from lowvar.train.draws import DrawPlan, Draws
@@ -107,6 +108,7 @@ __all__ = [
     "VarianceTerm",
     "Weighting",
     "build_network",
+    "cautions",
     "check_network",
     "clean_score_weight",
     "cluster_labels",

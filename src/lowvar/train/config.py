@@ -112,10 +112,10 @@ class TrainConfig:
 
     updates: Annotated[int, Field(ge=1)] = 2500
     batch_size: Annotated[int, Field(ge=1)] = 64
-    lr: Annotated[float, Field(gt=0)] = 2e-3
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-3
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Annotated[int, Field(ge=0)] = 100
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.995
     process: Process = "vp"
@@ -126,7 +126,7 @@ class TrainConfig:
     rank: Annotated[int, Field(ge=0, le=MAX_RANK)] | None = None
     basis: Literal["dct", "pca"] | None = None
     head_loss: Literal["vlb", "nll"] | None = None
-    head_weight: Annotated[float, Field(gt=0)] | None = None
+    head_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     detach_mean: bool = True
     weighting: Literal["simple", "min-snr", "p2", "edm", "uncertainty", "none"] = "simple"
     times: Literal[
@@ -162,6 +162,18 @@ class TrainConfig:
     posthoc_ema: bool = False
     noise_scale_every: Annotated[int, Field(ge=0)] = 0
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _as_yaml_reads_it(cls, value: Any) -> Any:
+        """YAML reads a bare `no` as false."""
+        return "no" if value is False else value
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        """One tracker may stand without a list."""
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("strata")
     @classmethod
@@ -313,6 +325,8 @@ def _sentence(error: ValidationError) -> str:
         return first["msg"].removeprefix("Value error, ")
     where = [str(piece) for piece in first["loc"] if str(piece) not in _NO_SETTINGS]
     path = ".".join(where)
+    if where == ["network"]:
+        return f"the setting network is {first['input']!r}; give its own settings, for example network: {{width: 32}}"
     if where[0] == "sigma_data":
         return f"the setting sigma_data is {first['input']!r}; give a number above 0, or data to measure it on the data"
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):

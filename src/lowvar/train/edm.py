@@ -7,7 +7,7 @@ With s = sigma / alpha the noise level of y = x_t / alpha and sd the standard de
 
 lambda makes the loss of the raw network F a plain squared error at every level, so it equals `Simple` for
 `prediction="edm"`. The noise distribution comes without weights: both change the objective. With `weighted` the law's
-probabilities of K bins of the time axis, with a uniform share, are a density of uniform times with weights, and the
+probabilities of K bins of the objective's own times, with a uniform share, are a density with weights, and the
 objective is left as it is (see `piecewise`). For other training densities see `timesteps`.
 """
 
@@ -83,12 +83,11 @@ class LognormalTimes(GivenTimes):
         if self.std <= 0:
             raise ValueError(f"std is {self.std}; give a number above 0")
 
-    def law(self) -> Tensor:
-        """See the base class; what the schedule does not reach goes to the end bins."""
-        v = torch.linspace(0, 1, self.bins + 1, dtype=torch.float64)[1:-1]
+    def cdf(self, v: Tensor) -> Tensor:
+        """See the base class."""
+        v = v.double()
         t = v if self.plain.steps is not None else self.plain.t_min + (1 - self.plain.t_min) * v
-        inner = torch.special.ndtr((-self.schedule.logsnr(t) / 2 - self.mean) / self.std)
-        return torch.cat([torch.zeros(1), inner, torch.ones(1)]).diff()
+        return torch.special.ndtr((-self.schedule.logsnr(t) / 2 - self.mean) / self.std)
 
     def unweighted(self, u: Tensor) -> TimeDraw:
         """See the base class."""

@@ -10,6 +10,7 @@ from typing import Literal
 from torch import nn
 
 from lowvar.process.schedule import Schedule
+from lowvar.train.cautions import cautions
 from lowvar.train.config import TrainConfig
 from lowvar.train.loop import Trainer, TrainingData
 from lowvar.train.records import Update, Validation
@@ -46,11 +47,11 @@ def fit(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     progress: bool = True,
 ) -> Fitted:
-    """Trains to the end, with a progress bar on stderr.
+    """Trains to the end, with a progress bar and warnings on stderr.
 
     Args:
         data, config, folder, network, resume, device: as for `Trainer`.
-        progress: whether to show the bar.
+        progress: whether to show them.
 
     Raises:
         UserError: as `Trainer` and its `run` do.
@@ -64,6 +65,8 @@ def fit(
     with tqdm(
         total=config.updates, initial=trainer.update, unit="update", desc="train", file=sys.stderr, disable=quiet
     ) as bar:
+        for sentence in [] if quiet else cautions(config):
+            bar.write(f"warning: {sentence}", file=sys.stderr)
         for record in trainer.run():
             if isinstance(record, Update):
                 bar.update()

@@ -4,7 +4,7 @@ r"""Logit-normal times (Esser et al. 2024, Sec. 3.1).
 
 so the middle of the time axis is trained on most (mean > 0: more noise). Without weights this changes the objective;
 with `weighted` the density is the law's probability of each of K bins with a uniform share m, and the weights make the
-expected gradient that of uniform times (see `piecewise`).
+expected gradient that of the objective's own times (see `piecewise`).
 """
 
 from __future__ import annotations
@@ -47,10 +47,9 @@ class LogitNormalTimes(GivenTimes):
         if self.std <= 0:
             raise ValueError(f"std is {self.std}; give a number above 0")
 
-    def law(self) -> Tensor:
+    def cdf(self, v: Tensor) -> Tensor:
         """See the base class."""
-        edges = torch.logit(torch.linspace(0, 1, self.bins + 1, dtype=torch.float64))
-        return torch.special.ndtr((edges - self.mean) / self.std).diff()
+        return torch.special.ndtr((torch.logit(v.double()) - self.mean) / self.std)
 
     def unweighted(self, u: Tensor) -> TimeDraw:
         """See the base class."""

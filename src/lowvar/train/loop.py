@@ -44,6 +44,7 @@ from lowvar.train.noise_scale import NoiseScale
 from lowvar.train.norm_probe import squared_norm
 from lowvar.train.objectives import Objective
 from lowvar.train.own_networks import OfNullClass, check_network, own_network, structure
+from lowvar.train.pairs import OrthogonalNoise
 from lowvar.train.parts import make_objective, make_plan, make_references, make_schedule, make_times
 from lowvar.train.processes import resolved_sigma_data
 from lowvar.train.records import Record, Sampled, Saved, Update, Validation
@@ -52,7 +53,7 @@ from lowvar.train.spectrum import make_spectrum, restored, stored
 from lowvar.train.stable_target import StableTarget
 from lowvar.train.streams import check_stream, known
 from lowvar.train.targets import GivenTarget
-from lowvar.train.together import gathered, of_the_main_process, summed, written
+from lowvar.train.together import gathered, make_accelerator, of_the_main_process, summed, written
 from lowvar.train.tracking import (
     check_pictures,
     check_trackers,
@@ -125,7 +126,6 @@ class Trainer:
         resume: bool = False,
         device: Literal["auto", "cpu", "cuda"] = "auto",
     ) -> None:
-        from accelerate import Accelerator
         from diffusers.optimization import get_scheduler
         from diffusers.training_utils import EMAModel
 
@@ -138,7 +138,7 @@ class Trainer:
             check_pictures(data.shape, self.folder, latent=getattr(data, "scaling_factor", None) is not None)
         log: dict[str, Any] = {"log_with": [*config.trackers], "project_dir": self.folder} if config.trackers else {}
         cpu = device == "cpu" or not torch.cuda.is_available()  # said outright: else processes on CPUs do not meet
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu, **log)
+        self.accelerator = make_accelerator(config.mixed_precision, cpu=cpu, **log)
         parts = self.accelerator.num_processes
         if config.batch_size % parts:
             raise UserError(
@@ -161,6 +161,11 @@ class Trainer:
         if config.clusters is not None and self.plan.labels is not None and parts > 1:  # rounding may differ
             shared = of_the_main_process(self.accelerator, {"labels": self.plan.labels})
             self.plan.labels = shared["labels"]
+        if isinstance(self.plan.pairing, OrthogonalNoise) and math.prod(data.shape) < self.plan.pairing.size:
+            raise UserError(
+                f"pairing is orthogonal, which makes {self.plan.pairing.size} noises orthogonal, and the data have "
+                f"{math.prod(data.shape)} numbers each, of which no more can be; give another pairing"
+            )
         self.references = make_references(config, self._known.train)
         size = 1 if self.plan.pairing.splits else self.plan.pairing.size
         if config.batch_size % (parts * size):
@@ -443,6 +448,9 @@ class Trainer:
             self.averages = self.averages.restored(on_device)
         if isinstance(self.plan.images, Stream):
             self.plan.images = self.plan.images.restored(kept.tensors["stream"])
+            if self.classes is not None:
+                self.classes = dataclasses.replace(self.classes, stream=self.plan.images)
+                self.batch = dataclasses.replace(self.batch, classes=self.classes)
         self.watch.restore(kept.state["since"], kept.tensors.get("validation", {}))
         if self.noise_scale is not None and "noise_scale" in kept.tensors:
             self.noise_scale = self.noise_scale.restored(kept.tensors["noise_scale"])

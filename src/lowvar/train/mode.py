@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -23,19 +22,6 @@ __all__ = ["ModeTimes"]
 
 def _times(u: Tensor, scale: float) -> Tensor:
     return (u - scale * (torch.sin(math.pi / 2 * u) ** 2 - u)).clamp(0, 1)
-
-
-@lru_cache(maxsize=8)
-def _cdf(scale: float, bins: int) -> Tensor:
-    """The probability of v below the edges k / K, (K + 1,) float64, by bisection of the increasing `_times`."""
-    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
-    low, high = torch.zeros_like(edges), torch.ones_like(edges)
-    for _ in range(53):
-        middle = (low + high) / 2
-        below = _times(middle, scale) < edges
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    high[0], high[-1] = 0, 1
-    return high
 
 
 @dataclass(frozen=True)
@@ -61,9 +47,15 @@ class ModeTimes(GivenTimes):
         if not -1 <= self.scale <= 2 / (math.pi - 2):
             raise ValueError(f"scale is {self.scale}; give a number in [-1, 2 / (pi - 2)] = [-1, 1.7519]")
 
-    def law(self) -> Tensor:
-        """See the base class."""
-        return _cdf(self.scale, self.bins).diff().clamp_min(0)
+    def cdf(self, v: Tensor) -> Tensor:
+        """See the base class: by bisection of the increasing map u -> v."""
+        v = v.double()
+        low, high = torch.zeros_like(v), torch.ones_like(v)
+        for _ in range(53):
+            middle = (low + high) / 2
+            below = _times(middle, self.scale) < v
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return high
 
     def unweighted(self, u: Tensor) -> TimeDraw:
         """See the base class."""

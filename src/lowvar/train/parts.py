@@ -26,7 +26,7 @@ from lowvar.train.p2 import P2
 from lowvar.train.processes import objective_times, plain_times, process_schedule
 from lowvar.train.stable_target import ReferencePlan, reference_noise
 from lowvar.train.streams import check_stream
-from lowvar.train.timesteps import LossSecondMomentTimes, Times
+from lowvar.train.timesteps import LossSecondMomentTimes, Times, UniformTimes
 
 __all__ = [
     "make_objective",
@@ -94,11 +94,12 @@ def make_times(config: TrainConfig, schedule: Schedule, sigma_data: float = 0.5)
         return EntropyRateTimes(schedule, config.prediction, weighting, sigma_data, plain=own)
     if config.times == "learned-schedule":
         return LearnedScheduleTimes(own)
+    other = None if isinstance(own, UniformTimes) else own
     if config.times == "logit-normal":
-        return LogitNormalTimes(weighted=weighted, plain=plain)
+        return LogitNormalTimes(weighted=weighted, plain=plain, own=other)
     if config.times == "mode":
-        return ModeTimes(weighted=weighted, plain=plain)
-    return LognormalTimes(schedule, weighted=weighted, plain=plain)
+        return ModeTimes(weighted=weighted, plain=plain, own=other)
+    return LognormalTimes(schedule, weighted=weighted, plain=plain, own=other)
 
 
 def make_plan(config: TrainConfig, images: ImageSource | Stream, schedule: Schedule) -> DrawPlan:

@@ -22,6 +22,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import ClassVar, Self, final
 
 import torch
@@ -195,9 +196,11 @@ class GivenTimes(FixedTimes):
     """Times of a given law: as they are they change the objective, with weights they do not.
 
     Args:
-        weighted: whether weights make it unbiased for the times `plain`.
+        weighted: whether weights make it unbiased for the objective's own times.
         uniform: m of the weighted density; weights are at most 1 / m.
-        plain: the times that are weighted for: a table's, or continuous ones.
+        plain: the uniform times v -> t in whose v the law is given: a table's, or continuous ones.
+        own: the objective's own times, where they are not `plain`: those that are weighted for, and in whose uniform
+            number the bins are. None: `plain`.
         bins: K of the weighted density.
 
     Raises:
@@ -207,16 +210,27 @@ class GivenTimes(FixedTimes):
     weighted: bool = False
     uniform: float = 0.1
     plain: UniformTimes = field(default_factory=continuous)
+    own: FixedTimes | None = None
     bins: int = 256
 
     def __post_init__(self) -> None:
         """Refuses parameters out of range."""
         if not 0 < self.uniform <= 1 or self.bins < 1:
             raise ValueError(f"uniform is {self.uniform}, bins {self.bins}; need uniform in (0, 1] and at least 1 bin")
+        if self.own is not None and self.plain.steps is not None:
+            raise ValueError(f"own is {self.own}, and plain is a table of {self.plain.steps} steps; leave own out")
 
     @abstractmethod
+    def cdf(self, v: Tensor) -> Tensor:
+        """The law's probability of numbers below v in [0, 1], same shape, float64, in the inner points; increasing."""
+
+    @final
     def law(self) -> Tensor:
-        """The law's probabilities of the bins, (K,) float64."""
+        """The law's probabilities of the bins, (K,) float64; what is beyond the ends goes to the end bins."""
+        v = torch.linspace(0, 1, self.bins + 1, dtype=torch.float64)[1:-1]
+        if self.own is not None:
+            v = ((self.own.at(v).t - self.plain.t_min) / (1 - self.plain.t_min)).clamp(0, 1)
+        return torch.cat([torch.zeros(1), self.cdf(v), torch.ones(1)]).diff().clamp_min(0)
 
     @abstractmethod
     def unweighted(self, u: Tensor) -> TimeDraw:
@@ -228,12 +242,18 @@ class GivenTimes(FixedTimes):
         """`unbiased` with weights."""
         return "unbiased" if self.weighted else "changes the objective"
 
+    @cached_property
+    def _probabilities(self) -> Tensor:
+        return floored(self.law(), self.uniform)
+
     @final
     def probabilities(self) -> Tensor:
         """q of the weighted density, (K,) float64."""
-        return floored(self.law(), self.uniform)
+        return self._probabilities.clone()
 
     @final
     def at(self, u: Tensor) -> TimeDraw:
         """See the base class."""
-        return piecewise_times(self.probabilities(), self.plain, u) if self.weighted else self.unweighted(u.double())
+        if not self.weighted:
+            return self.unweighted(u.double())
+        return piecewise_times(self._probabilities, self.plain if self.own is None else self.own, u)

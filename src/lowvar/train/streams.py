@@ -2,9 +2,9 @@ r"""Training on a stream: which parts of training need a data set that can be lo
 
 Draw plans take the image of a sample from place floor(i / m) of the stream (`lowvar.data.stream`; m samples share an
 image) instead of from a permutation; pairings, times, stratification and couplings act on what was drawn, and stay as
-they are. What refers to images by number over all data cannot be had, and is refused: the stable target's references,
-strata, and classes. Figures of the data that training needs (sigma_data, a head's spectrum, the bounds of the optimal
-loss) are those of the first 1,024 places.
+they are; the class of a conditional run comes with the item. What refers to images by number over all data cannot be
+had, and is refused: the stable target's references and strata. Figures of the data that training needs (sigma_data, a
+head's spectrum, the bounds of the optimal loss) are those of the first 1,024 places.
 """
 
 from __future__ import annotations
@@ -62,7 +62,6 @@ or data that can be looked into by number (a folder, a .npy file)
     needs = {
         "target": (config.target == "stable", "refers to images of", "plain"),
         "strata": (config.strata != "none", "sorts the images of", "none"),
-        "conditional": (config.conditional, "needs the classes of", "false"),
     }
     for name, (asked, does, instead) in needs.items():
         if asked:

@@ -1,4 +1,4 @@
-"""What the processes of a run say to each other."""
+"""What the processes of a run say to each other, and the handle by which they do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,25 @@ from torch import Tensor
 
 from lowvar.errors import UserError
 
-__all__ = ["gathered", "of_the_main_process", "summed", "written"]
+__all__ = ["gathered", "make_accelerator", "of_the_main_process", "summed", "written"]
+
+
+def make_accelerator(mixed_precision: str, **settings: Any) -> Any:
+    """Accelerate's handle of this process, an `Accelerator`.
+
+    Raises:
+        UserError: if the process has one of another precision: accelerate keeps one.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, is_initialized
+
+    begun = AcceleratorState().mixed_precision if is_initialized() else mixed_precision
+    if begun != mixed_precision:
+        raise UserError(
+            f"mixed_precision is {mixed_precision}, and a run of this process began with {begun}; accelerate keeps one "
+            "precision a process: begin another process (in a notebook: restart the kernel)"
+        )
+    return Accelerator(mixed_precision=mixed_precision, **settings)
 
 
 def summed(accelerator: Any, values: Tensor) -> Tensor:
