@@ -95,8 +95,8 @@ def process_schedule(config: TrainConfig) -> Schedule:
 
     Example:
         >>> from lowvar.train import TrainConfig
-        >>> process_schedule(TrainConfig(process="flow", shift=3.0))
-        Flow(shift=3.0)
+        >>> process_schedule(TrainConfig(process="flow", shift=3.0)).shift
+        3.0
     """
     if config.process == "edm":
         return VE()
