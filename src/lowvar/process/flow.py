@@ -169,8 +169,8 @@ class TwinFlow(Solver):
         levels = _vp(torch.tensor(knots, dtype=torch.float64))
         trend = self._kappa(levels, before)
         plan = self._inner().prepare(levels) if len(knots) > 1 else None
-        scales = [float(torch.sqrt(p.alpha**2 + p.sigma**2)) for p in (t, s)]
-        piece = _Piece(levels, trend, plan, self._end(levels[len(knots) - 1]) if final else None, *scales)
+        scale_t, scale_s = (float(torch.sqrt(p.alpha**2 + p.sigma**2)) for p in (t, s))
+        piece = _Piece(levels, trend, plan, self._end(levels[len(knots) - 1]) if final else None, scale_t, scale_s)
         return replace(piece, affine=self._affine(piece)) if self.mixture.components == 1 else piece
 
     def _affine(self, piece: _Piece) -> Tensor:
